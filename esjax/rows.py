@@ -1,0 +1,123 @@
+"""The token row: one shape for training, scoring and sampling.
+
+A row is a *trunk* (a dialogue, or a prompt) followed by *branches* that leave the trunk at some position, so that what
+several continuations share is computed once. Several examples, called segments, may be packed into one row::
+
+    tokens    S   q1  r1  q2  r2 | h   a   b | h   d   e     trunk S q1 r1 q2 r2; branches 1 and 2 both answer q2
+    position  0   1   2   3   4  | 4   5   6 | 4   5   6
+    branch    0   0   0   0   0  | 1   1   1 | 2   2   2
+    limit     0   0   0   0   0  | 4   4   4 | 4   4   4     r2 (position 4) is hidden from the branches
+
+A branch begins with the last token ``h`` of its prompt, so that the token before every target lies in the target's own
+branch: the target of token i is always token i + 1.
+
+Letters for dimensions, the same everywhere: B batch, T tokens (queries), S keys or cache slots, D model, N query heads,
+K key/value heads, H head size, F feed-forward, V vocabulary, L layers, R LoRA rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Array = Any  # a numpy or a JAX array: this module only uses what both have
+
+
+class Rows(NamedTuple):
+    """Arrays of shape [T] (one row) or [B, T] (a batch of rows)."""
+
+    tokens: Array  # int32
+    position: Array  # int32, rotary position; a branch continues from where it leaves the trunk
+    segment: Array  # int32, which packed example; 0 is padding
+    branch: Array  # int32, 0 is the trunk, 1.. are the branches of that segment
+    limit: Array  # int32, a branch token sees trunk tokens with position < limit; 0 for trunk tokens
+    weight: Array  # float32, loss weight of predicting the next token; 0 is not a target
+
+
+def trunk(tokens: Sequence[int], weight: Sequence[float] | None = None) -> Rows:
+    """A row of one segment without branches. ``weight[i]`` is for predicting ``tokens[i + 1]``; none means no targets."""
+    n = len(tokens)
+    return Rows(
+        tokens=np.asarray(tokens, np.int32),
+        position=np.arange(n, dtype=np.int32),
+        segment=np.ones(n, np.int32),
+        branch=np.zeros(n, np.int32),
+        limit=np.zeros(n, np.int32),
+        weight=np.zeros(n, np.float32) if weight is None else np.asarray(weight, np.float32),
+    )
+
+
+def prompt_with_replies(prompt: Sequence[int], replies: Sequence[Sequence[int]]) -> Rows:
+    """A prompt as the trunk, and each reply as a branch whose every token is a target of weight 1.
+
+    The prompt's last token opens each branch, so the trunk holds ``prompt[:-1]``. A lone reply needs no branch: it stays
+    on the trunk, which costs one token less.
+    """
+    if len(prompt) < 2 or not replies or any(not r for r in replies):
+        raise ValueError("a prompt of at least two tokens and non-empty replies are needed")
+    if len(replies) == 1:
+        (reply,) = replies
+        weight = [0.0] * (len(prompt) - 1) + [1.0] * len(reply) + [0.0]
+        return trunk([*prompt, *reply], weight)
+    stem = len(prompt) - 1
+    parts = [trunk(prompt[:-1])]
+    for i, reply in enumerate(replies, start=1):
+        n = len(reply) + 1
+        parts.append(
+            Rows(
+                tokens=np.asarray([prompt[-1], *reply], np.int32),
+                position=np.arange(stem, stem + n, dtype=np.int32),
+                segment=np.ones(n, np.int32),
+                branch=np.full(n, i, np.int32),
+                limit=np.full(n, stem, np.int32),
+                weight=np.asarray([1.0] * (n - 1) + [0.0], np.float32),
+            )
+        )
+    return concatenate(parts)
+
+
+def concatenate(parts: Sequence[Rows]) -> Rows:
+    """Join rows of shape [T_i] end to end, fields as they are."""
+    return Rows(*(np.concatenate(fields) for fields in zip(*parts, strict=True)))
+
+
+def pack(examples: Sequence[Rows], length: int) -> Rows:
+    """Pack single-segment rows into one row of ``length`` tokens as segments 1, 2, ..., padded with segment 0."""
+    used = sum(len(e.tokens) for e in examples)
+    if used > length:
+        raise ValueError(f"{used} tokens do not fit a row of {length}")
+    parts = [e._replace(segment=np.full_like(e.segment, i)) for i, e in enumerate(examples, start=1)]
+    padding = trunk([0] * (length - used))
+    return concatenate([*parts, padding._replace(segment=np.zeros_like(padding.segment))])
+
+
+def stack(rows: Sequence[Rows]) -> Rows:
+    """Rows of shape [T] to one batch [B, T]."""
+    return Rows(*(np.stack(fields) for fields in zip(*rows, strict=True)))
+
+
+def visible(rows: Rows) -> Array:
+    """Who sees whom: bool [B, T, T], true where query token i attends to key token j.
+
+    Token i attends to j iff segment_i == segment_j and (branch_i == branch_j and j <= i, or branch_j == 0 and
+    position_j < limit_i). Padding sees padding, so that no softmax is empty.
+    """
+    index = np.arange(rows.tokens.shape[-1])
+    same_segment = rows.segment[:, :, None] == rows.segment[:, None, :]
+    own = (rows.branch[:, :, None] == rows.branch[:, None, :]) & (index[None, :, None] >= index[None, None, :])
+    stem = (rows.branch[:, None, :] == 0) & (rows.position[:, None, :] < rows.limit[:, :, None])
+    return same_segment & (own | stem)
+
+
+def check(rows: Rows) -> None:
+    """Raise ValueError unless the batch [B, T] obeys the rules above and every row has a target."""
+    segment, branch, weight = (np.asarray(x) for x in (rows.segment, rows.branch, rows.weight))
+    if not (weight != 0).any(axis=1).all():
+        raise ValueError(f"row {int(np.argmin((weight != 0).any(axis=1)))} has no target token")
+    same_next = (segment[:, :-1] == segment[:, 1:]) & (branch[:, :-1] == branch[:, 1:]) & (segment[:, 1:] > 0)
+    if (weight[:, :-1][~same_next] != 0).any() or (weight[:, -1] != 0).any():
+        raise ValueError("a weight stands where the next token is of another branch, another segment or padding")
+    if (np.asarray(rows.limit)[branch == 0] != 0).any():
+        raise ValueError("a trunk token has a limit")
