@@ -1,0 +1,1 @@
+"""Corpora: dialogues and replay data from files. No JAX."""

@@ -1,0 +1,1 @@
+"""Where backbones come from: every source becomes a Hugging Face folder. No JAX."""

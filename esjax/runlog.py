@@ -1,0 +1,296 @@
+"""The run directory: files that appear whole or not at all, the manifest of stages, metrics and progress.
+
+Everything under RUN except ``manifest.json`` and ``tensorboard/`` is a function of the config and the inputs alone, so a
+killed and resumed run ends with the same bytes as an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+from tensorboardX import SummaryWriter
+
+from esjax.config import Config, InputError, differing, dump, load
+
+T = TypeVar("T")
+console = Console(stderr=True)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class RunError(Exception):
+    """The run cannot go on: an invariant of the method does not hold. The command exits with code 1."""
+
+
+def say(message: str) -> None:
+    """One line for the person who watches; goes to stderr, so that stdout holds results only."""
+    console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside ``path``; rename it into place on success, delete it on failure.
+
+    Works for a file or a folder that the body creates.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.writing")
+    discard(temporary)
+    try:
+        yield temporary
+        _sync(temporary)
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except BaseException:
+        discard(temporary)
+        raise
+
+
+def discard(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+    for file in files:
+        with open(file, "rb") as f:
+            os.fsync(f.fileno())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file, atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def json_line(row: dict[str, Any]) -> str:
+    """One JSON Lines line, keys in the given order."""
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write JSON Lines, atomically."""
+    write_text(path, "".join(map(json_line, rows)))
+
+
+def read_jsonl(path: Path, required: Iterable[str] = ()) -> list[dict[str, Any]]:
+    """Read JSON Lines. Raises InputError naming file and line when a line is not a JSON object or lacks a field."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        reason = e.strerror if isinstance(e, OSError) else "not UTF-8"
+        raise InputError(f"{path}: cannot be read ({reason}); give a JSON Lines file") from e
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as e:
+            raise InputError(f"{path}, line {number}: not JSON ({e.msg} at column {e.colno})") from e
+        if not isinstance(row, dict):
+            raise InputError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
+        for field in required:
+            if field not in row:
+                raise InputError(f"{path}, line {number}: the field {field!r} is missing; required: {', '.join(required)}")
+        rows.append(row)
+    return rows
+
+
+def append_in_batches(
+    path: Path, total: int, batch: int, work: Callable[[int, int], list[dict[str, Any]]], label: str
+) -> list[dict[str, Any]]:
+    """Fill a JSON Lines file batch by batch so that a kill loses one batch at most.
+
+    ``work(start, stop)`` makes the rows of one batch and depends on nothing else. Lines gather in ``path.part``; whole
+    batches found there from a killed run are kept, anything after them is cut off. The file takes its name when full.
+    """
+    if path.exists():
+        return read_jsonl(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    kept: list[bytes] = []
+    if part.exists():
+        kept = [line for line in part.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+        kept = kept[: len(kept) // batch * batch] if len(kept) < total else kept[:total]
+    with open(part, "wb") as f:
+        f.writelines(kept)
+        with progress(label, total, done=len(kept)) as advance:
+            for start in range(len(kept), total, batch):
+                stop = min(start + batch, total)
+                rows = work(start, stop)
+                if len(rows) != stop - start:
+                    raise AssertionError(f"{label}: {len(rows)} rows for {stop - start} inputs")
+                f.write("".join(map(json_line, rows)).encode())
+                f.flush()
+                advance(stop - start)
+        os.fsync(f.fileno())
+    os.replace(part, path)
+    return read_jsonl(path)
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.2f}/s" if task.speed else "-/s")
+
+
+@contextmanager
+def progress(label: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr with count, rate and time left; yields ``advance(n)``. Without a terminal: two lines."""
+    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    start = time.monotonic()
+    count = 0
+    last = start
+
+    def advance(n: int) -> None:
+        nonlocal count, last
+        count += n
+        bar.advance(task, n)
+        now = time.monotonic()
+        if not console.is_terminal and now - last > 15:  # a log file gets a line every 15 s instead of a bar
+            rate = count / (now - start)
+            say(f"  {label}: {done + count}/{total}, {rate:.2f}/s, {(total - done - count) / rate:.0f} s left")
+            last = now
+
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(label, total=total, completed=done)
+        yield advance
+    seconds = time.monotonic() - start
+    if count:
+        say(f"  {label}: {count} in {seconds:.1f} s ({count / max(seconds, 1e-9):.2f}/s)")
+
+
+class Metrics:
+    """One phase's ``metrics.jsonl`` (a function of the run alone: no clock in it) and its TensorBoard scalars.
+
+    On resume, ``rewind(step)`` drops what was logged after the restored checkpoint.
+    """
+
+    def __init__(self, path: Path, tensorboard: Path) -> None:
+        self.path = path
+        self.board = SummaryWriter(str(tensorboard))
+
+    def rewind(self, step: int) -> None:
+        kept = [r for r in read_jsonl(self.path) if r["step"] <= step] if self.path.exists() else []
+        write_jsonl(self.path, kept)
+
+    def log(self, step: int, **values: float) -> None:
+        with open(self.path, "a", encoding="utf-8") as f:
+            f.write(json_line({"step": step, **values}))
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.board.close()
+
+
+class RunDir:
+    """RUN/: the resolved config, the manifest, and stages that are done once."""
+
+    def __init__(self, path: Path, config: Config) -> None:
+        """Open or create. Raises InputError when the directory belongs to another config or is in use."""
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = open(path / ".lock", "w")  # noqa: SIM115  held until the process ends, however it ends
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            raise InputError(f"{path}: another process is running in this run directory; wait for it or choose another") from e
+        saved = path / "config.yaml"
+        if saved.exists():
+            changed = differing(load(str(saved), []), config)
+            if changed:
+                raise InputError(
+                    f"{path}: this run directory was made with another config; differing: {', '.join(changed)}; "
+                    "give the old values or another --run-dir"
+                )
+        else:
+            write_text(saved, dump(config))
+        self.manifest_path = path / "manifest.json"
+        if self.manifest_path.exists():
+            self.manifest: dict[str, Any] = json.loads(self.manifest_path.read_text())
+        else:
+            self.manifest = {"stages": {}}
+
+    def stage(self, name: str, outputs: list[Path], inputs: dict[str, str], work: Callable[[], dict[str, Any] | None]) -> None:
+        """Do ``work`` unless the manifest says it is done; then record inputs, seconds, versions and what work returned.
+
+        ``inputs`` maps a name to a hash; a finished stage whose inputs have changed since is refused by name, and so is
+        one whose outputs are gone.
+        """
+        entry = self.manifest["stages"].get(name)
+        if entry is not None:
+            changed = [key for key, value in inputs.items() if entry["inputs"].get(key) != value]
+            if changed:
+                raise InputError(
+                    f"{self.path}: stage {name} is done, but {', '.join(changed)} changed since; "
+                    "restore the old input or choose another --run-dir"
+                )
+            missing = [str(p) for p in outputs if not p.exists()]
+            if missing:
+                raise InputError(f"{self.path}: stage {name} is done, but {missing[0]} is gone; restore it or choose another --run-dir")
+            say(f"{name}: done before, {entry['seconds']:.0f} s then")
+            return
+        say(f"{name}: started")
+        start = time.monotonic()
+        facts = work() or {}
+        absent = [str(p) for p in outputs if not p.exists()]
+        if absent:
+            raise AssertionError(f"stage {name} did not make {absent[0]}")
+        self.manifest["stages"][name] = {
+            "status": "done",
+            "inputs": inputs,
+            "seconds": round(time.monotonic() - start, 2),
+            "versions": versions(),
+            **facts,
+        }
+        write_text(self.manifest_path, json.dumps(self.manifest, indent=1) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    return {"python": platform.python_version()} | {p: version(p) for p in ("esjax", "jax", "flax", "optax", "transformers")}
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, or of a folder's file names and contents."""
+    digest = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    for file in files:
+        if file != path:
+            digest.update(str(file.relative_to(path)).encode())
+        with open(file, "rb") as f:
+            while block := f.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether an exception, or what caused it, says that the disk is full (also as text, from libraries in C++)."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in NO_SPACE:
+            return True
+        if any(word in str(seen) for word in ("No space left on device", "ENOSPC", "Disk quota exceeded", "File too large")):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False

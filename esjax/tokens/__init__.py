@@ -1,0 +1,1 @@
+"""Text to token rows and batches. No JAX."""

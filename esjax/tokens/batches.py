@@ -1,0 +1,55 @@
+"""Which examples go into which packed row, and which rows into which step: a function of lengths and seed alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from esjax import rows
+from esjax.rows import Rows
+
+Row = list[int]  # indices of the examples packed into one row
+
+
+def pack_in_order(lengths: Sequence[int], order: Sequence[int], row_length: int) -> list[Row]:
+    """First-fit over the rows opened so far, in the given order; rows come out in the order in which they were opened."""
+    packed: list[Row] = []
+    free: list[int] = []
+    for i in order:
+        slot = next((r for r, room in enumerate(free) if room >= lengths[i]), None)
+        if slot is None:
+            packed.append([])
+            free.append(row_length)
+            slot = len(packed) - 1
+        packed[slot].append(i)
+        free[slot] -= lengths[i]
+    return packed
+
+
+def schedule(lengths: Sequence[int], row_length: int, batch_rows: int, epochs: int, seed: int) -> list[list[Row]]:
+    """All steps of a training phase: each a list of ``batch_rows`` rows.
+
+    Every epoch sees every example once, in an order drawn from (seed, epoch). The last step of an epoch may hold fewer
+    rows; it is filled with empty rows (no examples) when the batch is made, which carry no weight.
+    """
+    steps: list[list[Row]] = []
+    for epoch in range(epochs):
+        order = np.random.default_rng((seed, epoch)).permutation(len(lengths))
+        packed = pack_in_order(lengths, [int(i) for i in order], row_length)
+        steps += [packed[i : i + batch_rows] for i in range(0, len(packed), batch_rows)]
+    return steps
+
+
+def batch(examples: Sequence[Rows], step: Sequence[Row], row_length: int, batch_rows: int) -> Rows:
+    """The rows [B, T] of one step, filled up with empty rows to ``batch_rows``."""
+    packed = [rows.pack([examples[i] for i in row], row_length) for row in step]
+    return rows.stack([*packed, *[rows.pack([], row_length)] * (batch_rows - len(packed))])
+
+
+def in_order(examples: Sequence[Rows], row_length: int, batch_rows: int) -> Iterator[tuple[Rows, list[Row]]]:
+    """Batches for scoring: every example once, in order, packed. Yields the rows and which examples lie in each."""
+    packed = pack_in_order([len(e.tokens) for e in examples], range(len(examples)), row_length)
+    for i in range(0, len(packed), batch_rows):
+        step = packed[i : i + batch_rows]
+        yield batch(examples, step, row_length, batch_rows), step

@@ -1,0 +1,108 @@
+"""Dialogues, conversations and preference pairs to rows; histories cut to the window at turn boundaries."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from esjax import rows
+from esjax.config import InputError
+from esjax.corpus.dialogue import Dialogue, Message
+from esjax.rows import Rows
+from esjax.tokens.tokenizer import ChatTokenizer
+
+
+@dataclass
+class Encoder:
+    """Turns text into rows of at most ``window`` tokens.
+
+    ``counts`` tells what happened on the way: "cut" histories, examples "too_long" even after every cut, dialogues
+    "unshared" because the chat template is not prefix-stable.
+    """
+
+    tokenizer: ChatTokenizer
+    window: int
+    system: str
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def context(self, dialogue: Dialogue, turn: int) -> list[Message]:
+        """C_n as chat messages: everything before supporter turn ``turn``, with the system message if there is one."""
+        return self.with_system(dialogue.messages(turn))
+
+    def with_system(self, messages: list[Message]) -> list[Message]:
+        """Put the run's system message first; a chat that brings its own keeps it."""
+        if not self.system or messages[0]["role"] == "system":
+            return messages
+        return [{"role": "system", "content": self.system}, *messages]
+
+    def fit(self, messages: list[Message], size: Callable[[list[Message]], int], room: int) -> list[Message] | None:
+        """Drop the oldest turns, in user/assistant pairs, until ``size(messages) <= room``.
+
+        The system message and the newest turn stay. Returns None when even those are too long. Counts a "cut".
+        """
+        head = messages[:1] if messages[0]["role"] == "system" else []
+        body = messages[len(head) :]
+        cut = False
+        while size([*head, *body]) > room:
+            rest = body[1:]
+            while rest and rest[0]["role"] != "user":
+                rest = rest[1:]
+            if not any(m["role"] == "user" for m in rest):
+                self.counts["too_long"] += 1
+                return None
+            body, cut = rest, True
+        self.counts["cut"] += cut
+        return [*head, *body]
+
+    def prompt(self, messages: list[Message], room: int) -> tuple[list[Message], list[int]] | None:
+        """A chat that awaits its answer, cut to ``room`` tokens: the messages kept and their ids, or None (too long)."""
+        kept = self.fit(messages, lambda m: len(self.tokenizer.prompt(m)), room)
+        return None if kept is None else (kept, self.tokenizer.prompt(kept))
+
+    def dialogue(self, dialogue: Dialogue) -> list[Rows]:
+        """SFT rows: one trunk with every supporter turn as a target where the template allows, else one row a turn."""
+        return self.chat(self.with_system(dialogue.messages(len(dialogue.turns))), opening=dialogue.turns[0].role == "supporter")
+
+    def chat(self, messages: list[Message], opening: bool = False) -> list[Rows]:
+        """Rows whose targets are all assistant messages of a chat (without the first one, if it is an ``opening``)."""
+        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        skipped = answers[0] if opening else -1
+        last = answers[-1] + 1
+        kept = self.fit(messages[:last], lambda m: len(self.tokenizer.prompt(m[:-1])) + self._reply_size(m), self.window)
+        if kept is None:
+            return []
+        dropped = last - len(kept)
+        targets = [i for i, m in enumerate(kept) if m["role"] == "assistant" and not (dropped == 0 and i == skipped)]
+        prompts = {i: self.tokenizer.prompt(kept[:i]) for i in targets}
+        replies = {i: self.tokenizer.reply(prompts[i], kept[: i + 1]) for i in targets}
+        whole = [*prompts[targets[-1]], *replies[targets[-1]]]
+        if all(whole[: len(prompts[i]) + len(replies[i])] == [*prompts[i], *replies[i]] for i in targets):
+            weight = [0.0] * len(whole)
+            for i in targets:
+                start = len(prompts[i]) - 1
+                weight[start : start + len(replies[i])] = [1.0] * len(replies[i])
+            return [rows.trunk(whole, weight)]
+        self.counts["unshared"] += 1
+        return [rows.prompt_with_replies(prompts[i], [replies[i]]) for i in targets]
+
+    def pair(self, prompt: list[Message], chosen: str, rejected: str) -> Rows:
+        """A DPO row: the prompt as the trunk, chosen as branch 1, rejected as branch 2.
+
+        Both go through the same template and end with the same end-of-turn token; their prompt tokens are the same by
+        construction. Raises InputError where the window is too small.
+        """
+        ids = self.tokenizer.prompt(prompt)
+        replies = [self.tokenizer.reply(ids, [*prompt, {"role": "assistant", "content": text}]) for text in (chosen, rejected)]
+        return rows.prompt_with_replies(ids, replies)
+
+    def target(self, messages: list[Message], where: str) -> Rows:
+        """A scoring row: the last assistant message is the target. Raises InputError when it is too long."""
+        kept = self.fit(messages, lambda m: len(self.tokenizer.prompt(m[:-1])) + self._reply_size(m), self.window)
+        if kept is None or len(kept) < 2:
+            raise InputError(f"{where}: the last two messages do not fit data.window={self.window} tokens; raise data.window")
+        prompt = self.tokenizer.prompt(kept[:-1])
+        return rows.prompt_with_replies(prompt, [self.tokenizer.reply(prompt, kept)])
+
+    def _reply_size(self, messages: list[Message]) -> int:
+        return len(self.tokenizer.encode(messages[-1]["content"])) + 2  # the header's and the end's rounding included

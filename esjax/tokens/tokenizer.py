@@ -1,0 +1,91 @@
+"""The tokenizer and its chat template: messages to token ids, ids to text and to bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from esjax.config import InputError
+from esjax.corpus.dialogue import Message
+
+
+class ChatTokenizer:
+    """A Hugging Face tokenizer with a chat template and an end-of-turn token (its eos token)."""
+
+    def __init__(self, folder: Path) -> None:
+        """Load from a Hugging Face folder. Raises InputError when it has no tokenizer, template or eos token."""
+        try:
+            self.hf: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        except Exception as e:
+            raise InputError(f"{folder}: no usable tokenizer ({' '.join(str(e).split())[:200]})") from e
+        if not self.hf.chat_template:
+            raise InputError(f"{folder}: the tokenizer has no chat template; put chat_template.jinja into the folder")
+        if self.hf.eos_token_id is None:
+            raise InputError(f"{folder}: the tokenizer has no eos token; set eos_token in tokenizer_config.json")
+        self.end_of_turn = int(self.hf.eos_token_id)
+        self.special = frozenset(self.hf.all_special_ids)
+
+    def prompt(self, messages: list[Message]) -> list[int]:
+        """Token ids of a chat that the assistant is about to continue (with the template's generation header)."""
+        return self._template(messages, header=True)
+
+    def reply(self, prompt: list[int], messages: list[Message]) -> list[int]:
+        """Token ids of the last message (the assistant's), end-of-turn token included, given its prompt's ids.
+
+        What the template puts after the end-of-turn token is not part of the reply. Raises InputError when the prompt is
+        not a prefix of the whole chat, or the reply does not end its turn: such a template cannot be trained on.
+        """
+        whole = self._template(messages, header=False)
+        if whole[: len(prompt)] != prompt:
+            raise InputError(
+                "the chat template does not keep a prompt as a prefix of the answered chat, so answers cannot be trained on; "
+                "use a template that only appends"
+            )
+        reply = whole[len(prompt) :]
+        if self.end_of_turn not in reply:
+            raise InputError(f"the chat template does not end an answer with the eos token {self.hf.eos_token!r}")
+        return reply[: reply.index(self.end_of_turn) + 1]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text, without special tokens."""
+        return list(self.hf(text, add_special_tokens=False).input_ids)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        return str(self.hf.decode([i for i in ids if i not in self.special], clean_up_tokenization_spaces=False))
+
+    def _template(self, messages: list[Message], header: bool) -> list[int]:
+        ids = self.hf.apply_chat_template(messages, add_generation_prompt=header, tokenize=True, return_dict=True)
+        return list(ids["input_ids"])
+
+    def token_bytes(self) -> dict[int, bytes]:
+        """The bytes that each ordinary (not special) token stands for, for constrained decoding.
+
+        Byte-level BPE and SentencePiece-style vocabularies with byte fallback are known; others raise InputError.
+        """
+        vocabulary: dict[str, int] = self.hf.get_vocab()
+        kind = str(self.hf.backend_tokenizer.decoder)
+        if "ByteLevel" in kind:
+            table = _byte_level_alphabet()
+            to_bytes = lambda token: bytes(table[c] for c in token) if all(c in table for c in token) else token.encode()  # noqa: E731
+        elif "ByteFallback" in kind:
+            to_bytes = _sentencepiece_bytes
+        else:
+            raise InputError(f"constrained decoding does not know this tokenizer's decoder: {kind[:80]}")
+        return {i: to_bytes(token) for token, i in vocabulary.items() if i not in self.special}
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The printable stand-ins of GPT-2's byte-level BPE (Radford et al. 2019): character -> byte."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    table = {chr(b): b for b in printable}
+    others = [b for b in range(256) if b not in printable]
+    return table | {chr(256 + n): b for n, b in enumerate(others)}
+
+
+def _sentencepiece_bytes(token: str) -> bytes:
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return bytes([int(token[3:5], 16)])
+    return token.replace("▁", " ").encode()
