@@ -47,16 +47,14 @@ class Linear(nnx.Module):
         draw = jax.random.normal(rngs.params(), (stack, i, o), jnp.float32) * 0.02
         self.kernel = nnx.Param(draw.astype(dtype), axes=("layers", axes_in, axes_out))
         self.bias = nnx.Param(jnp.zeros((stack, o), dtype), axes=("layers", axes_out)) if bias else None
-        adapted = lora is not None and name in lora.targets
-        self.lora_a: nnx.LoRAParam | None = None
-        self.lora_b: nnx.LoRAParam | None = None
-        self.scale = 0.0
-        if adapted and lora is not None:
-            bound = 1 / math.sqrt(i)
-            a = jax.random.uniform(rngs.lora(), (stack, i, lora.rank), jnp.float32, -bound, bound)
-            self.lora_a = nnx.LoRAParam(a, axes=("layers", axes_in, "lora"))
-            self.lora_b = nnx.LoRAParam(jnp.zeros((stack, lora.rank, o), jnp.float32), axes=("layers", "lora", axes_out))
-            self.scale = lora.scale
+        self.scale = 0.0 if lora is None else lora.scale
+        if lora is None or name not in lora.targets:
+            self.lora_a = self.lora_b = None
+            return
+        bound = 1 / math.sqrt(i)
+        a = jax.random.uniform(rngs.lora(), (stack, i, lora.rank), jnp.float32, -bound, bound)
+        self.lora_a = nnx.LoRAParam(a, axes=("layers", axes_in, "lora"))
+        self.lora_b = nnx.LoRAParam(jnp.zeros((stack, lora.rank, o), jnp.float32), axes=("layers", "lora", axes_out))
 
     def __call__(self, x: Array) -> Array:
         y = x @ self.kernel[...]

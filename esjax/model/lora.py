@@ -84,7 +84,7 @@ def load_adapter(folder: Path, adapter: Adapter) -> Adapter:
         raise InputError(f"{file}: cannot be read ({e}); the adapter is missing or damaged") from e
     flat = {}
     for path, like in _flat(adapter).items():
-        layers, rows, columns = like[...].shape
+        layers, rows, columns = like.get_value().shape
         stacked = np.empty((layers, rows, columns), np.float32)
         for layer in range(layers):
             key = _peft_key(layer, path[1], path[2])

@@ -67,7 +67,7 @@ def load_backbone(folder: Path, lora: Lora | None, dtype: jnp.dtype) -> Backbone
     for weight in key_table(arch):
         like = flat[weight.path]
         stacked = weight.path[0] == "layers"
-        shape = like[...].shape[1:] if stacked else like[...].shape
+        shape = like.get_value().shape[1:] if stacked else like.get_value().shape
         keys = [weight.key.format(i) for i in range(arch.layers)] if stacked else [weight.key]
         parts = [_read(reader, key, shape, weight.transpose) for key in keys]
         used.update(keys)
@@ -75,7 +75,7 @@ def load_backbone(folder: Path, lora: Lora | None, dtype: jnp.dtype) -> Backbone
     extra = sorted(k for k in reader.keys() - used if not ignorable(k, arch))
     if extra:
         raise InputError(f"{folder}: the tensor {extra[0]} ({len(extra)} such) is not part of a {arch.family} model")
-    unfilled = [".".join(map(str, p)) for p, v in flat.items() if isinstance(v[...], jax.ShapeDtypeStruct)]
+    unfilled = [".".join(map(str, p)) for p, v in flat.items() if isinstance(v.get_value(), jax.ShapeDtypeStruct)]
     if unfilled:
         raise AssertionError(f"parameters without a key: {unfilled}")
     return Backbone(folder, arch, lora, dtype, definition, nnx.from_flat_state(flat))

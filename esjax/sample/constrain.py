@@ -1,0 +1,108 @@
+"""Constrained decoding: literal text and free fields become one token-level automaton in a dense table.
+
+outlines-core turns a field's regular expression into transitions over the tokenizer's vocabulary; literals are chains of
+their own tokens. The table lies on the device, so masking happens inside the decoding loop. Every field has a budget of
+tokens, and a token that would leave too little budget to close the field is not allowed: whatever is drawn, the text parses.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from outlines_core import Index, Vocabulary
+
+from esjax.config import InputError
+from esjax.tokens.tokenizer import ChatTokenizer
+
+
+@dataclass(frozen=True)
+class Field:
+    """Free text that matches ``pattern`` (no bounded repetitions: they blow up the automaton), of at most ``max_tokens``."""
+
+    pattern: str
+    max_tokens: int
+
+
+class Automaton(NamedTuple):
+    """S states over V tokens. State 0 is the start; the state after the end-of-turn token is the end."""
+
+    next: np.ndarray  # int16 [S, V], next state, or -1 where the token is not allowed
+    part: np.ndarray  # int16 [S], which part (literal or field) of the template the state belongs to
+    close: np.ndarray  # int32 [S], fewest tokens that leave the part from here
+    budget: np.ndarray  # int32 [S], most tokens of this state's part
+
+
+def compile_template(parts: list[str | Field], tokenizer: ChatTokenizer, vocab: int) -> tuple[Automaton, int]:
+    """The automaton of a template that ends with the end-of-turn token, and the most tokens it can take.
+
+    Raises InputError when a field's pattern matches no tokens or its budget is too small.
+    """
+    by_bytes: dict[bytes, list[int]] = {}
+    for token, text in tokenizer.token_bytes().items():
+        by_bytes.setdefault(text, []).append(token)
+    words = Vocabulary(tokenizer.end_of_turn, {k: v for k, v in by_bytes.items() if k})  # type: ignore[call-arg, arg-type]
+    edges: list[dict[int, int]] = [{}]  # state -> token -> state; the open states of a part are given its exit tokens
+    owner = [0]
+    open_states = [0]
+    longest = 1
+
+    def add(part: int) -> int:
+        edges.append({})
+        owner.append(part)
+        return len(edges) - 1
+
+    def leave(token: int, part: int) -> int:
+        state = add(part)
+        for s in open_states:
+            if token in edges[s]:
+                raise InputError(f"the text after a field begins with a token ({token}) that the field itself may contain")
+            edges[s][token] = state
+        return state
+
+    for number, part in enumerate(parts, start=1):
+        if isinstance(part, str):
+            for token in tokenizer.encode(part):
+                open_states = [leave(token, number)]
+                longest += 1
+            continue
+        index = Index(part.pattern, words)
+        longest += part.max_tokens
+        transitions = index.get_transitions()
+        states = {s: add(number) for s in transitions if s != index.get_initial_state()}
+        states |= {s: add(number) for s in index.get_final_states() if s not in states and s != index.get_initial_state()}
+        (start,) = open_states
+        for s, out in transitions.items():
+            source = start if s == index.get_initial_state() else states[s]
+            edges[source] |= {t: states[n] for t, n in out.items() if t != tokenizer.end_of_turn}
+        open_states = [states[s] for s in index.get_final_states()]
+    leave(tokenizer.end_of_turn, len(parts) + 1)
+    table = np.full((len(edges), vocab), -1, np.int16)
+    for state, out in enumerate(edges):
+        table[state, list(out)] = list(out.values())
+    close = _distance_out(edges, owner)
+    limits = {n: p.max_tokens if isinstance(p, Field) else 1 << 30 for n, p in enumerate(parts, start=1)}
+    budget = np.asarray([limits.get(p, 1 << 30) for p in owner], np.int32)
+    return Automaton(table, np.asarray(owner, np.int16), close, budget), longest
+
+
+def _distance_out(edges: list[dict[int, int]], owner: list[int]) -> np.ndarray:
+    """Tokens on the shortest way from each state until its part is left, not counting the leaving token itself."""
+    leaving = [s for s, out in enumerate(edges) if not out or any(owner[n] != owner[s] for n in out.values())]
+    back: dict[int, set[int]] = {}
+    for s, out in enumerate(edges):
+        for n in set(out.values()):
+            if owner[n] == owner[s]:
+                back.setdefault(n, set()).add(s)
+    distance = np.full(len(edges), 1 << 20, np.int32)
+    distance[leaving] = 0
+    queue = deque(leaving)
+    while queue:
+        n = queue.popleft()
+        for s in back.get(n, ()):
+            if distance[s] > distance[n] + 1:
+                distance[s] = distance[n] + 1
+                queue.append(s)
+    return distance

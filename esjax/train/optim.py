@@ -1,0 +1,20 @@
+"""The optimiser of both phases."""
+
+from __future__ import annotations
+
+import optax
+
+from esjax.config import OptimSettings
+
+
+def learning_rate(settings: OptimSettings, steps: int) -> optax.Schedule:
+    """Linear warm-up from 0, then cosine decay to final_fraction of the peak at the last step. Steps count from 0."""
+    warmup = int(steps * settings.warmup_fraction)
+    peak, last = settings.learning_rate, settings.learning_rate * settings.final_fraction
+    return optax.warmup_cosine_decay_schedule(peak if warmup == 0 else 0.0, peak, warmup, max(steps, warmup + 1), last)
+
+
+def optimiser(settings: OptimSettings, steps: int) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW."""
+    adamw = optax.adamw(learning_rate(settings, steps), weight_decay=settings.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), adamw)
