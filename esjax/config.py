@@ -182,15 +182,19 @@ class FilterSettings(Settings):
     """Most words of the refinement for each word of the draft."""
     max_repetition: float = Field(0.2, ge=0, le=1)
     """Highest share of a reply's 4-word sequences that repeat an earlier one."""
+    crisis_patterns: str = "bundled:prompts/crisis.txt"
+    """Regular expressions, one a line; a context whose seeker matches one is never trained on."""
+    scaffolding_patterns: str = "bundled:prompts/scaffolding.txt"
+    """Regular expressions, one a line; a reply that matches one shows traces of the prompts."""
 
 
-class EvalSettings(Settings):
-    """The closing comparison of M_0, M_1, ... on the held-out dialogues."""
+class ReplySettings(SamplingSettings):
+    """How a finished model answers: in the closing table and in `esjax sample`."""
 
+    batch: int = Field(16, ge=1)
+    """Prompts decoded at once."""
     max_contexts: int | None = Field(None, ge=1)
-    """Contexts answered for the table, the first ones of an even spread over the test dialogues; null means all."""
-    reply: SamplingSettings = SamplingSettings()
-    """How the replies are drawn."""
+    """Contexts answered for the closing table, evenly spread over those of the test dialogues; null means all."""
 
 
 class Config(Settings):
@@ -206,7 +210,7 @@ class Config(Settings):
     evolve: EvolveSettings = EvolveSettings()
     filters: FilterSettings = FilterSettings()
     dpo: DpoSettings = DpoSettings()
-    eval: EvalSettings = EvalSettings()
+    reply: ReplySettings = ReplySettings()
 
     def validate_together(self) -> Config:
         """Check what no single section can see. Raises InputError; returns itself."""

@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 from tensorboardX import SummaryWriter
 
-from esjax.config import Config, InputError, differing, dump, load
+from esjax.config import Config, InputError, bundled, differing, dump, load
 
 T = TypeVar("T")
 console = Console(stderr=True)
@@ -282,6 +282,14 @@ def sha256(path: Path) -> str:
             while block := f.read(1 << 22):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def bundled_hash(path: str) -> str:
+    """SHA-256 of a file named in a setting. Raises InputError when it is not there."""
+    file = bundled(path)
+    if not file.is_file():
+        raise InputError(f"{path}: no such file")
+    return sha256(file)
 
 
 def is_full_disk(error: BaseException) -> bool:

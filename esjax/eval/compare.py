@@ -1,0 +1,93 @@
+"""The closing comparison of M_0, M_1, ... on the held-out dialogues."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from esjax.eval.metrics import distinct, mean_words
+from esjax.evolve.filters import REPLY_REASONS, Filters
+from esjax.evolve.lab import Lab, adapter_folder
+from esjax.evolve.pairs import Context, contexts
+from esjax.runlog import RunDir, append_in_batches, bundled_hash, progress, sha256, write_text
+from esjax.sample.generate import Generator, row_seed
+from esjax.sample.score import Scorer
+
+
+def compare(lab: Lab, run: RunDir) -> list[dict[str, Any]]:
+    """Score and answer the test dialogues with every model of the run; one stage a model. Returns a row a model."""
+    c = lab.config
+    pool = contexts(lab.test, lab.encoder, c.data.window - c.reply.max_tokens)
+    count = min(c.reply.max_contexts or len(pool), len(pool))
+    asked = [pool[i * len(pool) // count] for i in range(count)]
+    asked.sort(key=lambda x: (sum(len(m["content"]) for m in x.messages), x.id))
+    generator = Generator(lab.backbone, c.reply.batch, lab.tokenizer.end_of_turn)
+    filters = Filters.load(c.filters)
+    return [_model(lab, run, t, asked, generator, filters) for t in range(c.evolve.rounds + 1)]
+
+
+def _model(lab: Lab, run: RunDir, t: int, asked: list[Context], generator: Generator, filters: Filters) -> dict[str, Any]:
+    c, folder = lab.config, adapter_folder(run.path, t)
+    predictions, scores = run.path / "eval" / f"m{t}.jsonl", run.path / "eval" / f"m{t}.scores.json"
+
+    def work() -> None:
+        adapter = lab.adapter(folder)
+        rows = [row for d in lab.test for row in lab.encoder.dialogue(d)]
+        scorer = Scorer(lab.backbone, c.sft.row_length, c.sft.micro_rows)
+        with progress(f"m{t} reference scoring", len(rows)) as advance:
+            logprobs = np.concatenate([x for branches in scorer.score(adapter, rows, advance) for x in branches])
+
+        def answer(start: int, stop: int) -> list[dict[str, Any]]:
+            part = asked[start:stop]
+            # The same seeds for every model: differences in the table are the models', not the draws'.
+            seeds = [row_seed(c.seed, "eval", x.id) for x in part]
+            made = generator.generate(adapter, [lab.tokenizer.prompt(x.messages) for x in part], seeds, c.reply, c.reply.max_tokens)
+            return [
+                {
+                    "id": x.id,
+                    "messages": x.messages,
+                    "reference": x.reference,
+                    "prediction": lab.tokenizer.decode(m.token_ids).strip(),
+                    "finish_reason": m.finish,
+                }
+                for x, m in zip(part, made, strict=True)
+            ]
+
+        replies = append_in_batches(predictions, len(asked), c.reply.batch, answer, f"m{t} replies")
+        texts = [r["prediction"] for r in replies]
+        faults = Counter(filters.reply_fault(r["messages"], r["prediction"], r["finish_reason"]) for r in replies)
+        row = {
+            "model": f"M_{t}",
+            "perplexity": math.exp(-float(logprobs.mean())),
+            "words": mean_words(texts),
+            "distinct_1": distinct(texts, 1),
+            "distinct_2": distinct(texts, 2),
+            "replies": len(texts),
+            "would_drop": {reason: faults[reason] / len(texts) for reason in REPLY_REASONS},
+        }
+        write_text(scores, json.dumps(row, indent=1) + "\n")
+
+    inputs = {"adapter": sha256(folder), "data.test": bundled_hash(c.data.test), "prompts.system": bundled_hash(c.prompts.system)}
+    inputs |= {k: bundled_hash(v) for k, v in c.filters.model_dump().items() if isinstance(v, str)}
+    run.stage(f"eval/m{t}", [predictions, scores], inputs, work)
+    row: dict[str, Any] = json.loads(scores.read_text())
+    return row
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """The comparison as a plain table."""
+    out = Table(title=f"Held-out dialogues, {rows[0]['replies']} replies a model", title_justify="left")
+    out.add_column("")
+    for row in rows:
+        out.add_column(row["model"], justify="right")
+    lines = {"reference perplexity": "perplexity", "words a reply": "words", "Distinct-1": "distinct_1", "Distinct-2": "distinct_2"}
+    for label, key in lines.items():
+        out.add_row(label, *(f"{row[key]:.{2 if key in ('perplexity', 'words') else 3}f}" for row in rows))
+    for reason in REPLY_REASONS:
+        out.add_row(f"would be dropped: {reason}", *(f"{100 * row['would_drop'][reason]:.0f}%" for row in rows))
+    return out

@@ -1,0 +1,105 @@
+"""Preference pairs: contexts drawn for a round, pairs with their provenance, and the rows that DPO trains on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from esjax.config import InputError
+from esjax.corpus.dialogue import Dialogue, Message
+from esjax.corpus.sources import check_messages
+from esjax.evolve.filters import Filters
+from esjax.rows import Rows
+from esjax.runlog import read_jsonl
+from esjax.tokens.encode import Encoder
+
+
+@dataclass(frozen=True)
+class Context:
+    """C_n: what a supporter turn answers."""
+
+    id: str  # DIALOGUE/TURN
+    messages: list[Message]
+    reference: str  # the corpus' own answer
+
+
+def contexts(dialogues: list[Dialogue], encoder: Encoder, room: int) -> list[Context]:
+    """The contexts of all supporter turns, cut to ``room`` tokens; those too long even then are left out and counted."""
+    out = []
+    for dialogue in dialogues:
+        for turn in dialogue.supporter_turns():
+            fitted = encoder.prompt(encoder.context(dialogue, turn), room)
+            if fitted is not None:
+                out.append(Context(f"{dialogue.id}/{turn}", fitted[0], dialogue.turns[turn].text))
+    return out
+
+
+def draw(pool: list[Context], count: int | None, seed: tuple[int, ...]) -> list[Context]:
+    """``count`` contexts without replacement (all when None), ordered by length so that batches hold similar ones."""
+    if count is not None and count < len(pool):
+        chosen = np.random.default_rng(seed).choice(len(pool), count, replace=False)
+        pool = [pool[i] for i in sorted(chosen)]
+    return sorted(pool, key=lambda c: (sum(len(m["content"]) for m in c.messages), c.id))
+
+
+def sift(
+    drafts: list[dict[str, Any]], reflections: list[dict[str, Any]], refinements: list[dict[str, Any]], filters: Filters, model: dict[str, Any]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Join a round's three files into kept pairs and dropped ones, each dropped under its first reason.
+
+    Kept pairs are TRL's conversational preference rows (prompt, chosen, rejected) with where they come from.
+    """
+    kept, dropped = [], []
+    for draft, reflection, refinement in zip(drafts, reflections, refinements, strict=True):
+        if not draft["id"] == reflection["id"] == refinement["id"]:
+            raise AssertionError(f"rows out of step: {draft['id']}, {reflection['id']}, {refinement['id']}")
+        prompt = draft["prompt"]
+        side, reason = "draft", filters.reply_fault(prompt, draft["text"], draft["finish_reason"])
+        if reason is None:
+            side, reason = "refinement", filters.reply_fault(prompt, refinement["text"], refinement["finish_reason"])
+        if reason is None:
+            side, reason = "pair", filters.pair_fault(draft["text"], refinement["text"])
+        texts = {"draft": draft["text"], "refinement": refinement["text"]}
+        if reason is not None:
+            dropped.append({"id": draft["id"], "reason": reason, "side": side, **texts})
+            continue
+        kept.append(
+            {
+                "id": draft["id"],
+                "prompt": prompt,
+                "chosen": [{"role": "assistant", "content": refinement["text"]}],
+                "rejected": [{"role": "assistant", "content": draft["text"]}],
+                "reflection": reflection["reflection"],
+                "seeds": {"draft": draft["seed"], "reflection": reflection["seed"], "refinement": refinement["seed"]},
+                **model,
+            }
+        )
+    return kept, dropped
+
+
+def read_pairs(path: Path) -> list[dict[str, Any]]:
+    """Read preference pairs from anywhere, in TRL's conversational form. Raises InputError naming file and row."""
+    rows = read_jsonl(path, ("prompt", "chosen", "rejected"))
+    if not rows:
+        raise InputError(f"{path}: empty; expected one JSON object a line with prompt, chosen and rejected")
+    for number, row in enumerate(rows, start=1):
+        where = f"{path}, row {number}"
+        check_messages(row["prompt"], where, last="user")
+        for side in ("chosen", "rejected"):
+            if len(check_messages(row[side], where, last="assistant")) != 1:
+                raise InputError(f"{where}: {side} must be one assistant message; a pair's prompt must be common to both")
+    return rows
+
+
+def pair_rows(pairs: list[dict[str, Any]], encoder: Encoder) -> list[Rows]:
+    """The DPO rows of pairs."""
+    return [encoder.pair(p["prompt"], p["chosen"][0]["content"], p["rejected"][0]["content"]) for p in pairs]
+
+
+def length_ratio(pairs: list[dict[str, Any]]) -> float:
+    """Mean words of chosen over mean words of rejected: refinements tend to grow, so every round logs it."""
+    words = {side: sum(len(p[side][0]["content"].split()) for p in pairs) for side in ("chosen", "rejected")}
+    return words["chosen"] / words["rejected"]

@@ -1,0 +1,73 @@
+"""Reflections (u, s): the constrained three-line form, its parser, and the two prompts around it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import jinja2
+
+from esjax.config import Config, InputError, read_text
+from esjax.corpus.dialogue import Message
+from esjax.sample.constrain import Automaton, Field, compile_template
+from esjax.tokens.tokenizer import ChatTokenizer
+
+FIELDS = {"profile": "Profile", "emotional_state": "Emotional state", "situation": "Situation"}
+SENTENCES = r" [A-Za-z][^\n]*[.!?]"  # one line that begins with a letter and ends a sentence
+
+
+def automaton(tokenizer: ChatTokenizer, field_tokens: int, vocab: int) -> tuple[Automaton, int]:
+    """The constraint under which reflections are sampled, and the most tokens that one takes."""
+    parts: list[str | Field] = []
+    for i, label in enumerate(FIELDS.values()):
+        parts += [("\n" if i else "") + label + ":", Field(SENTENCES, field_tokens)]
+    return compile_template(parts, tokenizer, vocab)
+
+
+def parse(text: str) -> dict[str, str]:
+    """The fields of a reflection. Raises ValueError when the text is not of the form, which the constraint rules out."""
+    pattern = "\n".join(rf"{label}:(?P<{name}>{SENTENCES})" for name, label in FIELDS.items())
+    match = re.fullmatch(pattern, text)
+    if match is None:
+        raise ValueError(f"not a reflection: {text!r}")
+    return {name: value.strip() for name, value in match.groupdict().items()}
+
+
+@dataclass(frozen=True)
+class Instructions:
+    """The principles and the two templates. Each prompt is C_n with a request appended to the seeker's last message.
+
+    So all three prompts of a context begin with the same tokens, up to the end of what the seeker wrote.
+    """
+
+    principles: str
+    reflect: jinja2.Template
+    refine: jinja2.Template
+
+    @classmethod
+    def load(cls, config: Config) -> Instructions:
+        """Read the files of ``config.prompts``. Raises InputError naming a file with a broken template."""
+        return cls(read_text(config.prompts.principles), _template(config.prompts.reflect), _template(config.prompts.refine))
+
+    def reflection_prompt(self, context: list[Message]) -> list[Message]:
+        """(I, C_n)."""
+        return _append(context, self.reflect.render(principles=self.principles))
+
+    def refinement_prompt(self, context: list[Message], reflection: dict[str, str], draft: str) -> list[Message]:
+        """(I, C_n, u, s, y)."""
+        return _append(context, self.refine.render(principles=self.principles, draft=draft, **reflection))
+
+
+def _template(path: str) -> jinja2.Template:
+    try:
+        template = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False).from_string(read_text(path))  # noqa: S701  plain text
+        template.render(principles="", draft="", **dict.fromkeys(FIELDS, ""))
+    except jinja2.TemplateError as e:
+        allowed = ", ".join(("principles", "draft", *FIELDS))
+        raise InputError(f"{path}: broken template ({e}); the variables are {allowed}") from e
+    return template
+
+
+def _append(context: list[Message], request: str) -> list[Message]:
+    last = context[-1]
+    return [*context[:-1], {"role": last["role"], "content": f"{last['content']}\n\n{request}"}]

@@ -1,0 +1,72 @@
+"""Export a model to Hugging Face: a merged folder or a PEFT adapter, reloaded and compared before it is called done."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from esjax import rows
+from esjax.config import InputError
+from esjax.evolve.lab import Lab
+from esjax.hub.shards import write_shards
+from esjax.model.lora import Adapter, load_adapter, save_adapter
+from esjax.model.weights import Backbone, bind, load_backbone, merged_tensors
+from esjax.rows import Rows
+from esjax.runlog import RunError, replacing, say
+
+COPIED = ("tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "generation_config.json")
+CHECK = "I lost my job this morning, and I have not told my family yet."
+
+
+def export(lab: Lab, adapter: Adapter, format: Literal["merged", "peft"], out: Path) -> None:
+    """Write base + adapter to the folder ``out``, which must not exist.
+
+    Raises InputError when it does, RunError when the reloaded folder does not give the model's logits.
+    """
+    if out.exists():
+        raise InputError(f"{out} exists; give a new folder as --out")
+    backbone = lab.backbone
+    if backbone.lora is None:
+        raise InputError("only a run's model can be exported: --run-dir RUN --model m1")
+    say(f"writing {out} ({format})")
+    probe = rows.stack([rows.trunk(lab.tokenizer.prompt(lab.encoder.with_system([{"role": "user", "content": CHECK}])))])
+    ours = _logits(backbone, adapter, probe)
+    with replacing(out) as folder:
+        if format == "merged":
+            folder.mkdir(parents=True)
+            write_shards(folder, merged_tensors(backbone, adapter))
+            config = json.loads((backbone.folder / "config.json").read_text())
+            config.pop("torch_dtype", None)
+            config["dtype"] = backbone.dtype.name
+            (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        else:
+            save_adapter(folder, adapter, backbone.arch, backbone.lora, str(backbone.folder.absolute()))
+        for pattern in COPIED:
+            for file in backbone.folder.glob(pattern):
+                shutil.copy(file, folder / file.name)
+        if format == "merged":
+            theirs = _logits(load_backbone(folder, None, backbone.dtype), nnx.State({}), probe)
+        else:
+            theirs = _logits(backbone, load_adapter(folder, adapter), probe)
+        worst = float(np.abs(ours - theirs).max())
+        # Merging rounds W + scale A B to the base's dtype: float32 keeps logits to 2e-3, bfloat16 to its 8 bits.
+        allowed = 2e-3 if backbone.dtype == jnp.float32 else 0.02 * float(np.abs(ours).max())
+        if not worst <= allowed:
+            raise RunError(f"{out}: the reloaded model's logits differ by {worst:.2e} (allowed {allowed:.2e}); nothing was written")
+    say(f"wrote {out}; reloaded logits agree to {worst:.1e}")
+
+
+def _logits(backbone: Backbone, adapter: Adapter, probe: Rows) -> np.ndarray:
+    @jax.jit
+    def run(adapter: Adapter, base: nnx.State) -> jax.Array:
+        model = bind(backbone.definition, adapter, base)
+        return model.logits(model(probe))
+
+    return np.asarray(run(adapter, backbone.base))
