@@ -102,7 +102,8 @@ def visible(rows: Rows) -> Array:
     """Who sees whom: bool [B, T, T], true where query token i attends to key token j.
 
     Token i attends to j iff segment_i == segment_j and (branch_i == branch_j and j <= i, or branch_j == 0 and
-    position_j < limit_i). Padding sees padding, so that no softmax is empty.
+    position_j < limit_i). Padding sees padding, so that no softmax is empty. No token sees a later one of its row, since
+    a trunk comes before its branches.
     """
     index = np.arange(rows.tokens.shape[-1])
     same_segment = rows.segment[:, :, None] == rows.segment[:, None, :]

@@ -57,12 +57,14 @@ class Linear(nnx.Module):
         self.lora_b = nnx.LoRAParam(jnp.zeros((stack, lora.rank, o), jnp.float32), axes=("layers", "lora", axes_out))
 
     def __call__(self, x: Array) -> Array:
-        y = x @ self.kernel[...]
+        # Two-dimensional: XLA's CPU backend computes the narrow gradients of A and B several times slower over two axes.
+        flat = x.reshape(-1, x.shape[-1])
+        y = flat @ self.kernel[...]
         if self.bias is not None:
             y = y + self.bias[...]
         if self.lora_a is not None and self.lora_b is not None:
-            y = y + (x @ self.lora_a[...].astype(x.dtype)) @ self.lora_b[...].astype(x.dtype) * self.scale
-        return y
+            y = y + (flat @ self.lora_a[...].astype(x.dtype) * self.scale) @ self.lora_b[...].astype(x.dtype)
+        return y.reshape(*x.shape[:-1], -1)
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
@@ -102,25 +104,38 @@ def rotate(x: Array, rope: Rope) -> Array:
     return jnp.concatenate([a * rope.cos - b * rope.sin, b * rope.cos + a * rope.sin], axis=-1).astype(x.dtype)
 
 
-def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """Grouped-query attention: q [B, T, N, H], k and v [B, S, K, H], mask bool [B, T, S] -> [B, T, N, H].
+CPU_CHUNK = 128  # queries at a time
 
-    On a CPU one row at a time: its scores then stay in the cache (7 times faster here at T = 512, 3 times with the
-    backward pass, than the batched form).
+
+def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """Grouped-query attention: q [B, T, N, H], k and v [B, T, K, H], mask bool [B, T, T] -> [B, T, N, H].
+
+    On a CPU one row and one chunk of queries at a time, against the keys up to the chunk's end only (no token of a row
+    sees a later one): the scores then stay in the cache. At T = 512 this is 8 times faster than the batched form, and 4
+    times with the backward pass (two cores, float32).
     """
     if jax.default_backend() != "cpu":
         return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
+    _, t, n, h = q.shape
+    groups = k.shape[2]
 
     @jax.checkpoint
+    def chunk(q_KxGxCxH: Array, k_KxSxH: Array, v_KxSxH: Array, mask_CxS: Array) -> Array:
+        _, g, c, _ = q_KxGxCxH.shape
+        scores = jnp.einsum("kth,ksh->kts", q_KxGxCxH.reshape(groups, g * c, h), k_KxSxH).reshape(groups, g, c, -1)
+        p = jax.nn.softmax(jnp.where(mask_CxS, scores.astype(jnp.float32), -1e30), axis=-1).astype(v.dtype)
+        return jnp.einsum("kts,ksh->kth", p.reshape(groups, g * c, -1), v_KxSxH).reshape(groups, g, c, h)
+
     def one(row: tuple[Array, Array, Array, Array]) -> Array:
-        q_TxNxH, k_SxKxH, v_SxKxH, mask_TxS = row
-        t, n, h = q_TxNxH.shape
-        s, groups, _ = k_SxKxH.shape
-        grouped = (q_TxNxH * h**-0.5).reshape(t, groups, n // groups, h).transpose(1, 2, 0, 3).reshape(groups, -1, h)
-        scores = jnp.einsum("kth,skh->kts", grouped, k_SxKxH).reshape(groups, n // groups, t, s)
-        p = jax.nn.softmax(jnp.where(mask_TxS, scores, -1e30), axis=-1).reshape(groups, -1, s)
-        out = jnp.einsum("kts,skh->kth", p, v_SxKxH)
-        return out.reshape(groups, n // groups, t, h).transpose(2, 0, 1, 3).reshape(t, n, h)
+        q_TxNxH, k_TxKxH, v_TxKxH, mask_TxT = row
+        q_KxGxTxH = (q_TxNxH * h**-0.5).reshape(t, groups, n // groups, h).transpose(1, 2, 0, 3)
+        k_KxTxH, v_KxTxH = k_TxKxH.transpose(1, 0, 2), v_TxKxH.transpose(1, 0, 2)
+        ends = [min(start + CPU_CHUNK, t) for start in range(0, t, CPU_CHUNK)]
+        parts = [
+            chunk(q_KxGxTxH[:, :, start:end], k_KxTxH[:, :end], v_KxTxH[:, :end], mask_TxT[start:end, :end])
+            for start, end in zip(range(0, t, CPU_CHUNK), ends, strict=True)
+        ]
+        return jnp.concatenate(parts, axis=2).transpose(2, 0, 1, 3).reshape(t, n, h)
 
     return jax.lax.map(one, (q, k, v, mask))
 

@@ -1,0 +1,153 @@
+"""Shared fixtures: a tiny random model with its own tokenizer, the real SmolLM2, and real ESConv dialogues where present."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from esjax.cli import main
+from esjax.config import Config, InputError, bundled, load
+from esjax.hub.fetch import resolve
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+REPOSITORY = Path(__file__).parent.parent
+ESCONV = Path(os.environ.get("ESJAX_ESCONV", REPOSITORY.parent / "shared" / "data" / "esconv"))
+
+
+def sample_texts() -> list[str]:
+    rows = [json.loads(line) for line in bundled("bundled:data/sample/train.jsonl").read_text().splitlines()]
+    return [turn["text"] for row in rows for turn in row["turns"]]
+
+
+def save_tokenizer(folder: Path, vocab: int = 1024) -> PreTrainedTokenizerFast:
+    """A small byte-level BPE trained on the sample corpus, with a ChatML template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(sample_texts(), trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", bos_token="<|im_start|>", pad_token="<|im_end|>", chat_template=CHAT_TEMPLATE
+    )
+    fast.save_pretrained(folder)
+    return fast
+
+
+def save_tiny_model(folder: Path, seed: int = 0) -> None:
+    """A random two-layer Llama that ends its replies after some twenty tokens, so that the whole pipeline has work to do."""
+    fast = save_tokenizer(folder)
+    config = LlamaConfig(
+        vocab_size=len(fast),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=4096,
+        rope_theta=10000.0,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "norm" not in name:
+                p.copy_(torch.randn_like(p) * (0.3 if "lm_head" in name or "embed" in name else 0.1))
+        model.model.embed_tokens.weight[:, 0] = 4.0  # a constant direction, which the head of the end token reads
+        model.lm_head.weight[:, 0] = 0.0
+        model.lm_head.weight[1] = 0.0
+        model.lm_head.weight[1, 0] = 1.1
+    model.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder with a tiny random Llama and its tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny")
+    save_tiny_model(folder)
+    return folder
+
+
+def tiny_overrides(folder: Path) -> list[str]:
+    """Settings that make the quickstart's config a run of seconds with the tiny model."""
+    values = {
+        "model.source": folder,
+        "model.sha256": "null",
+        "lora.rank": 4,
+        "data.window": 768,
+        "sft.row_length": 768,
+        "sft.epochs": 1,
+        "sft.learning_rate": 0.001,
+        "sft.checkpoint_every": 2,
+        "dpo.row_length": 896,
+        "dpo.checkpoint_every": 2,
+        "evolve.contexts_per_round": 16,
+        "evolve.batch": 4,
+        "evolve.draft.max_tokens": 48,
+        "evolve.refinement.max_tokens": 48,
+        "evolve.reflection.field_tokens": 8,
+        "filters.min_length_ratio": 0.1,
+        "filters.max_length_ratio": 10.0,
+        "reply.max_tokens": 48,
+        "reply.max_contexts": 4,
+        "reply.batch": 4,
+    }
+    return [part for key, value in values.items() for part in (f"--{key}", str(value))]
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_folder: Path) -> Config:
+    return load(None, tiny_overrides(tiny_folder))
+
+
+@pytest.fixture(scope="session")
+def tiny_config_file(tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny config as a YAML file, for the command line."""
+    file = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    file.write_text(yaml.safe_dump(tiny_config.model_dump(mode="json")))
+    return file
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run directory of the tiny model."""
+    run = tmp_path_factory.mktemp("runs") / "tiny"
+    main(["evolve", "--run-dir", str(run), *tiny_overrides(tiny_folder)])
+    return run
+
+
+@pytest.fixture(scope="session")
+def smollm_folder() -> Path:
+    """SmolLM2-135M-Instruct as the quickstart uses it, dequantised to a Hugging Face folder."""
+    config = load(None, [])
+    try:
+        return resolve(config.model.source, config.model.sha256)
+    except InputError as error:
+        if "could not be downloaded" not in str(error):
+            raise
+        pytest.skip(f"real weights are not at hand: {error}")
+
+
+@pytest.fixture(scope="session")
+def esconv() -> Path:
+    """The folder with real ESConv rows (not part of this repository: non-commercial licence)."""
+    if not (ESCONV / "valid.jsonl").exists():
+        pytest.skip(f"no ESConv data at {ESCONV}; set ESJAX_ESCONV to a folder with train_part.jsonl and valid.jsonl")
+    return ESCONV
