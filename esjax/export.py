@@ -21,7 +21,15 @@ from esjax.model.weights import Backbone, bind, load_backbone, merged_tensors
 from esjax.rows import Rows
 from esjax.runlog import RunError, replacing, say
 
-COPIED = ("tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "generation_config.json")
+COPIED = (
+    "tokenizer*",
+    "chat_template*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "generation_config.json",
+)
 CHECK = "I lost my job this morning, and I have not told my family yet."
 
 
@@ -36,7 +44,9 @@ def export(lab: Lab, adapter: Adapter, format: Literal["merged", "peft"], out: P
     if backbone.lora is None:
         raise InputError("only a run's model can be exported: --run-dir RUN --model m1")
     say(f"writing {out} ({format})")
-    probe = rows.stack([rows.trunk(lab.tokenizer.prompt(lab.encoder.with_system([{"role": "user", "content": CHECK}])))])
+    probe = rows.stack(
+        [rows.trunk(lab.tokenizer.prompt(lab.encoder.with_system([{"role": "user", "content": CHECK}])))]
+    )
     ours = _logits(backbone, adapter, probe)
     with replacing(out) as folder:
         if format == "merged":
@@ -59,7 +69,9 @@ def export(lab: Lab, adapter: Adapter, format: Literal["merged", "peft"], out: P
         # Merging rounds W + scale A B to the base's dtype: float32 keeps logits to 2e-3, bfloat16 to its 8 bits.
         allowed = 2e-3 if backbone.dtype == jnp.float32 else 0.02 * float(np.abs(ours).max())
         if not worst <= allowed:
-            raise RunError(f"{out}: the reloaded model's logits differ by {worst:.2e} (allowed {allowed:.2e}); nothing was written")
+            raise RunError(
+                f"{out}: the reloaded model's logits differ by {worst:.2e} (allowed {allowed:.2e}); nothing was written"
+            )
     say(f"wrote {out}; reloaded logits agree to {worst:.1e}")
 
 

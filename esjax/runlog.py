@@ -111,7 +111,9 @@ def read_jsonl(path: Path, required: Iterable[str] = ()) -> list[dict[str, Any]]
             raise InputError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
         for field in required:
             if field not in row:
-                raise InputError(f"{path}, line {number}: the field {field!r} is missing; required: {', '.join(required)}")
+                raise InputError(
+                    f"{path}, line {number}: the field {field!r} is missing; required: {', '.join(required)}"
+                )
         rows.append(row)
     return rows
 
@@ -214,7 +216,9 @@ class RunDir:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
-            raise InputError(f"{path}: another process is running in this run directory; wait for it or choose another") from e
+            raise InputError(
+                f"{path}: another process is running in this run directory; wait for it or choose another"
+            ) from e
         saved = path / "config.yaml"
         if saved.exists():
             changed = differing(load(str(saved), []), config)
@@ -231,7 +235,9 @@ class RunDir:
         else:
             self.manifest = {"stages": {}}
 
-    def stage(self, name: str, outputs: list[Path], inputs: dict[str, str], work: Callable[[], dict[str, Any] | None]) -> None:
+    def stage(
+        self, name: str, outputs: list[Path], inputs: dict[str, str], work: Callable[[], dict[str, Any] | None]
+    ) -> None:
         """Do ``work`` unless the manifest says it is done; then record inputs, seconds, versions and what work returned.
 
         ``inputs`` maps a name to a hash; a finished stage whose inputs have changed since is refused by name, and so is
@@ -247,7 +253,9 @@ class RunDir:
                 )
             missing = [str(p) for p in outputs if not p.exists()]
             if missing:
-                raise InputError(f"{self.path}: stage {name} is done, but {missing[0]} is gone; restore it or choose another --run-dir")
+                raise InputError(
+                    f"{self.path}: stage {name} is done, but {missing[0]} is gone; restore it or choose another --run-dir"
+                )
             say(f"{name}: done before, {entry['seconds']:.0f} s then")
             return
         say(f"{name}: started")
@@ -268,7 +276,9 @@ class RunDir:
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
-    return {"python": platform.python_version()} | {p: version(p) for p in ("esjax", "jax", "flax", "optax", "transformers")}
+    return {"python": platform.python_version()} | {
+        p: version(p) for p in ("esjax", "jax", "flax", "optax", "transformers")
+    }
 
 
 def sha256(path: Path) -> str:
@@ -298,7 +308,9 @@ def is_full_disk(error: BaseException) -> bool:
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in NO_SPACE:
             return True
-        if any(word in str(seen) for word in ("No space left on device", "ENOSPC", "Disk quota exceeded", "File too large")):
+        if any(
+            word in str(seen) for word in ("No space left on device", "ENOSPC", "Disk quota exceeded", "File too large")
+        ):
             return True
         seen = seen.__cause__ or seen.__context__
     return False

@@ -9,7 +9,9 @@ from typing import Literal
 Role = Literal["seeker", "supporter"]
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
-OPENING = "(The conversation begins.)"  # stands for the seeker where the supporter speaks first: chat templates want a user
+OPENING = (
+    "(The conversation begins.)"  # stands for the seeker where the supporter speaks first: chat templates want a user
+)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,9 @@ def compare(lab: Lab, run: RunDir) -> list[dict[str, Any]]:
     return [_model(lab, run, t, asked, generator, filters) for t in range(c.evolve.rounds + 1)]
 
 
-def _model(lab: Lab, run: RunDir, t: int, asked: list[Context], generator: Generator, filters: Filters) -> dict[str, Any]:
+def _model(
+    lab: Lab, run: RunDir, t: int, asked: list[Context], generator: Generator, filters: Filters
+) -> dict[str, Any]:
     c, folder = lab.config, adapter_folder(run.path, t)
     predictions, scores = run.path / "eval" / f"m{t}.jsonl", run.path / "eval" / f"m{t}.scores.json"
 
@@ -46,7 +48,9 @@ def _model(lab: Lab, run: RunDir, t: int, asked: list[Context], generator: Gener
             part = asked[start:stop]
             # The same seeds for every model: differences in the table are the models', not the draws'.
             seeds = [row_seed(c.seed, "eval", x.id) for x in part]
-            made = generator.generate(adapter, [lab.tokenizer.prompt(x.messages) for x in part], seeds, c.reply, c.reply.max_tokens)
+            made = generator.generate(
+                adapter, [lab.tokenizer.prompt(x.messages) for x in part], seeds, c.reply, c.reply.max_tokens
+            )
             return [
                 {
                     "id": x.id,
@@ -72,7 +76,11 @@ def _model(lab: Lab, run: RunDir, t: int, asked: list[Context], generator: Gener
         }
         write_text(scores, json.dumps(row, indent=1) + "\n")
 
-    inputs = {"adapter": sha256(folder), "data.test": bundled_hash(c.data.test), "prompts.system": bundled_hash(c.prompts.system)}
+    inputs = {
+        "adapter": sha256(folder),
+        "data.test": bundled_hash(c.data.test),
+        "prompts.system": bundled_hash(c.prompts.system),
+    }
     inputs |= {k: bundled_hash(v) for k, v in c.filters.model_dump().items() if isinstance(v, str)}
     run.stage(f"eval/m{t}", [predictions, scores], inputs, work)
     row: dict[str, Any] = json.loads(scores.read_text())
@@ -85,7 +93,12 @@ def table(rows: list[dict[str, Any]]) -> Table:
     out.add_column("")
     for row in rows:
         out.add_column(row["model"], justify="right")
-    lines = {"reference perplexity": "perplexity", "words a reply": "words", "Distinct-1": "distinct_1", "Distinct-2": "distinct_2"}
+    lines = {
+        "reference perplexity": "perplexity",
+        "words a reply": "words",
+        "Distinct-1": "distinct_1",
+        "Distinct-2": "distinct_2",
+    }
     for label, key in lines.items():
         out.add_row(label, *(f"{row[key]:.{2 if key in ('perplexity', 'words') else 3}f}" for row in rows))
     for reason in REPLY_REASONS:

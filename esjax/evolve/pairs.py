@@ -46,7 +46,11 @@ def draw(pool: list[Context], count: int | None, seed: tuple[int, ...]) -> list[
 
 
 def sift(
-    drafts: list[dict[str, Any]], reflections: list[dict[str, Any]], refinements: list[dict[str, Any]], filters: Filters, model: dict[str, Any]
+    drafts: list[dict[str, Any]],
+    reflections: list[dict[str, Any]],
+    refinements: list[dict[str, Any]],
+    filters: Filters,
+    model: dict[str, Any],
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Join a round's three files into kept pairs and dropped ones, each dropped under its first reason.
 
@@ -90,7 +94,9 @@ def read_pairs(path: Path) -> list[dict[str, Any]]:
         check_messages(row["prompt"], where, last="user")
         for side in ("chosen", "rejected"):
             if len(check_messages(row[side], where, last="assistant")) != 1:
-                raise InputError(f"{where}: {side} must be one assistant message; a pair's prompt must be common to both")
+                raise InputError(
+                    f"{where}: {side} must be one assistant message; a pair's prompt must be common to both"
+                )
     return rows
 
 

@@ -12,25 +12,31 @@ from esjax.corpus.dialogue import Message
 from esjax.sample.constrain import Automaton, Field, compile_template
 from esjax.tokens.tokenizer import ChatTokenizer
 
-FIELDS = {"profile": "Profile", "emotional_state": "Emotional state", "situation": "Situation"}
-SENTENCES = r" [A-Za-z][^\n]*[.!?]"  # one line that begins with a letter and ends a sentence
+# name in the files -> label and opening words of its line. The opening is given, so that a small model describes the seeker
+# instead of repeating the request.
+FIELDS = {
+    "profile": ("Profile:", "They are"),
+    "emotional_state": ("Emotional state:", "They feel"),
+    "situation": ("Situation:", "They"),
+}
+REST = r" [a-z][^\n]*[.!?]"  # what follows the opening: one line, which ends a sentence
 
 
 def automaton(tokenizer: ChatTokenizer, field_tokens: int, vocab: int) -> tuple[Automaton, int]:
     """The constraint under which reflections are sampled, and the most tokens that one takes."""
     parts: list[str | Field] = []
-    for i, label in enumerate(FIELDS.values()):
-        parts += [("\n" if i else "") + label + ":", Field(SENTENCES, field_tokens)]
+    for i, (label, opening) in enumerate(FIELDS.values()):
+        parts += [("\n" if i else "") + f"{label} {opening}", Field(REST, field_tokens)]
     return compile_template(parts, tokenizer, vocab)
 
 
 def parse(text: str) -> dict[str, str]:
     """The fields of a reflection. Raises ValueError when the text is not of the form, which the constraint rules out."""
-    pattern = "\n".join(rf"{label}:(?P<{name}>{SENTENCES})" for name, label in FIELDS.items())
-    match = re.fullmatch(pattern, text)
+    lines = [rf"{label} (?P<{name}>{opening}{REST})" for name, (label, opening) in FIELDS.items()]
+    match = re.fullmatch("\n".join(lines), text)
     if match is None:
         raise ValueError(f"not a reflection: {text!r}")
-    return {name: value.strip() for name, value in match.groupdict().items()}
+    return match.groupdict()
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,9 @@ class Instructions:
     @classmethod
     def load(cls, config: Config) -> Instructions:
         """Read the files of ``config.prompts``. Raises InputError naming a file with a broken template."""
-        return cls(read_text(config.prompts.principles), _template(config.prompts.reflect), _template(config.prompts.refine))
+        return cls(
+            read_text(config.prompts.principles), _template(config.prompts.reflect), _template(config.prompts.refine)
+        )
 
     def reflection_prompt(self, context: list[Message]) -> list[Message]:
         """(I, C_n)."""
@@ -60,7 +68,7 @@ class Instructions:
 
 def _template(path: str) -> jinja2.Template:
     try:
-        template = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False).from_string(read_text(path))  # noqa: S701  plain text
+        template = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False).from_string(read_text(path))
         template.render(principles="", draft="", **dict.fromkeys(FIELDS, ""))
     except jinja2.TemplateError as e:
         allowed = ", ".join(("principles", "draft", *FIELDS))

@@ -18,7 +18,17 @@ from esjax.evolve.pairs import contexts, draw, length_ratio, pair_rows, read_pai
 from esjax.evolve.reflect import Instructions, automaton, parse
 from esjax.model.lora import Adapter, save_adapter
 from esjax.rows import Rows
-from esjax.runlog import RunDir, RunError, append_in_batches, bundled_hash, read_jsonl, replacing, say, sha256, write_jsonl
+from esjax.runlog import (
+    RunDir,
+    RunError,
+    append_in_batches,
+    bundled_hash,
+    read_jsonl,
+    replacing,
+    say,
+    sha256,
+    write_jsonl,
+)
 from esjax.sample.generate import Generator, row_seed
 from esjax.sample.score import Scorer
 from esjax.train.loop import Phase, train
@@ -41,7 +51,11 @@ def evolve(lab: Lab, run: RunDir) -> None:
 def sft(lab: Lab, run: RunDir) -> None:
     """Phase 1: LoRA supervised fine-tuning on every supporter turn, with replay. Writes sft/adapter, M_0."""
     c = lab.config
-    inputs = {"weights": lab.weights_hash, "data.train": bundled_hash(c.data.train), "data.valid": bundled_hash(c.data.valid)}
+    inputs = {
+        "weights": lab.weights_hash,
+        "data.train": bundled_hash(c.data.train),
+        "data.valid": bundled_hash(c.data.valid),
+    }
     inputs["prompts.system"] = bundled_hash(c.prompts.system)
     if c.data.replay:
         inputs["data.replay"] = bundled_hash(c.data.replay)
@@ -55,7 +69,7 @@ def sft(lab: Lab, run: RunDir) -> None:
             return -float(np.concatenate([x for branches in scorer.score(adapter, valid) for x in branches]).mean())
 
         fresh = lab.backbone.fresh_adapter(c.seed)
-        say(f"  {len(examples)} examples, {facts['target_tokens']} target tokens; validation loss of the backbone {validate(fresh):.3f}")
+        say(f"  {len(examples)} examples, {facts['target_tokens']} target tokens; backbone's validation loss {validate(fresh):.3f}")
         phase = Phase(
             name="sft",
             folder=run.path / "sft",
@@ -117,10 +131,14 @@ def improve(lab: Lab, run: RunDir, generator: Generator, t: int) -> None:
         return work
 
     lab.encoder.counts.clear()
-    pool = contexts(lab.train, lab.encoder, c.data.window - max(c.evolve.draft.max_tokens, c.evolve.refinement.max_tokens))
+    pool = contexts(
+        lab.train, lab.encoder, c.data.window - max(c.evolve.draft.max_tokens, c.evolve.refinement.max_tokens)
+    )
     chosen = draw(pool, c.evolve.contexts_per_round, (c.seed, t))
     total = len(chosen)
-    say(f"round {t}: {total} of {len(pool)} contexts{', ' + _counted(lab.encoder.counts) if lab.encoder.counts else ''}")
+    say(
+        f"round {t}: {total} of {len(pool)} contexts{', ' + _counted(lab.encoder.counts) if lab.encoder.counts else ''}"
+    )
 
     def drafts(start: int, stop: int) -> list[Row]:
         part = chosen[start:stop]
@@ -152,7 +170,9 @@ def improve(lab: Lab, run: RunDir, generator: Generator, t: int) -> None:
     run.stage(f"round{t}/reflections", [files["reflections"]], inputs, generated("reflections", total, reflections))
 
     def refinements(start: int, stop: int) -> list[Row]:
-        part = list(zip(read_jsonl(files["drafts"])[start:stop], read_jsonl(files["reflections"])[start:stop], strict=True))
+        part = list(
+            zip(read_jsonl(files["drafts"])[start:stop], read_jsonl(files["reflections"])[start:stop], strict=True)
+        )
         asked = [instructions.refinement_prompt(d["prompt"], r["reflection"], d["text"]) for d, r in part]
         prompts, ids = [lab.tokenizer.prompt(m) for m in asked], [d["id"] for d, _ in part]
         made = _replies(lab, generator, model(), prompts, ids, f"round{t}/refinement", c.evolve.refinement)
@@ -162,12 +182,20 @@ def improve(lab: Lab, run: RunDir, generator: Generator, t: int) -> None:
     run.stage(f"round{t}/refinements", [files["refinements"]], inputs, generated("refinements", total, refinements))
 
     def pairs() -> Row:
-        kept, dropped = sift(*(read_jsonl(files[n]) for n in ("drafts", "reflections", "refinements")), filters, {"round": t, **teacher})
+        kept, dropped = sift(
+            read_jsonl(files["drafts"]),
+            read_jsonl(files["reflections"]),
+            read_jsonl(files["refinements"]),
+            filters,
+            {"round": t, **teacher},
+        )
         write_jsonl(files["dropped"], dropped)
         reasons = Counter(d["reason"] for d in dropped)
         say(f"  kept {len(kept)} of {total} pairs; dropped: {_counted(reasons) or 'none'}")
         if not kept:
-            raise RunError(f"round {t}: every pair was dropped ({_counted(reasons)}); see {files['dropped']} and the filters section")
+            raise RunError(
+                f"round {t}: every pair was dropped ({_counted(reasons)}); see {files['dropped']} and the filters section"
+            )
         _reference(lab, model(), kept, files["pairs"], f"round {t} scoring")
         return {"kept": len(kept), "dropped": dict(reasons), "length_ratio": round(length_ratio(kept), 4)}
 
@@ -217,12 +245,23 @@ def check_start(metrics: dict[str, float], float32: bool) -> None:
 
 
 def _replies(
-    lab: Lab, generator: Generator, adapter: Adapter, prompts: list[list[int]], ids: list[str], stage: str, how: SamplingSettings
+    lab: Lab,
+    generator: Generator,
+    adapter: Adapter,
+    prompts: list[list[int]],
+    ids: list[str],
+    stage: str,
+    how: SamplingSettings,
 ) -> list[Row]:
     seeds = [row_seed(lab.config.seed, stage, i) for i in ids]
     made = generator.generate(adapter, prompts, seeds, how, how.max_tokens)
     return [
-        {"text": lab.tokenizer.decode(m.token_ids).strip(), "finish_reason": m.finish, "num_tokens": len(m.token_ids), "seed": seed}
+        {
+            "text": lab.tokenizer.decode(m.token_ids).strip(),
+            "finish_reason": m.finish,
+            "num_tokens": len(m.token_ids),
+            "seed": seed,
+        }
         for m, seed in zip(made, seeds, strict=True)
     ]
 
@@ -236,7 +275,10 @@ def _reference(lab: Lab, adapter: Adapter, pairs: list[Row], path: Path, label: 
     def work(start: int, stop: int) -> list[Row]:
         part = pairs[start:stop]
         sums = [[float(x.sum()) for x in branches] for branches in scorer.score(adapter, pair_rows(part, lab.encoder))]
-        return [p | {"reference": {"chosen": chosen, "rejected": rejected}} for p, (chosen, rejected) in zip(part, sums, strict=True)]
+        return [
+            p | {"reference": {"chosen": chosen, "rejected": rejected}}
+            for p, (chosen, rejected) in zip(part, sums, strict=True)
+        ]
 
     append_in_batches(path, len(pairs), batch, work, label)
 
@@ -245,7 +287,12 @@ def score_pairs(lab: Lab, run: RunDir, source: Path, start: Adapter, start_hash:
     """Copy foreign pairs into the run directory with reference log-probs under the model that DPO starts from."""
     target = run.path / "pairs.jsonl"
     rows = read_pairs(source)
-    run.stage("pairs", [target], {"pairs": sha256(source), "start": start_hash}, lambda: _reference(lab, start, rows, target, "scoring"))
+    run.stage(
+        "pairs",
+        [target],
+        {"pairs": sha256(source), "start": start_hash},
+        lambda: _reference(lab, start, rows, target, "scoring"),
+    )
     return target
 
 
@@ -258,4 +305,3 @@ def _save(lab: Lab, folder: Path, adapter: Adapter) -> None:
 
 def _counted(counts: Counter[str]) -> str:
     return ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))
-

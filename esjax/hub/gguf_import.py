@@ -16,7 +16,11 @@ from esjax.config import InputError
 from esjax.hub.shards import write_shards
 
 # GGUF tensor names of the llama and qwen2 architectures -> Hugging Face names
-GLOBAL = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight", "output.weight": "lm_head.weight"}
+GLOBAL = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
 PER_LAYER = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -86,7 +90,9 @@ def _config(meta: _Metadata, arch: str, tied: bool) -> dict[str, Any]:
     }
 
 
-def _tensors(reader: gguf.GGUFReader, config: dict[str, Any], arch: str, file: Path) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors(
+    reader: gguf.GGUFReader, config: dict[str, Any], arch: str, file: Path
+) -> Iterator[tuple[str, np.ndarray]]:
     for tensor in reader.tensors:
         try:
             array = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
@@ -97,7 +103,9 @@ def _tensors(reader: gguf.GGUFReader, config: dict[str, Any], arch: str, file: P
             continue
         _, layer, kind, suffix = (*tensor.name.split("."), "", "", "")[:4]
         if not tensor.name.startswith("blk.") or kind not in PER_LAYER:
-            raise InputError(f"{file}: the tensor {tensor.name} is not supported; import the Hugging Face folder instead")
+            raise InputError(
+                f"{file}: the tensor {tensor.name} is not supported; import the Hugging Face folder instead"
+            )
         if arch == "llama" and kind in ("attn_q", "attn_k"):
             array = _unpermute(array, config["num_attention_heads" if kind == "attn_q" else "num_key_value_heads"])
         yield f"model.layers.{layer}.{PER_LAYER[kind]}.{suffix}", array
@@ -120,7 +128,10 @@ def _tokenizer(meta: _Metadata) -> PreTrainedTokenizerFast:
     merges = [tuple(m.split(" ", 1)) for m in meta["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     special = [t for t, kind in zip(tokens, types, strict=True) if kind in (CONTROL, USER_DEFINED)]

@@ -73,7 +73,7 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], max_by
     if len(shards) == 1:
         (folder / "shard-0.safetensors").rename(folder / SINGLE)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, keys in enumerate(shards):
         name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"shard-{i}.safetensors").rename(folder / name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from flax import nnx
 from jax import Array
 
 from esjax.model.families import Architecture
-from esjax.model.layers import Block, Lora, attend, attend_cached, rope_at, rms_norm
+from esjax.model.layers import Block, Lora, attend, attend_cached, rms_norm, rope_at
 from esjax.rows import Rows, visible
 
 
@@ -40,13 +40,14 @@ class Decoder(nnx.Module):
 
     def prefill(self, rows: Rows, slots: int) -> tuple[Array, Cache]:
         """Hidden states [B, T, D], and the cache of the T tokens in the first of ``slots`` slots."""
-        x, (k_LxBxTxKxH, v_LxBxTxKxH) = self._run(rows, remat=False, keep_cache=True)
+        x, kv = self._run(rows, remat=False, keep_cache=True)
+        k_LxBxTxKxH, v_LxBxTxKxH = kv
         room = slots - rows.tokens.shape[1]
         k = jnp.pad(k_LxBxTxKxH.transpose(0, 1, 3, 4, 2), ((0, 0), (0, 0), (0, 0), (0, 0), (0, room)))
         v = jnp.pad(v_LxBxTxKxH.transpose(0, 1, 3, 2, 4), ((0, 0), (0, 0), (0, 0), (0, room), (0, 0)))
         return x, Cache(k, v)
 
-    def _run(self, rows: Rows, remat: bool, keep_cache: bool) -> tuple[Array, tuple[Array, Array] | None]:
+    def _run(self, rows: Rows, remat: bool, keep_cache: bool) -> tuple[Array, Any]:
         mask = visible(rows)
         rope = rope_at(self.arch, rows.position)
         definition, stacked = nnx.split(self.layers)
@@ -56,7 +57,7 @@ class Decoder(nnx.Module):
             q, k, v = block.qkv(x, rope)
             return block.rest(x, attend(q, k, v, mask)), ((k, v) if keep_cache else None)
 
-        body = jax.checkpoint(layer) if remat else layer  # type: ignore[var-annotated]
+        body = jax.checkpoint(layer) if remat else layer
         x, kv = jax.lax.scan(body, self.embed[...][rows.tokens], stacked)
         return rms_norm(x, self.norm[...], self.arch.norm_eps), kv
 
@@ -74,8 +75,12 @@ class Decoder(nnx.Module):
             index, state = xs
             block = nnx.merge(definition, state)
             q, k_new, v_new = block.qkv(x[:, None], rope)
-            k = jax.lax.dynamic_update_slice(k, k_new[:, 0, :, :, None][None].astype(k.dtype), (index, zero, zero, zero, slot))
-            v = jax.lax.dynamic_update_slice(v, v_new[:, 0, :, None][None].astype(v.dtype), (index, zero, zero, slot, zero))
+            k = jax.lax.dynamic_update_slice(
+                k, k_new[:, 0, :, :, None][None].astype(k.dtype), (index, zero, zero, zero, slot)
+            )
+            v = jax.lax.dynamic_update_slice(
+                v, v_new[:, 0, :, None][None].astype(v.dtype), (index, zero, zero, slot, zero)
+            )
             attended = attend_cached(q[:, 0], k[index], v[index], mask)
             return (block.rest(x, attended), Cache(k, v)), None
 

@@ -46,10 +46,10 @@ QKV_BIAS = {"llama": False, "mistral": False, "qwen2": True}
 
 # Keys of config.json that say nothing about the computation here.
 NEUTRAL = frozenset(
-    "architectures model_type torch_dtype dtype transformers_version bos_token_id eos_token_id pad_token_id initializer_range "
-    "use_cache _name_or_path attention_dropout max_window_layers is_llama_config transformers.js_config "
-    "chunk_size_feed_forward output_attentions output_hidden_states return_dict id2label label2id problem_type "
-    "is_encoder_decoder task_specific_params _attn_implementation_autoset".split()
+    "architectures model_type torch_dtype dtype transformers_version bos_token_id eos_token_id pad_token_id "
+    "initializer_range use_cache _name_or_path attention_dropout max_window_layers is_llama_config "
+    "transformers.js_config chunk_size_feed_forward output_attentions output_hidden_states return_dict id2label label2id "
+    "problem_type is_encoder_decoder task_specific_params _attn_implementation_autoset".split()
 )
 # Keys that must have one of these values, because nothing else is implemented.
 FIXED: dict[str, tuple[Any, ...]] = {
@@ -93,8 +93,17 @@ def architecture(config: dict[str, Any], where: str) -> Architecture:
             if config[key] not in FIXED[key]:
                 raise refuse(key, repr(FIXED[key][0]))
         elif key not in NEUTRAL and key not in USED:
-            raise InputError(f"{where}: the option {key}={config[key]!r} is not known to esjax; remove it if it has no effect")
-    for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "rms_norm_eps"):
+            raise InputError(
+                f"{where}: the option {key}={config[key]!r} is not known to esjax; remove it if it has no effect"
+            )
+    for key in (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "rms_norm_eps",
+    ):
         if key not in config:
             raise InputError(f"{where}: the key {key} is missing")
     # Qwen2 writes sliding_window even where use_sliding_window switches it off.

@@ -41,7 +41,16 @@ class Linear(nnx.Module):
     A is drawn uniform in +-1/sqrt(in) and B is zero, as PEFT does (Kaiming uniform with a = sqrt 5).
     """
 
-    def __init__(self, name: str, sizes: tuple[int, int], bias: bool, lora: Lora | None, stack: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        name: str,
+        sizes: tuple[int, int],
+        bias: bool,
+        lora: Lora | None,
+        stack: int,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
         i, o = sizes
         axes_in, axes_out = KERNEL_AXES[name]
         draw = jax.random.normal(rngs.params(), (stack, i, o), jnp.float32) * 0.02
@@ -155,6 +164,14 @@ def attend_cached(q: Array, k: Array, v: Array, mask: Array) -> Array:
 
 class Block(nnx.Module):
     """One pre-norm decoder layer: grouped-query attention, then a gated MLP. Arrays are stacked [L, ...]."""
+
+    q_proj: Linear
+    k_proj: Linear
+    v_proj: Linear
+    o_proj: Linear
+    gate_proj: Linear
+    up_proj: Linear
+    down_proj: Linear
 
     def __init__(self, arch: Architecture, lora: Lora | None, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.arch = arch

@@ -32,10 +32,10 @@ def lora_from(settings: LoraSettings) -> Lora:
 def peft_tensors(adapter: Adapter, arch: Architecture) -> dict[str, np.ndarray]:
     """PEFT's tensors: lora_A [R, in] and lora_B [out, R] of every layer, under PEFT's names."""
     out = {}
-    for (_, name, which), stacked in _flat(adapter).items():
+    for (_, name, which), stacked in flatten(adapter).items():
         for layer, matrix in enumerate(np.asarray(stacked[...])):
             out[_peft_key(layer, name, which)] = np.ascontiguousarray(matrix.T, dtype=np.float32)
-    if not out or len(out) != 2 * arch.layers * len({name for _, name, _ in _flat(adapter)}):
+    if not out or len(out) != 2 * arch.layers * len({name for _, name, _ in flatten(adapter)}):
         raise AssertionError("the adapter is not complete")
     return out
 
@@ -66,7 +66,13 @@ def read_lora(folder: Path) -> Lora:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise InputError(f"{file}: cannot be read as JSON ({e}); expected a PEFT adapter folder") from e
-    for key, allowed in {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": False, "rank_pattern": {}}.items():
+    for key, allowed in {
+        "peft_type": "LORA",
+        "bias": "none",
+        "use_dora": False,
+        "use_rslora": False,
+        "rank_pattern": {},
+    }.items():
         if config.get(key, allowed) not in (allowed, None):
             raise InputError(f"{file}: {key}={config[key]!r} is not supported; allowed: {allowed!r}")
     targets = tuple(name for name in LINEARS if name in config["target_modules"])
@@ -82,8 +88,8 @@ def load_adapter(folder: Path, adapter: Adapter) -> Adapter:
         tensors = load_file(file)
     except (OSError, SafetensorError) as e:
         raise InputError(f"{file}: cannot be read ({e}); the adapter is missing or damaged") from e
-    flat = {}
-    for path, like in _flat(adapter).items():
+    flat: dict[tuple[str, ...], Any] = {}
+    for path, like in flatten(adapter).items():
         layers, rows, columns = like.get_value().shape
         stacked = np.empty((layers, rows, columns), np.float32)
         for layer in range(layers):
@@ -97,7 +103,7 @@ def load_adapter(folder: Path, adapter: Adapter) -> Adapter:
         flat[path] = like.replace(jnp.asarray(stacked))
     if tensors:
         raise InputError(f"{file}: the tensor {min(tensors)} belongs to no adapted layer")
-    return nnx.from_flat_state(flat)
+    return unflatten(flat)
 
 
 def merge_kernel(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:
@@ -106,8 +112,14 @@ def merge_kernel(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float)
     return merged.astype(kernel.dtype)
 
 
-def _flat(adapter: Adapter) -> dict[tuple[str, str, str], nnx.Variable]:
-    return dict(sorted(nnx.to_flat_state(adapter)))  # type: ignore[arg-type]
+def flatten(state: nnx.State) -> dict[tuple[str, ...], Any]:
+    """Path -> variable, sorted by path."""
+    return dict(sorted(nnx.to_flat_state(state)))  # type: ignore[arg-type]
+
+
+def unflatten(flat: dict[tuple[str, ...], Any]) -> nnx.State:
+    """The inverse of flatten."""
+    return nnx.from_flat_state(flat)  # type: ignore[arg-type]
 
 
 def _peft_key(layer: int, name: str, which: str) -> str:

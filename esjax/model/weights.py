@@ -16,7 +16,7 @@ from esjax.hub.shards import ShardReader
 from esjax.model.decoder import Decoder
 from esjax.model.families import Architecture, ignorable, key_table, read_architecture
 from esjax.model.layers import Lora
-from esjax.model.lora import Adapter, merge_kernel
+from esjax.model.lora import Adapter, flatten, merge_kernel, unflatten
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ def load_backbone(folder: Path, lora: Lora | None, dtype: jnp.dtype) -> Backbone
     arch = read_architecture(folder)
     reader = ShardReader(folder)
     abstract = nnx.eval_shape(lambda: Decoder(arch, lora, dtype, nnx.Rngs(params=0, lora=0)))
-    definition, _, base = nnx.split(abstract, nnx.LoRAParam, ...)
-    flat = dict(nnx.to_flat_state(base))
+    definition, _, base = nnx.split(abstract, nnx.LoRAParam, ...)  # type: ignore[misc]
+    flat = flatten(base)
     used: set[str] = set()
     for weight in key_table(arch):
         like = flat[weight.path]
@@ -78,7 +78,7 @@ def load_backbone(folder: Path, lora: Lora | None, dtype: jnp.dtype) -> Backbone
     unfilled = [".".join(map(str, p)) for p, v in flat.items() if isinstance(v.get_value(), jax.ShapeDtypeStruct)]
     if unfilled:
         raise AssertionError(f"parameters without a key: {unfilled}")
-    return Backbone(folder, arch, lora, dtype, definition, nnx.from_flat_state(flat))
+    return Backbone(folder, arch, lora, dtype, definition, unflatten(flat))
 
 
 def _read(reader: ShardReader, key: str, shape: tuple[int, ...], transpose: bool) -> np.ndarray:
@@ -89,8 +89,8 @@ def _read(reader: ShardReader, key: str, shape: tuple[int, ...], transpose: bool
 
 def merged_tensors(backbone: Backbone, adapter: Adapter) -> Iterator[tuple[str, np.ndarray]]:
     """Hugging Face tensors of base + adapter, one at a time: W + scale A B in float32, rounded to the base's dtype."""
-    base = dict(nnx.to_flat_state(backbone.base))
-    lora = dict(nnx.to_flat_state(adapter))
+    base = flatten(backbone.base)
+    lora = flatten(adapter)
     for weight in key_table(backbone.arch):
         array = base[weight.path][...]
         if weight.path[0] != "layers":

@@ -43,7 +43,7 @@ def compile_template(parts: list[str | Field], tokenizer: ChatTokenizer, vocab: 
     by_bytes: dict[bytes, list[int]] = {}
     for token, text in tokenizer.token_bytes().items():
         by_bytes.setdefault(text, []).append(token)
-    words = Vocabulary(tokenizer.end_of_turn, {k: v for k, v in by_bytes.items() if k})  # type: ignore[call-arg, arg-type]
+    words = Vocabulary(tokenizer.end_of_turn, {k: v for k, v in by_bytes.items() if k})
     edges: list[dict[int, int]] = [{}]  # state -> token -> state; the open states of a part are given its exit tokens
     owner = [0]
     open_states = [0]
@@ -58,7 +58,9 @@ def compile_template(parts: list[str | Field], tokenizer: ChatTokenizer, vocab: 
         state = add(part)
         for s in open_states:
             if token in edges[s]:
-                raise InputError(f"the text after a field begins with a token ({token}) that the field itself may contain")
+                raise InputError(
+                    f"the text after a field begins with a token ({token}) that the field itself may contain"
+                )
             edges[s][token] = state
         return state
 
@@ -72,7 +74,9 @@ def compile_template(parts: list[str | Field], tokenizer: ChatTokenizer, vocab: 
         longest += part.max_tokens
         transitions = index.get_transitions()
         states = {s: add(number) for s in transitions if s != index.get_initial_state()}
-        states |= {s: add(number) for s in index.get_final_states() if s not in states and s != index.get_initial_state()}
+        states |= {
+            s: add(number) for s in index.get_final_states() if s not in states and s != index.get_initial_state()
+        }
         (start,) = open_states
         for s, out in transitions.items():
             source = start if s == index.get_initial_state() else states[s]

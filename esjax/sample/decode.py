@@ -6,7 +6,7 @@ Every row draws from its own key, folded with the token's number: its text does 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +21,12 @@ from esjax.sample.constrain import Automaton
 
 
 class Draw(NamedTuple):
-    """How tokens are drawn; scalars, so that a change compiles nothing."""
+    """How tokens are drawn; arrays of fixed shape, so that a change compiles nothing."""
 
-    temperature: Array  # float32; 0 is greedy
-    top_p: Array  # float32 in (0, 1]
-    top_k: Array  # int32; 0 is all
-    stop: Array  # int32 [n], tokens that end a row; -1 entries never match
+    temperature: Any  # float32; 0 is greedy
+    top_p: Any  # float32 in (0, 1]
+    top_k: Any  # int32; 0 is all
+    stop: Any  # int32 [n], tokens that end a row; -1 entries never match
 
 
 class Trace(NamedTuple):
@@ -41,7 +41,7 @@ class Trace(NamedTuple):
 class State(NamedTuple):
     """The loop's state."""
 
-    count: Array  # int32, tokens drawn so far by every live row
+    drawn: Array  # int32, tokens drawn so far by every live row
     token: Array  # int32 [B], the newest token
     alive: Array  # bool [B]
     trace: Trace
@@ -84,15 +84,15 @@ def decode(
         if constraint is not None:
             chosen_next = constraint.next[state.automaton].astype(jnp.int32)
             allowed = jnp.where(_within_budget(constraint, state, chosen_next), logits, -jnp.inf)
-        uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, state.count)))(keys)
+        uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, state.drawn)))(keys)
         token = draw_token(allowed, uniform, draw)
         logprob = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
         token, logprob = jnp.where(state.alive, token, 0), jnp.where(state.alive, logprob, 0.0)
         stop = state.alive & jnp.any(token[:, None] == draw.stop, axis=1)
         t = state.trace
         trace = Trace(
-            t.tokens.at[:, state.count].set(token),
-            t.logprobs.at[:, state.count].set(logprob),
+            t.tokens.at[:, state.drawn].set(token),
+            t.logprobs.at[:, state.drawn].set(logprob),
             t.length + state.alive,
             t.stopped | stop,
         )
@@ -100,19 +100,19 @@ def decode(
         if constraint is not None and chosen_next is not None:
             automaton = jnp.maximum(jnp.take_along_axis(chosen_next, token[:, None], axis=1)[:, 0], 0)
             used = jnp.where(constraint.part[automaton] == constraint.part[state.automaton], used + 1, 1)
-        return State(state.count + 1, token, state.alive & ~stop, trace, automaton, used, state.cache)
+        return State(state.drawn + 1, token, state.alive & ~stop, trace, automaton, used, state.cache)
 
     def advance(state: State) -> State:
-        at = p + state.count - 1
+        at = p + state.drawn - 1
         mask = prompt_mask | ((slot >= p) & (slot <= at))
-        position = prompts.position[:, -1] + state.count
+        position = prompts.position[:, -1] + state.drawn
         x, cache = model.step(state.token, position, state.cache, at, mask)
         return pick(x, state._replace(cache=cache))
 
     zeros = jnp.zeros(b, jnp.int32)
     empty = Trace(jnp.zeros((b, max_tokens), jnp.int32), jnp.zeros((b, max_tokens)), zeros, jnp.zeros(b, bool))
     first = pick(hidden[:, -1], State(jnp.int32(0), zeros, live, empty, zeros, zeros, cache))
-    return jax.lax.while_loop(lambda s: (s.count < max_tokens) & jnp.any(s.alive), advance, first).trace
+    return jax.lax.while_loop(lambda s: (s.drawn < max_tokens) & jnp.any(s.alive), advance, first).trace
 
 
 def _within_budget(constraint: Automaton, state: State, following: Array) -> Array:
@@ -137,7 +137,9 @@ def draw_token(logits: Array, uniform: Array, draw: Draw) -> Array:
         def keep(p: Array, enough: Array, measure: Array) -> Array:
             return jnp.where(p >= _threshold(p, enough, measure), p, 0.0)
 
-        p = jax.lax.cond(draw.top_k > 0, lambda p: keep(p, draw.top_k.astype(jnp.float32), jnp.ones_like(p)), lambda p: p, p)
+        p = jax.lax.cond(
+            draw.top_k > 0, lambda p: keep(p, draw.top_k.astype(jnp.float32), jnp.ones_like(p)), lambda p: p, p
+        )
         total = jnp.sum(p, axis=-1, keepdims=True)
         p = jax.lax.cond(draw.top_p < 1, lambda p: keep(p, draw.top_p * total, p), lambda p: p, p)
         return _inverse_cdf(p, uniform)

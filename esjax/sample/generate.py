@@ -51,7 +51,7 @@ class Generator:
     @property
     def programs(self) -> int:
         """How many programs were compiled so far."""
-        return self._program._cache_size()
+        return int(self._program._cache_size())  # type: ignore[attr-defined]
 
     def generate(
         self,
@@ -68,19 +68,30 @@ class Generator:
         longest = max(map(len, prompts))
         most = self.backbone.arch.max_positions
         if longest + max_tokens > most:
-            raise InputError(f"a prompt of {longest} tokens and {max_tokens} new ones exceed the model's {most} positions; shorten data.window")
+            raise InputError(
+                f"a prompt of {longest} tokens and {max_tokens} new ones exceed the model's {most} positions; shorten data.window"
+            )
         length = -(-longest // BUCKET) * BUCKET
         rows = left_padded([*prompts, *[prompts[0]] * (self.batch - len(prompts))], length)
         live = np.arange(self.batch) < len(prompts)
         all_seeds = np.zeros(self.batch, np.uint32)
         all_seeds[: len(seeds)] = seeds
         draw = Draw(
-            np.float32(how.temperature), np.float32(how.top_p), np.int32(how.top_k), np.asarray([self.end_of_turn], np.int32)  # type: ignore[arg-type]
+            np.float32(how.temperature),
+            np.float32(how.top_p),
+            np.int32(how.top_k),
+            np.asarray([self.end_of_turn], np.int32),
         )
-        trace = self._program(adapter, self.backbone.base, rows, all_seeds, live, draw, constraint, max_tokens=max_tokens)
+        trace = self._program(
+            adapter, self.backbone.base, rows, all_seeds, live, draw, constraint, max_tokens=max_tokens
+        )
         tokens, logprobs, lengths, stopped = (np.asarray(x) for x in trace)
         return [
-            Completion(tokens[i, :n].tolist(), [round(float(x), 6) for x in logprobs[i, :n]], "stop" if stopped[i] else "length")
+            Completion(
+                tokens[i, :n].tolist(),
+                [round(float(x), 6) for x in logprobs[i, :n]],
+                "stop" if stopped[i] else "length",
+            )
             for i, n in enumerate(lengths[: len(prompts)])
         ]
 

@@ -62,14 +62,18 @@ class Encoder:
 
     def dialogue(self, dialogue: Dialogue) -> list[Rows]:
         """SFT rows: one trunk with every supporter turn as a target where the template allows, else one row a turn."""
-        return self.chat(self.with_system(dialogue.messages(len(dialogue.turns))), opening=dialogue.turns[0].role == "supporter")
+        return self.chat(
+            self.with_system(dialogue.messages(len(dialogue.turns))), opening=dialogue.turns[0].role == "supporter"
+        )
 
     def chat(self, messages: list[Message], opening: bool = False) -> list[Rows]:
         """Rows whose targets are all assistant messages of a chat (without the first one, if it is an ``opening``)."""
         answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         skipped = answers[0] if opening else -1
         last = answers[-1] + 1
-        kept = self.fit(messages[:last], lambda m: len(self.tokenizer.prompt(m[:-1])) + self._reply_size(m), self.window)
+        kept = self.fit(
+            messages[:last], lambda m: len(self.tokenizer.prompt(m[:-1])) + self._reply_size(m), self.window
+        )
         if kept is None:
             return []
         dropped = last - len(kept)
@@ -93,14 +97,18 @@ class Encoder:
         construction. Raises InputError where the window is too small.
         """
         ids = self.tokenizer.prompt(prompt)
-        replies = [self.tokenizer.reply(ids, [*prompt, {"role": "assistant", "content": text}]) for text in (chosen, rejected)]
+        replies = [
+            self.tokenizer.reply(ids, [*prompt, {"role": "assistant", "content": text}]) for text in (chosen, rejected)
+        ]
         return rows.prompt_with_replies(ids, replies)
 
     def target(self, messages: list[Message], where: str) -> Rows:
         """A scoring row: the last assistant message is the target. Raises InputError when it is too long."""
         kept = self.fit(messages, lambda m: len(self.tokenizer.prompt(m[:-1])) + self._reply_size(m), self.window)
         if kept is None or len(kept) < 2:
-            raise InputError(f"{where}: the last two messages do not fit data.window={self.window} tokens; raise data.window")
+            raise InputError(
+                f"{where}: the last two messages do not fit data.window={self.window} tokens; raise data.window"
+            )
         prompt = self.tokenizer.prompt(kept[:-1])
         return rows.prompt_with_replies(prompt, [self.tokenizer.reply(prompt, kept)])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,7 @@ class ChatTokenizer:
         vocabulary: dict[str, int] = self.hf.get_vocab()
         kind = str(self.hf.backend_tokenizer.decoder)
         if "ByteLevel" in kind:
-            table = _byte_level_alphabet()
-            to_bytes = lambda token: bytes(table[c] for c in token) if all(c in table for c in token) else token.encode()  # noqa: E731
+            to_bytes: Callable[[str], bytes] = _byte_level_bytes
         elif "ByteFallback" in kind:
             to_bytes = _sentencepiece_bytes
         else:
@@ -77,12 +77,15 @@ class ChatTokenizer:
         return {i: to_bytes(token) for token, i in vocabulary.items() if i not in self.special}
 
 
-def _byte_level_alphabet() -> dict[str, int]:
-    """The printable stand-ins of GPT-2's byte-level BPE (Radford et al. 2019): character -> byte."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    table = {chr(b): b for b in printable}
-    others = [b for b in range(256) if b not in printable]
-    return table | {chr(256 + n): b for n, b in enumerate(others)}
+def _byte_level_bytes(token: str) -> bytes:
+    """GPT-2's byte-level BPE (Radford et al. 2019) writes bytes as printable stand-ins."""
+    return bytes(BYTE_OF[c] for c in token) if all(c in BYTE_OF for c in token) else token.encode()
+
+
+PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+BYTE_OF = {chr(b): b for b in PRINTABLE} | {
+    chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in PRINTABLE)
+}
 
 
 def _sentencepiece_bytes(token: str) -> bytes:

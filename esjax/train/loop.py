@@ -51,10 +51,14 @@ def train(phase: Phase, backbone: Backbone, adapter: Adapter) -> Adapter:
     s = phase.settings
     lengths = [len(e.tokens) for e in phase.examples]
     if max(lengths) > s.row_length:
-        raise InputError(f"{phase.name}: an example has {max(lengths)} tokens; {phase.name}.row_length={s.row_length} is too small")
+        raise InputError(
+            f"{phase.name}: an example has {max(lengths)} tokens; {phase.name}.row_length={s.row_length} is too small"
+        )
     steps = schedule(lengths, s.row_length, s.batch_rows, s.epochs, phase.seed)
     tx = optimiser(s, len(steps))
-    step_fn = make_step(backbone.definition, phase.loss, tx, s.micro_rows, _most_targets(phase.examples, steps, s), phase.remat)
+    step_fn = make_step(
+        backbone.definition, phase.loss, tx, s.micro_rows, _most_targets(phase.examples, steps, s), phase.remat
+    )
     rate = learning_rate(s, len(steps))
     opt_state = tx.init(adapter)
     checkpoints = Checkpoints(phase.folder / "checkpoint")
@@ -72,7 +76,9 @@ def train(phase: Phase, backbone: Backbone, adapter: Adapter) -> Adapter:
             adapter, opt_state, computed = step_fn(adapter, opt_state, backbone.base, rows, extra)
             values = {k: float(v) for k, v in computed.items()}
             if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
-                raise RunError(f"{phase.name}, step {number + 1}: the loss is {values['loss']}; lower {phase.name}.learning_rate")
+                raise RunError(
+                    f"{phase.name}, step {number + 1}: the loss is {values['loss']}; lower {phase.name}.learning_rate"
+                )
             if number == 0 and phase.check_first is not None:
                 phase.check_first(values)
             last = number + 1 == len(steps)
@@ -105,5 +111,3 @@ def _pairs(reference: Sequence[np.ndarray], step: list[Row], batch_rows: int, se
             values[b, s, : len(reference[i])] = reference[i]
             valid[b, s, : len(reference[i])] = True
     return Pairs(values, valid)
-
-

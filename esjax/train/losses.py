@@ -1,4 +1,4 @@
-"""Losses as sums over a batch and the count to divide by, so that accumulation over micro-batches is exact."""
+"""Losses as sums over a batch and the weight to divide by, so that accumulation over micro-batches is exact."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from esjax.rows import Rows
 
 
 class Totals(NamedTuple):
-    """Sums over a batch; every one of them divided by ``count`` is a mean."""
+    """Sums over a batch; every one of them divided by ``weight`` is a mean."""
 
     loss: Array
-    count: Array
+    weight: Array
     metrics: dict[str, Array]
 
 
@@ -25,15 +25,15 @@ Loss = Callable[[Array, Rows, Any], Totals]  # (token log-probs [B, T], rows, ex
 
 
 def sft_loss(logprobs: Array, rows: Rows, extra: None) -> Totals:
-    """Negative log-likelihood, weighted; the count is the sum of the weights (target tokens)."""
+    """Negative log-likelihood, weighted; divided by the number of target tokens."""
     return Totals(-jnp.sum(rows.weight * logprobs), jnp.sum(rows.weight), {})
 
 
 class Pairs(NamedTuple):
     """The reference of a batch of pairs: branches 2p - 1 (chosen) and 2p (rejected) of segment s are pair [s - 1, p - 1]."""
 
-    reference: Array  # float32 [B, segments, pairs, 2], log-probs of chosen and rejected under M_t
-    valid: Array  # bool [B, segments, pairs]
+    reference: Any  # float32 [B, segments, pairs, 2], log-probs of chosen and rejected under M_t
+    valid: Any  # bool [B, segments, pairs]
 
 
 def branch_sums(values: Array, rows: Rows, segments: int, branches: int) -> Array:
@@ -45,7 +45,7 @@ def branch_sums(values: Array, rows: Rows, segments: int, branches: int) -> Arra
 
 
 def dpo_loss(settings: DpoSettings) -> Loss:
-    """Direct preference optimisation (Rafailov et al. 2023, eq. 7); the count is the number of pairs.
+    """Direct preference optimisation (Rafailov et al. 2023, eq. 7); divided by the number of pairs.
 
     Per pair, with margin m = beta * ((log pi(c) - log ref(c)) - (log pi(r) - log ref(r))):
     -(1 - e) log sigmoid(m) - e log sigmoid(-m), where e is the label smoothing (conservative DPO, Mitchell 2023), plus

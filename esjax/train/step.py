@@ -21,7 +21,14 @@ Step = Callable[[Adapter, Any, nnx.State, Rows, Any], tuple[Adapter, Any, dict[s
 
 
 def gradients(
-    definition: nnx.GraphDef[Decoder], loss: Loss, adapter: Adapter, base: nnx.State, rows: Rows, extra: Any, targets: int, remat: bool
+    definition: nnx.GraphDef[Decoder],
+    loss: Loss,
+    adapter: Adapter,
+    base: nnx.State,
+    rows: Rows,
+    extra: Any,
+    targets: int,
+    remat: bool,
 ) -> tuple[Totals, Adapter]:
     """Totals of a batch and the gradient of its loss *sum* with respect to the adapter."""
 
@@ -35,7 +42,12 @@ def gradients(
 
 
 def make_step(
-    definition: nnx.GraphDef[Decoder], loss: Loss, optimiser: optax.GradientTransformation, micro_rows: int, targets: int, remat: bool
+    definition: nnx.GraphDef[Decoder],
+    loss: Loss,
+    optimiser: optax.GradientTransformation,
+    micro_rows: int,
+    targets: int,
+    remat: bool,
 ) -> Step:
     """The jitted step ``(adapter, opt_state, base, rows [B, T], extra) -> (adapter, opt_state, metrics)``.
 
@@ -44,7 +56,9 @@ def make_step(
     ``targets`` bounds the target tokens of a micro-batch. Adapter and optimiser state are donated.
     """
 
-    def step(adapter: Adapter, opt_state: Any, base: nnx.State, rows: Rows, extra: Any) -> tuple[Adapter, Any, dict[str, Array]]:
+    def step(
+        adapter: Adapter, opt_state: Any, base: nnx.State, rows: Rows, extra: Any
+    ) -> tuple[Adapter, Any, dict[str, Array]]:
         parts = jax.tree.map(lambda x: x.reshape(-1, micro_rows, *x.shape[1:]), (rows, extra))
 
         def compute(part: tuple[Rows, Any]) -> tuple[Totals, Adapter]:
@@ -58,9 +72,9 @@ def make_step(
             return jax.tree.map(jnp.add, total, new), None
 
         (totals, grads), _ = jax.lax.scan(accumulate, zeros, parts)
-        grads = jax.tree.map(lambda g: g / totals.count, grads)
-        metrics = {"loss": totals.loss / totals.count} | {k: v / totals.count for k, v in totals.metrics.items()}
-        metrics |= {"count": totals.count, "grad_norm": optax.global_norm(grads)}
+        grads = jax.tree.map(lambda g: g / totals.weight, grads)
+        metrics = {"loss": totals.loss / totals.weight} | {k: v / totals.weight for k, v in totals.metrics.items()}
+        metrics |= {"weight": totals.weight, "grad_norm": optax.global_norm(grads)}
         updates, opt_state = optimiser.update(grads, opt_state, adapter)
         return optax.apply_updates(adapter, updates), opt_state, metrics
 
