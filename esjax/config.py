@@ -101,7 +101,7 @@ class OptimSettings(Settings):
     micro_rows: int = Field(8, ge=1)
     """Rows computed at once; batch_rows / micro_rows gradients are accumulated, weighted by their target counts."""
     row_length: int = Field(1024, ge=16)
-    """Tokens T of a packed row; at least data.window (for DPO: plus the two replies)."""
+    """Tokens T of a packed row; at least data.window (for DPO: the context and two replies)."""
     checkpoint_every: int = Field(50, ge=1)
     """Optimiser steps between checkpoints."""
 
@@ -159,6 +159,8 @@ class EvolveSettings(Settings):
     """Rounds of self-improvement; round t turns M_(t-1) into M_t."""
     contexts_per_round: int | None = Field(None, ge=1)
     """Contexts C_n drawn without replacement for a round, anew for every round; null means all."""
+    context_tokens: int | None = Field(None, ge=16)
+    """Longest context C_n in tokens (older turns are dropped and counted); null means what data.window leaves."""
     batch: int = Field(16, ge=1)
     """Contexts decoded at once."""
     draft: SamplingSettings = SamplingSettings()
@@ -212,6 +214,13 @@ class Config(Settings):
     dpo: DpoSettings = DpoSettings()
     reply: ReplySettings = ReplySettings()
 
+    @property
+    def context_room(self) -> int:
+        """Longest context of phase 2 in tokens."""
+        longest = max(self.evolve.draft.max_tokens, self.evolve.refinement.max_tokens)
+        left = self.data.window - longest
+        return left if self.evolve.context_tokens is None else min(left, self.evolve.context_tokens)
+
     def validate_together(self) -> Config:
         """Check what no single section can see. Raises InputError; returns itself."""
         for name, phase in (("sft", self.sft), ("dpo", self.dpo)):
@@ -229,7 +238,7 @@ class Config(Settings):
                 2 * longest,
                 "twice the longest reply, so that half is left for the context",
             ),
-            ("dpo.row_length", self.dpo.row_length, self.data.window + longest + 2, "data.window plus one more reply"),
+            ("dpo.row_length", self.dpo.row_length, self.context_room + 2 * longest + 1, "the context plus two replies"),
         ):
             if have < need:
                 raise InputError(f"{name}={have} is too small: it must be at least {need} ({why})")

@@ -132,7 +132,7 @@ def improve(lab: Lab, run: RunDir, generator: Generator, t: int) -> None:
 
     lab.encoder.counts.clear()
     pool = contexts(
-        lab.train, lab.encoder, c.data.window - max(c.evolve.draft.max_tokens, c.evolve.refinement.max_tokens)
+        lab.train, lab.encoder, c.context_room
     )
     chosen = draw(pool, c.evolve.contexts_per_round, (c.seed, t))
     total = len(chosen)

@@ -1,0 +1,406 @@
+"""The decoder and its import, against transformers in float32.
+
+Real weights: logits of SmolLM2-135M on real ESConv dialogues, and greedy continuations token for token. Small random
+models that transformers made and saved (Llama with Llama 3.1's rotary scaling, Mistral, Qwen2 with biases, Llama in
+several shards with its own head): logits of the plain, the left-padded and the cached forward pass. Config options that
+esjax does not implement are refused by name. ``token_logprobs`` against torch's log_softmax.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from oracles import BARE, Ours, model_of, perturbed, real_dialogues, torch_logits, torch_logprobs, torch_model, worst
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+import esjax.sample.generate as generate
+from esjax.config import InputError, SamplingSettings
+from esjax.model.decoder import token_logprobs
+from esjax.model.families import Llama3Rope, architecture, read_architecture
+from esjax.model.layers import Lora
+from esjax.model.weights import Backbone, bind, load_backbone
+from esjax.rows import Rows, pack, prompt_with_replies, stack, trunk
+from esjax.sample.generate import Generator, left_padded
+from esjax.tokens.encode import Encoder
+from esjax.tokens.tokenizer import ChatTokenizer
+
+FLOAT32 = jnp.dtype("float32")
+
+# --- SmolLM2 on real dialogues ----------------------------------------------------------------------------------------
+
+WINDOW = 256
+TOLERANCE = 2e-3
+
+
+@pytest.fixture(scope="module")
+def smollm(smollm_folder: Path) -> Backbone:
+    return load_backbone(smollm_folder, None, FLOAT32)
+
+
+@pytest.fixture(scope="module")
+def smollm_torch(smollm_folder: Path) -> Any:
+    return torch_model(smollm_folder)
+
+
+@pytest.fixture(scope="module")
+def encoder(smollm_folder: Path) -> Encoder:
+    return Encoder(ChatTokenizer(smollm_folder), WINDOW, "")
+
+
+def test_logits_of_real_weights_agree_on_real_dialogues(
+    smollm: Backbone, smollm_torch: Any, encoder: Encoder, esconv: Path
+) -> None:
+    dialogues = [encoder.dialogue(d)[0].tokens.tolist() for d in real_dialogues(esconv)[:8]]
+    assert len({len(tokens) for tokens in dialogues}) > 1
+    ours = Ours(smollm)
+    differences = []
+    for tokens in dialogues:
+        theirs = torch_logits(smollm_torch, tokens)
+        differences.append(worst(ours.sequence(tokens, WINDOW), theirs))
+    print(f"worst differences: {[f'{d:.1e}' for d in differences]}")
+    assert max(differences) <= TOLERANCE
+    wrong = perturbed(smollm, layer=15)  # one of 210 kernels, 0.05 off
+    assert worst(ours.sequence(tokens, WINDOW, base=wrong.base), theirs) > TOLERANCE
+
+
+def test_greedy_continuations_in_one_batch_are_transformers_token_for_token(
+    smollm: Backbone, smollm_torch: Any, encoder: Encoder, esconv: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = (1, 3, 2, 2)
+    contexts = [
+        encoder.context(d, d.supporter_turns()[n]) for d, n in zip(real_dialogues(esconv)[8:], turns, strict=False)
+    ]
+    prompts = [encoder.tokenizer.prompt(c) for c in contexts]
+    assert len({len(p) for p in prompts}) == len(turns)
+    greedy = SamplingSettings(temperature=0)
+    theirs = []
+    for prompt in prompts:  # one at a time, so that the oracle needs no padding; no token ends the text
+        ids = torch.tensor([prompt])
+        made = smollm_torch.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=64,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        theirs.append(made[0, len(prompt) :].tolist())
+
+    generator = Generator(smollm, len(prompts), -1)
+
+    def continued(end: int) -> list[list[int]]:
+        generator.end_of_turn = end
+        return [m.token_ids for m in generator.generate(BARE, prompts, [0] * 4, greedy, 64)]
+
+    endless = continued(-1)
+    assert [len(t) for t in endless] == [64] * 4
+    assert endless == theirs
+    end = encoder.tokenizer.end_of_turn
+    assert continued(end) == [t[: t.index(end) + 1] if end in t else t for t in theirs]
+
+    def leaky(rows: list[list[int]], length: int) -> Rows:
+        padded = left_padded(rows, length)
+        return padded._replace(segment=np.ones_like(padded.segment))  # padding becomes visible
+
+    monkeypatch.setattr(generate, "left_padded", leaky)
+    assert continued(-1) != theirs
+
+
+# --- small random models of every family -------------------------------------------------------------------------------
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,  # short, so that the sequences below feel it
+}
+
+
+def llama31() -> Any:
+    rope = {**SCALING, "rope_theta": 10000.0}
+    return LlamaForCausalLM(LlamaConfig(**SMALL, head_dim=16, rope_parameters=rope, tie_word_embeddings=True))
+
+
+def mistral() -> Any:
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    return MistralForCausalLM(MistralConfig(**SMALL, head_dim=16, sliding_window=None, rope_parameters=rope))
+
+
+def qwen2() -> Any:
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    return Qwen2ForCausalLM(Qwen2Config(**SMALL, rope_parameters=rope, tie_word_embeddings=True))
+
+
+def sharded() -> Any:
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    config = LlamaConfig(**SMALL, head_dim=8, rope_parameters=rope, tie_word_embeddings=False)
+    return LlamaForCausalLM(config)
+
+
+FAMILIES = {"llama31": llama31, "mistral": mistral, "qwen2": qwen2, "sharded": sharded}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The same small model on both sides."""
+
+    name: str
+    folder: Path
+    torch: Any
+    ours: Ours
+
+    @property
+    def backbone(self) -> Backbone:
+        return self.ours.backbone
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    folder = tmp_path_factory.mktemp("small") / request.param
+    torch.manual_seed(1)
+    model = FAMILIES[request.param]().eval()
+    with torch.no_grad():
+        for p in model.parameters():  # biases and norms too: their defaults, 0 and 1, would hide a wrong import
+            p.copy_(torch.randn_like(p) * 0.3 + (1.0 if p.ndim == 1 and p.shape[0] == SMALL["hidden_size"] else 0.0))
+    model.save_pretrained(folder, **({"max_shard_size": "40KB"} if request.param == "sharded" else {}))
+    return Pair(request.param, folder, torch_model(folder), Ours(load_backbone(folder, None, FLOAT32)))
+
+
+def sequences() -> list[list[int]]:
+    draw = np.random.default_rng(0)
+    return [draw.integers(2, SMALL["vocab_size"], n).tolist() for n in (64, 41, 7)]
+
+
+LENGTH = 64
+
+
+def test_imported_logits_agree(pair: Pair) -> None:
+    for tokens in sequences():
+        assert worst(pair.ours.sequence(tokens, LENGTH), torch_logits(pair.torch, tokens)) <= 1e-3
+    wrong = perturbed(pair.backbone, layer=1)
+    assert worst(pair.ours.sequence(tokens, LENGTH, base=wrong.base), torch_logits(pair.torch, tokens)) > 1e-3
+
+
+def test_left_padded_prefill_agrees(pair: Pair) -> None:
+    rows = left_padded(sequences(), LENGTH)
+    model = model_of(pair.backbone)
+
+    @jax.jit
+    def prefill(rows: Rows) -> jax.Array:
+        return model.logits(model.prefill(rows, LENGTH + 3)[0])
+
+    logits = np.asarray(prefill(rows))
+    leaky = np.asarray(prefill(rows._replace(segment=np.ones_like(rows.segment))))
+    for i, tokens in enumerate(sequences()):
+        start, theirs = LENGTH - len(tokens), torch_logits(pair.torch, tokens)
+        assert worst(logits[i, start:], theirs) <= 1e-3
+        if start:  # visible padding would not do
+            assert worst(leaky[i, start:], theirs) > 1e-3
+
+
+def test_cached_decoding_agrees(pair: Pair) -> None:
+    whole, prompt = sequences(), 5
+    rows = left_padded([tokens[:prompt] for tokens in whole], 8)
+    model = model_of(pair.backbone)
+    count = max(map(len, whole)) - prompt
+    _, cache = jax.jit(lambda rows: model.prefill(rows, 8 + count))(rows)
+    filled = np.concatenate([rows.segment > 0, np.zeros((3, count), bool)], axis=1)
+
+    @jax.jit
+    def step(token: Any, position: Any, cache: Any, slot: Any, mask: Any) -> Any:
+        x, cache = model.step(token, position, cache, slot, mask)
+        return model.logits(x), cache
+
+    def following(position_error: int, cache: Any) -> np.ndarray:
+        logits = []
+        for n in range(count):
+            token = np.asarray([tokens[prompt + n] if prompt + n < len(tokens) else 0 for tokens in whole], np.int32)
+            position = np.full(3, prompt + n + position_error, np.int32)
+            mask = filled | ((np.arange(8 + count) >= 8) & (np.arange(8 + count) <= 8 + n))
+            out, cache = step(token, position, cache, np.int32(8 + n), mask)
+            logits.append(np.asarray(out))
+        return np.stack(logits, axis=1)
+
+    logits, shifted = following(0, cache), following(1, cache)
+    for i, tokens in enumerate(whole):
+        theirs = torch_logits(pair.torch, tokens)[prompt:]
+        assert worst(logits[i, : len(theirs)], theirs) <= 1e-3
+        assert worst(shifted[i, : len(theirs)], theirs) > 1e-3  # a position off by one would not do
+
+
+def test_rotary_scaling_acts(pair: Pair) -> None:
+    """Without it, the Llama 3.1 model's logits would be others: the agreement above is not for want of effect."""
+    if pair.name != "llama31":
+        assert pair.backbone.arch.rope_scaling is None
+        return
+    assert pair.backbone.arch.rope_scaling == Llama3Rope(8.0, 1.0, 4.0, 16)
+    config = json.loads((pair.folder / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    older = config | {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}  # as the Hub's Llama 3.1 has it
+    assert architecture(older, "older") == pair.backbone.arch
+    unscaled = architecture(older | {"rope_scaling": None}, "unscaled")
+    (pair.folder / "unscaled").mkdir()
+    plain = {**older, "rope_scaling": None}
+    (pair.folder / "unscaled" / "config.json").write_text(json.dumps(plain))
+    (pair.folder / "unscaled" / "model.safetensors").write_bytes((pair.folder / "model.safetensors").read_bytes())
+    without = load_backbone(pair.folder / "unscaled", None, FLOAT32)
+    assert without.arch == unscaled == replace(pair.backbone.arch, rope_scaling=None)
+    tokens = sequences()[0]
+    assert worst(Ours(without).sequence(tokens, LENGTH), torch_logits(pair.torch, tokens)) > 1e-3
+
+
+def test_several_shards_were_written(pair: Pair, tmp_path: Path) -> None:
+    shards = list(pair.folder.glob("model-*.safetensors"))
+    assert (len(shards) > 2) == (pair.name == "sharded")
+    if pair.name == "sharded":
+        assert not pair.backbone.arch.tied_head
+        folder = tmp_path / "broken"
+        shutil.copytree(pair.folder, folder)
+        (folder / shards[1].name).unlink()
+        with pytest.raises(InputError, match=shards[1].name):
+            load_backbone(folder, None, FLOAT32)
+
+
+def test_bfloat16_checkpoint_imports(pair: Pair, tmp_path: Path) -> None:
+    model = torch_model(pair.folder).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    exact = torch_model(tmp_path)  # the rounded weights, computed with in float32
+    tokens = sequences()[0]
+    theirs = torch_logits(exact, tokens)
+    ours = Ours(load_backbone(tmp_path, None, FLOAT32))
+    assert worst(ours.sequence(tokens, LENGTH), theirs) <= 1e-3
+    assert worst(pair.ours.sequence(tokens, LENGTH), theirs) > 1e-3  # the unrounded weights
+    kept = load_backbone(tmp_path, None, jnp.dtype("bfloat16"))
+    assert {x.dtype for x in jax.tree.leaves(kept.base)} == {jnp.dtype("bfloat16")}
+    rounded = torch_logits(model, tokens)
+    assert worst(Ours(kept).sequence(tokens, LENGTH), theirs) <= 2 * worst(rounded, theirs)
+
+
+# --- what is not implemented is refused ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plain_config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    config = LlamaConfig(**SMALL, head_dim=16, rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
+    config.architectures = ["LlamaForCausalLM"]
+    folder = tmp_path_factory.mktemp("config")
+    config.save_pretrained(folder)
+    written: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return written
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "hidden_act": ({"hidden_act": "gelu"}, "hidden_act='gelu'.*silu"),
+    "sliding_window": ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window=4096"),
+    "rope_type": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "rope.type.*'yarn'"),
+    "rope_type, older": (
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_parameters": None},
+        "rope.type.*'yarn'",
+    ),
+    "llama3 without factor": ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "factor"),
+    "attention_bias": ({"attention_bias": True}, "attention_bias=True"),
+    "mlp_bias": ({"mlp_bias": True}, "mlp_bias=True"),
+    "unknown": ({"logit_softcapping": 30.0}, "logit_softcapping=30.0"),
+    "model_type": ({"model_type": "gpt2"}, "model_type='gpt2'.*llama"),
+    "quantization_config": ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    "use_sliding_window": (
+        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64},
+        "use_sliding_window=True",
+    ),
+    "layer_types": ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_unsupported_options_are_refused_by_name(plain_config: dict[str, Any], name: str, tmp_path: Path) -> None:
+    change, message = REFUSED[name]
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(plain_config))
+    assert read_architecture(tmp_path).family == "llama"  # what is refused below is the change, nothing else
+    if "rope_parameters" in change and change["rope_parameters"] is None:
+        change = change | {"rope_theta": 1e4}
+    file.write_text(json.dumps(plain_config | change))
+    with pytest.raises(InputError, match=message):
+        read_architecture(tmp_path)
+
+
+# --- the one primitive --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_folder: Path) -> Backbone:
+    return load_backbone(tiny_folder, Lora(("q_proj", "down_proj"), 4, 2.0), FLOAT32)
+
+
+@pytest.fixture(scope="module")
+def tiny_torch(tiny_folder: Path) -> Any:
+    return torch_model(tiny_folder)
+
+
+def test_token_logprobs_are_gathered_log_softmax(tiny: Backbone, tiny_torch: Any) -> None:
+    """Two packed pairs in two rows, 45 targets; whatever the chunk, the bound and rematerialisation."""
+    draw = np.random.default_rng(3)
+    examples, expected = [], []
+    for sizes in ((9, 4, 7), (5, 1, 12), (20, 10, 3), (6, 5, 3)):
+        prompt, *replies = (draw.integers(2, tiny.arch.vocab, n).tolist() for n in sizes)
+        examples.append(prompt_with_replies(prompt, replies))
+        expected += [torch_logprobs(tiny_torch, prompt, reply) for reply in replies]
+    rows = stack([pack(examples[:2], 64), pack(examples[2:], 64)])
+    wanted = rows.weight != 0
+    assert wanted.sum() == 45
+    theirs = np.concatenate(expected)
+    adapter = tiny.fresh_adapter(0)
+
+    @partial(jax.jit, static_argnums=(1, 2, 3))
+    def program(rows: Rows, targets: int, remat: bool, chunk: int) -> jax.Array:
+        return token_logprobs(bind(tiny.definition, adapter, tiny.base), rows, targets, remat, chunk)
+
+    for targets, chunk, remat in ((45, 512, False), (45, 7, True), (45, 45, True), (50, 16, False), (4000, 16, False)):
+        ours = np.asarray(program(rows, targets, remat, chunk))
+        assert worst(ours[wanted], theirs) <= 1e-4, (targets, chunk)
+        assert not ours[~wanted].any()
+    # One target to the left is another token's log-prob; a bound that is too small loses targets.
+    assert worst(np.roll(ours, 1, axis=1)[wanted], theirs) > 1e-2
+    assert worst(np.asarray(program(rows, 44, False, 512))[wanted], theirs) > 1e-2
+
+
+def test_chunks_do_not_change_the_gradient(tiny: Backbone) -> None:
+    tokens = np.random.default_rng(4).integers(2, tiny.arch.vocab, 40)
+    rows = jax.tree.map(jnp.asarray, stack([trunk(tokens, [0.0] * 5 + [1.0] * 20 + [0.5] * 14 + [0.0])]))
+    adapter = tiny.fresh_adapter(0)
+
+    def gradient(chunk: int, weight: float = 1.0) -> np.ndarray:
+        def total(adapter: Any) -> jax.Array:
+            logprobs = token_logprobs(bind(tiny.definition, adapter, tiny.base), rows, 34, chunk=chunk)
+            return jnp.sum(weight * rows.weight * logprobs)
+
+        return np.concatenate([np.ravel(x) for x in jax.tree.leaves(jax.jit(jax.grad(total))(adapter))])
+
+    whole = gradient(512)
+    size = float(np.linalg.norm(whole))
+    assert size > 0.1
+    assert float(np.linalg.norm(gradient(8) - whole)) <= 1e-5 * size
+    assert float(np.linalg.norm(gradient(8, 1.001) - whole)) > 1e-5 * size
