@@ -238,7 +238,12 @@ class Config(Settings):
                 2 * longest,
                 "twice the longest reply, so that half is left for the context",
             ),
-            ("dpo.row_length", self.dpo.row_length, self.context_room + 2 * longest + 1, "the context plus two replies"),
+            (
+                "dpo.row_length",
+                self.dpo.row_length,
+                self.context_room + 2 * longest + 1,
+                "the context plus two replies",
+            ),
         ):
             if have < need:
                 raise InputError(f"{name}={have} is too small: it must be at least {need} ({why})")

@@ -80,7 +80,7 @@ def save_tiny_model(folder: Path, seed: int = 0) -> None:
         model.model.embed_tokens.weight[:, 0] = 4.0  # a constant direction, which the head of the end token reads
         model.lm_head.weight[:, 0] = 0.0
         model.lm_head.weight[1] = 0.0
-        model.lm_head.weight[1, 0] = 1.1
+        model.lm_head.weight[1, 0] = 1.7
     model.save_pretrained(folder)
 
 
@@ -101,19 +101,22 @@ def tiny_overrides(folder: Path) -> list[str]:
         "data.window": 768,
         "sft.row_length": 768,
         "sft.epochs": 1,
-        "sft.learning_rate": 0.001,
+        "sft.learning_rate": 0.0001,
+        "sft.batch_rows": 4,
         "sft.checkpoint_every": 2,
         "dpo.row_length": 640,
-        "dpo.checkpoint_every": 2,
+        "dpo.checkpoint_every": 1,
+        "dpo.batch_rows": 2,
         "evolve.contexts_per_round": 16,
         "evolve.batch": 4,
-        "evolve.context_tokens": 512,
-        "evolve.draft.max_tokens": 48,
-        "evolve.refinement.max_tokens": 48,
+        "evolve.context_tokens": 480,
+        "evolve.draft.max_tokens": 64,
+        "evolve.refinement.max_tokens": 64,
         "evolve.reflection.field_tokens": 8,
-        "filters.min_length_ratio": 0.1,
-        "filters.max_length_ratio": 10.0,
-        "reply.max_tokens": 48,
+        "filters.min_words": 1,
+        "filters.min_length_ratio": 0.05,
+        "filters.max_length_ratio": 20.0,
+        "reply.max_tokens": 64,
         "reply.max_contexts": 4,
         "reply.batch": 4,
     }

@@ -17,7 +17,7 @@ MINIMAL: dict[str, Any] = {
     "model": {"source": "/some/folder"},
     "data": {"train": "a.jsonl", "valid": "b.jsonl", "test": "c.jsonl", "replay": "r.jsonl", "window": 1024},
     "evolve": {"contexts_per_round": 5},
-    "dpo": {"row_length": 1154},  # the least for a window of 1024 and replies of 128
+    "dpo": {"row_length": 1153},  # the least for a window of 1024 and replies of 128
 }
 
 
@@ -248,7 +248,7 @@ def test_a_value_at_its_bound_is_taken(minimal: str, key: str, value: str) -> No
         (["--sft.batch_rows=6", "--sft.micro_rows=3"], ["--sft.batch_rows=6", "--sft.micro_rows=4"], "sft.micro_rows"),
         (["--dpo.batch_rows=6", "--dpo.micro_rows=3"], ["--dpo.batch_rows=6", "--dpo.micro_rows=4"], "dpo.micro_rows"),
         (["--sft.row_length=1024"], ["--sft.row_length=1023"], "sft.row_length=1023"),
-        (["--dpo.row_length=1154"], ["--dpo.row_length=1153"], "dpo.row_length=1153"),
+        (["--dpo.row_length=1153"], ["--dpo.row_length=1152"], "dpo.row_length=1152"),
         (
             ["--evolve.refinement.max_tokens=512", "--dpo.row_length=2000"],
             ["--evolve.refinement.max_tokens=513", "--dpo.row_length=2000"],

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from esjax.config import FilterSettings, InputError, read_text
 from esjax.corpus.dialogue import Message
 
-# In the order in which they are tried; a pair is counted under the first that applies.
+# In the order in which they are tried; a pair is counted under the first that applies. After these come the pair's own:
+# near_identical, too_short, too_long, and row_too_long (it does not fit a training row).
 REPLY_REASONS = ("crisis", "truncated", "empty", "scaffolding", "speaks_for_seeker", "repetition")
-PAIR_REASONS = ("near_identical", "too_short", "too_long")
 QUOTED_WORDS = 8  # so many words in a row from the seeker's own messages: the reply speaks as the seeker
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,10 +51,12 @@ def sift(
     reflections: list[dict[str, Any]],
     refinements: list[dict[str, Any]],
     filters: Filters,
+    fits: Callable[[list[Message], str, str], bool],
     model: dict[str, Any],
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Join a round's three files into kept pairs and dropped ones, each dropped under its first reason.
 
+    ``fits`` says whether prompt, chosen and rejected fit a training row: a text may encode to more tokens than were drawn.
     Kept pairs are TRL's conversational preference rows (prompt, chosen, rejected) with where they come from.
     """
     kept, dropped = [], []
@@ -66,6 +69,8 @@ def sift(
             side, reason = "refinement", filters.reply_fault(prompt, refinement["text"], refinement["finish_reason"])
         if reason is None:
             side, reason = "pair", filters.pair_fault(draft["text"], refinement["text"])
+        if reason is None and not fits(prompt, refinement["text"], draft["text"]):
+            side, reason = "pair", "row_too_long"
         texts = {"draft": draft["text"], "refinement": refinement["text"]}
         if reason is not None:
             dropped.append({"id": draft["id"], "reason": reason, "side": side, **texts})

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from esjax.config import SamplingSettings
+from esjax.corpus.dialogue import Message
 from esjax.corpus.sources import read_conversations
 from esjax.evolve.filters import Filters
 from esjax.evolve.lab import Lab, adapter_folder
@@ -69,7 +70,9 @@ def sft(lab: Lab, run: RunDir) -> None:
             return -float(np.concatenate([x for branches in scorer.score(adapter, valid) for x in branches]).mean())
 
         fresh = lab.backbone.fresh_adapter(c.seed)
-        say(f"  {len(examples)} examples, {facts['target_tokens']} target tokens; backbone's validation loss {validate(fresh):.3f}")
+        say(
+            f"  {len(examples)} examples, {facts['target_tokens']} target tokens; the backbone's loss {validate(fresh):.3f}"
+        )
         phase = Phase(
             name="sft",
             folder=run.path / "sft",
@@ -131,9 +134,7 @@ def improve(lab: Lab, run: RunDir, generator: Generator, t: int) -> None:
         return work
 
     lab.encoder.counts.clear()
-    pool = contexts(
-        lab.train, lab.encoder, c.context_room
-    )
+    pool = contexts(lab.train, lab.encoder, c.context_room)
     chosen = draw(pool, c.evolve.contexts_per_round, (c.seed, t))
     total = len(chosen)
     say(
@@ -182,13 +183,11 @@ def improve(lab: Lab, run: RunDir, generator: Generator, t: int) -> None:
     run.stage(f"round{t}/refinements", [files["refinements"]], inputs, generated("refinements", total, refinements))
 
     def pairs() -> Row:
-        kept, dropped = sift(
-            read_jsonl(files["drafts"]),
-            read_jsonl(files["reflections"]),
-            read_jsonl(files["refinements"]),
-            filters,
-            {"round": t, **teacher},
-        )
+        def fits(prompt: list[Message], chosen: str, rejected: str) -> bool:
+            return len(lab.encoder.pair(prompt, chosen, rejected).tokens) <= c.dpo.row_length
+
+        drafted, reflected, refined = (read_jsonl(files[name]) for name in ("drafts", "reflections", "refinements"))
+        kept, dropped = sift(drafted, reflected, refined, filters, fits, {"round": t, **teacher})
         write_jsonl(files["dropped"], dropped)
         reasons = Counter(d["reason"] for d in dropped)
         say(f"  kept {len(kept)} of {total} pairs; dropped: {_counted(reasons) or 'none'}")

@@ -52,7 +52,8 @@ class Encoder:
                 self.counts["too_long"] += 1
                 return None
             body, cut = rest, True
-        self.counts["cut"] += cut
+        if cut:
+            self.counts["cut"] += 1
         return [*head, *body]
 
     def prompt(self, messages: list[Message], room: int) -> tuple[list[Message], list[int]] | None:

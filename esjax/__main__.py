@@ -1,0 +1,5 @@
+"""``python -m esjax`` is ``esjax``."""
+
+from esjax.cli import main
+
+main()

@@ -1,0 +1,486 @@
+"""DPO's loss and gradients.
+
+Real weights: on eight real preference pairs, with SmolLM2 and an adapter whose A and B are both random, log-probs,
+losses and gradients agree with TRL's DPOTrainer (its tokenisation, collator, forward pass and loss) before the first step.
+
+Tiny model: label smoothing, length normalisation and the added NLL against their formulas written in torch; packing and
+shared trunks against one row a pair; accumulation over micro-batches against the whole batch; and the check that every
+round's DPO starts at its reference, on a finished run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from flax import nnx
+from oracles import random_adapter, real_dialogues, torch_logprobs, torch_model, worst
+from peft import PeftModel
+from transformers import AutoTokenizer
+from trl import DPOConfig, DPOTrainer
+
+from esjax.config import DpoSettings, load
+from esjax.evolve import rounds
+from esjax.evolve.lab import Lab, adapter_folder, open_model
+from esjax.evolve.pairs import pair_rows
+from esjax.model.decoder import token_logprobs
+from esjax.model.layers import Lora
+from esjax.model.lora import Adapter, save_adapter
+from esjax.model.weights import Backbone, bind, load_backbone
+from esjax.rows import Rows, check, concatenate, pack, prompt_with_replies, stack, trunk
+from esjax.runlog import RunDir, RunError, read_jsonl, write_jsonl
+from esjax.sample.score import Scorer
+from esjax.tokens.encode import Encoder
+from esjax.tokens.tokenizer import ChatTokenizer
+from esjax.train.losses import Loss, Pairs, dpo_loss, sft_loss
+from esjax.train.step import gradients, make_step
+
+FLOAT32 = jnp.dtype("float32")
+BETA = 0.1
+
+
+class Gradient:
+    """Loss, metrics and gradient of a batch, as means: what a training step of one micro-batch computes."""
+
+    def __init__(self, backbone: Backbone, loss: Loss, targets: int, remat: bool = False) -> None:
+        def program(adapter: Adapter, base: nnx.State, rows: Rows, extra: Any) -> Any:
+            return gradients(backbone.definition, loss, adapter, base, rows, extra, targets, remat)
+
+        self.backbone, self._program = backbone, jax.jit(program)
+
+    def __call__(self, adapter: Adapter, rows: Rows, extra: Any) -> tuple[dict[str, float], Adapter]:
+        totals, grads = self._program(adapter, self.backbone.base, rows, extra)
+        values = {"loss": totals.loss, **totals.metrics}
+        mean = {k: float(v / totals.weight) for k, v in values.items()}
+        return mean, jax.tree.map(lambda g: g / totals.weight, grads)
+
+
+def logprobs_of(backbone: Backbone, adapter: Adapter, rows: Rows) -> jax.Array:
+    """Log-probs [B, T] of all targets."""
+    targets = int((rows.weight != 0).sum())
+    return jax.jit(lambda rows: token_logprobs(bind(backbone.definition, adapter, backbone.base), rows, targets))(rows)
+
+
+def flat(tree: Any) -> np.ndarray:
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+
+
+def copied(adapter: Adapter) -> Adapter:
+    """A copy to train from: a training step takes the memory of the adapter that it is given."""
+    return jax.tree.map(jnp.array, adapter)
+
+
+def relative(ours: Any, theirs: Any) -> float:
+    """Norm of the difference over the norm of the second."""
+    return float(np.linalg.norm(np.asarray(ours) - np.asarray(theirs)) / np.linalg.norm(np.asarray(theirs)))
+
+
+# --- TRL, real weights and real pairs -----------------------------------------------------------------------------------
+
+NAMED = {  # adapter matrices whose gradients are compared: ours -> (layer, PEFT's name)
+    ("q_proj", "lora_a"): (0, "layers.0.self_attn.q_proj.lora_A"),
+    ("down_proj", "lora_b"): (14, "layers.14.mlp.down_proj.lora_B"),
+    ("v_proj", "lora_a"): (29, "layers.29.self_attn.v_proj.lora_A"),
+}
+
+
+@pytest.fixture(scope="module")
+def real_pairs(esconv: Path) -> list[dict[str, Any]]:
+    """Prompt: the first turns of a real dialogue; chosen: its supporter's reply; rejected: another dialogue's."""
+    turns = [d for d in real_dialogues(esconv) if 40 < len(d.turns[d.supporter_turns()[0]].text) < 140][:9]
+    replies = [d.turns[d.supporter_turns()[0]].text for d in turns]
+    return [
+        {
+            "prompt": d.messages(d.supporter_turns()[0]),
+            "chosen": [{"role": "assistant", "content": replies[i]}],
+            "rejected": [{"role": "assistant", "content": replies[i + 1]}],
+        }
+        for i, d in enumerate(turns[:8])
+    ]
+
+
+@dataclass(frozen=True)
+class Smol:
+    """SmolLM2 with a non-trivial adapter, and the same adapter as a PEFT folder."""
+
+    backbone: Backbone
+    adapter: Adapter
+    folder: Path
+    peft: Path
+
+
+@pytest.fixture(scope="module")
+def smol(smollm_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Smol:
+    lora = Lora(("q_proj", "v_proj", "down_proj"), 8, 2.0)
+    backbone = load_backbone(smollm_folder, lora, FLOAT32)
+    adapter = random_adapter(backbone, seed=5, size=0.02)
+    peft = tmp_path_factory.mktemp("peft") / "adapter"
+    save_adapter(peft, adapter, backbone.arch, lora, str(smollm_folder))
+    return Smol(backbone, adapter, smollm_folder, peft)
+
+
+@pytest.fixture(scope="module")
+def reference() -> np.ndarray:
+    """Arbitrary log-probs of chosen and rejected under a reference, [pairs, 2]: the loss is then far from ln 2."""
+    return np.random.default_rng(6).uniform(-160, -60, (8, 2)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Theirs:
+    """What TRL computes before the first step: one entry a pair; gradients of the mean loss by PEFT's names."""
+
+    ids: list[tuple[list[int], list[int], list[int]]]
+    logprobs: np.ndarray
+    losses: np.ndarray
+    gradients: dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def trl(
+    smol: Smol, real_pairs: list[dict[str, Any]], reference: np.ndarray, tmp_path_factory: pytest.TempPathFactory
+) -> Theirs:
+    folder = tmp_path_factory.mktemp("trl")
+    tokenizer = AutoTokenizer.from_pretrained(smol.folder)
+    args = DPOConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=1,
+        beta=BETA,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to=[],
+    )
+    model = PeftModel.from_pretrained(torch_model(smol.folder), smol.peft, is_trainable=True)
+    columns = {"ref_chosen_logps": reference[:, 0].tolist(), "ref_rejected_logps": reference[:, 1].tolist()}
+    rows = [p | {k: v[i] for k, v in columns.items()} for i, p in enumerate(real_pairs)]
+    trainer = DPOTrainer(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    trainer.precompute_ref_logps = True  # take the reference from the columns
+    newline = tokenizer.encode("\n", add_special_tokens=False)
+    ids, logprobs, losses = [], [], []
+    for example in trainer.train_dataset:
+        # TRL also trains on what the template writes after the end-of-turn token; esjax's replies end with that token.
+        for side in ("chosen_ids", "rejected_ids"):
+            end = example[side].index(tokenizer.eos_token_id) + 1
+            assert example[side][end:] == newline
+            example[side] = example[side][:end]
+        ids.append((example["prompt_ids"], example["chosen_ids"], example["rejected_ids"]))
+        loss = trainer.compute_loss(trainer.model, trainer.data_collator([example]))
+        (loss / len(rows)).backward()
+        losses.append(float(loss.detach()))
+        logprobs.append([trainer._metrics["train"][f"logps/{side}"][-1] for side in ("chosen", "rejected")])
+    found: dict[str, np.ndarray] = {}
+    for name, p in trainer.model.named_parameters():
+        key = next((key for _, key in NAMED.values() if f"{key}.default" in name), None)
+        if key is not None and p.grad is not None:
+            found[key] = np.asarray(p.grad)
+    assert set(found) == {key for _, key in NAMED.values()}
+    return Theirs(ids, np.asarray(logprobs), np.asarray(losses), found)
+
+
+@pytest.fixture(scope="module")
+def packed(smol: Smol, real_pairs: list[dict[str, Any]]) -> tuple[Rows, int]:
+    """Our rows of the pairs, four in a row, and the pairs in a row."""
+    encoder = Encoder(ChatTokenizer(smol.folder), 512, "")
+    examples = pair_rows(real_pairs, encoder)
+    halves = [examples[:4], examples[4:]]
+    length = max(sum(len(e.tokens) for e in half) for half in halves)
+    return stack([pack(half, length) for half in halves]), 4
+
+
+def test_tokens_are_those_of_trl(trl: Theirs, smol: Smol, real_pairs: list[dict[str, Any]]) -> None:
+    """After TRL's template, the prompt's, chosen's and rejected's tokens are ours."""
+    tokenizer = ChatTokenizer(smol.folder)
+    for pair, (prompt, *replies) in zip(real_pairs, trl.ids, strict=True):
+        assert tokenizer.prompt(pair["prompt"]) == prompt
+        ours = [tokenizer.reply(prompt, [*pair["prompt"], *pair[side]]) for side in ("chosen", "rejected")]
+        assert ours == replies
+        assert ours[0] != ours[1]
+
+
+def test_logprobs_are_those_of_trl(smol: Smol, trl: Theirs, real_pairs: list[dict[str, Any]]) -> None:
+    examples = pair_rows(real_pairs, Encoder(ChatTokenizer(smol.folder), 512, ""))
+    scorer = Scorer(smol.backbone, 512, 2)
+
+    def sums(adapter: Adapter) -> list[list[float]]:
+        return [[float(x.sum()) for x in branches] for branches in scorer.score(adapter, examples)]
+
+    difference = worst(sums(smol.adapter), trl.logprobs)
+    print(f"worst difference of a reply's log-prob: {difference:.1e}")
+    assert difference <= 1e-3
+    assert worst(sums(smol.backbone.fresh_adapter(0)), trl.logprobs) > 1  # the adapter is not trivial
+
+
+def test_loss_and_gradients_are_those_of_trl(
+    smol: Smol, trl: Theirs, packed: tuple[Rows, int], reference: np.ndarray
+) -> None:
+    rows, segments = packed
+    check(rows)
+    values = reference.reshape(2, segments, 1, 2)
+    extra = Pairs(values, np.ones((2, segments, 1), bool))
+    gradient = Gradient(smol.backbone, dpo_loss(DpoSettings(beta=BETA)), int((rows.weight != 0).sum()))
+    ours, grads = gradient(smol.adapter, rows, extra)
+    print(f"loss {ours['loss']:.6f}, difference {abs(ours['loss'] - trl.losses.mean()):.1e}")
+    assert abs(trl.losses.mean() - math.log(2)) > 0.1
+    assert ours["loss"] == pytest.approx(trl.losses.mean(), abs=1e-3)
+    margin = BETA * ((trl.logprobs - reference) @ [1, -1])
+    assert ours["margin"] == pytest.approx(margin.mean(), abs=1e-3)
+    state: dict[tuple[str, ...], Any] = dict(nnx.to_flat_state(grads))
+    for (linear, which), (layer, name) in NAMED.items():
+        mine = np.asarray(state["layers", linear, which][...][layer]).T
+        error = relative(mine, trl.gradients[name])
+        print(f"gradient of {name}: relative difference {error:.1e}")
+        assert error <= 1e-2
+        assert relative(np.asarray(state["layers", linear, which][...][layer - 1]).T, trl.gradients[name]) > 1e-2
+
+
+def test_each_pair_has_its_loss(smol: Smol, trl: Theirs, packed: tuple[Rows, int], reference: np.ndarray) -> None:
+    """Pair by pair, by leaving all others out of the valid ones; with swapped references it does not hold."""
+    rows, segments = packed
+    logprobs = logprobs_of(smol.backbone, smol.adapter, rows)
+    values = reference.reshape(2, segments, 1, 2)
+    loss = dpo_loss(DpoSettings(beta=BETA))
+
+    def losses(values: np.ndarray) -> list[float]:
+        masks = np.eye(2 * segments, dtype=bool).reshape(-1, 2, segments, 1)
+        return [float(loss(logprobs, rows, Pairs(values, mask)).loss) for mask in masks]
+
+    print(f"worst difference of a pair's loss: {worst(losses(values), trl.losses):.1e}")
+    assert worst(losses(values), trl.losses) <= 1e-3
+    assert worst(losses(values[..., ::-1]), trl.losses) > 1e-3
+
+
+# --- the options of the loss, by their formulas ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A tiny model with a random adapter; pairs of prompt, chosen, rejected; the same model in torch."""
+
+    backbone: Backbone
+    adapter: Adapter
+    pairs: list[list[list[int]]]
+    reference: np.ndarray  # [pairs, 2]
+    policy: list[list[torch.Tensor]]  # token log-probs of chosen and rejected by torch
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    lora = Lora(("q_proj", "v_proj", "up_proj", "down_proj"), 4, 2.0)
+    backbone = load_backbone(tiny_folder, lora, FLOAT32)
+    adapter = random_adapter(backbone, seed=7, size=0.1)
+    folder = tmp_path_factory.mktemp("tiny-peft") / "adapter"
+    save_adapter(folder, adapter, backbone.arch, lora, str(tiny_folder))
+    model = PeftModel.from_pretrained(torch_model(tiny_folder), folder)
+    draw = np.random.default_rng(8)
+    sizes = ((9, 4, 7), (12, 6, 3), (5, 2, 9), (7, 8, 8))
+    pairs = [[draw.integers(2, backbone.arch.vocab, n).tolist() for n in size] for size in sizes]
+    reference = draw.uniform(-60, -10, (4, 2)).astype(np.float32)
+    policy = [[torch.tensor(torch_logprobs(model, p[0], reply)) for reply in p[1:]] for p in pairs]
+    return Tiny(backbone, adapter, pairs, reference, policy)
+
+
+def pair_row(pair: Sequence[Sequence[int]]) -> Rows:
+    return prompt_with_replies(pair[0], pair[1:])
+
+
+def one_a_row(t: Tiny) -> tuple[Rows, Pairs]:
+    """Each pair in a row of its own."""
+    rows = stack([pack([pair_row(p)], 32) for p in t.pairs])
+    return rows, Pairs(t.reference.reshape(4, 1, 1, 2), np.ones((4, 1, 1), bool))
+
+
+def formula(t: Tiny, settings: DpoSettings) -> float:
+    """The loss's definition, written once more, from torch's log-probs."""
+    losses = []
+    for (chosen, rejected), ref in zip(t.policy, torch.tensor(t.reference), strict=True):
+        rewards = [settings.beta * (chosen.sum() - ref[0]), settings.beta * (rejected.sum() - ref[1])]
+        if settings.length_normalised:
+            rewards = [rewards[0] / len(chosen), rewards[1] / len(rejected)]
+        margin = rewards[0] - rewards[1]
+        e = settings.label_smoothing
+        loss = -(1 - e) * F.logsigmoid(margin) - e * F.logsigmoid(-margin)
+        losses.append(loss + settings.nll_weight * -chosen.mean())
+    return float(torch.stack(losses).mean())
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "label smoothing": {"label_smoothing": 0.2},
+    "length normalised": {"length_normalised": True},
+    "nll": {"nll_weight": 0.3},
+    "all": {"label_smoothing": 0.1, "length_normalised": True, "nll_weight": 1.0, "beta": 0.5},
+}
+
+
+def test_options_follow_their_formulas(tiny: Tiny) -> None:
+    rows, extra = one_a_row(tiny)
+    logprobs = logprobs_of(tiny.backbone, tiny.adapter, rows)
+    for name, options in OPTIONS.items():
+        totals = dpo_loss(DpoSettings(**options))(logprobs, rows, extra)
+        ours = float(totals.loss / totals.weight)
+        assert ours == pytest.approx(formula(tiny, DpoSettings(**options)), abs=1e-4), name
+        for other, others in OPTIONS.items():  # no option is without effect
+            assert other == name or abs(ours - formula(tiny, DpoSettings(**others))) > 1e-3
+
+
+# --- packing, shared trunks and masks -------------------------------------------------------------------------------------
+
+
+def off(rows: Rows, by: int) -> Rows:
+    """The rows with a wrong mask: every branch sees one trunk token more or less."""
+    return rows._replace(limit=np.where(rows.branch > 0, rows.limit + by, 0).astype(np.int32))
+
+
+def test_packed_pairs_have_the_loss_and_gradient_of_single_ones(tiny: Tiny) -> None:
+    """Packed and rematerialised, as training computes them, against one pair a row and nothing recomputed."""
+    loss = dpo_loss(DpoSettings(nll_weight=0.1))
+    single, extra = one_a_row(tiny)
+    targets = int((single.weight != 0).sum())
+    expected, gradient = Gradient(tiny.backbone, loss, targets)(tiny.adapter, single, extra)
+    rows = stack([pack([pair_row(p) for p in half], 64) for half in (tiny.pairs[:2], tiny.pairs[2:])])
+    check(rows)
+    extra = Pairs(tiny.reference.reshape(2, 2, 1, 2), np.ones((2, 2, 1), bool))
+    packed = Gradient(tiny.backbone, loss, targets, remat=True)
+    got, grads = packed(tiny.adapter, rows, extra)
+    assert got == pytest.approx(expected, abs=1e-5)
+    assert relative(flat(grads), flat(gradient)) <= 1e-4
+    # Branches that miss the last trunk token; the references of the other row's pairs.
+    for wrong, reference in ((off(rows, -1), extra.reference), (rows, extra.reference[::-1])):
+        values, moved = packed(tiny.adapter, wrong, extra._replace(reference=reference))
+        assert values != pytest.approx(expected, abs=1e-5)
+        assert relative(flat(moved), flat(gradient)) > 1e-4
+
+
+def test_pairs_on_one_trunk_have_the_loss_and_gradient_of_single_ones(tiny: Tiny) -> None:
+    """A dialogue as the trunk with a pair after its 6th and its 11th token: the later trunk is hidden from the earlier."""
+    dialogue = [*tiny.pairs[0][0], *tiny.pairs[1][0]]
+    lone = [prompt_with_replies(dialogue[:n], p[1:]) for n, p in zip((6, 11), tiny.pairs, strict=False)]
+    single = stack([pack([example], 48) for example in lone])
+    reference = tiny.reference[:2]
+    gradient_of = Gradient(tiny.backbone, dpo_loss(DpoSettings(nll_weight=0.1)), int((single.weight != 0).sum()))
+    expected, gradient = gradient_of(
+        tiny.adapter, single, Pairs(reference.reshape(2, 1, 1, 2), np.ones((2, 1, 1), bool))
+    )
+    parts = [trunk(dialogue)]
+    for i, example in enumerate(lone):
+        branches = Rows(*(field[example.branch > 0] for field in example))
+        parts.append(branches._replace(branch=branches.branch + 2 * i))
+    rows = stack([pack([concatenate(parts)], 64)])
+    check(rows)
+    extra = Pairs(reference.reshape(1, 1, 2, 2), np.ones((1, 1, 2), bool))
+    got, grads = gradient_of(tiny.adapter, rows, extra)
+    assert got == pytest.approx(expected, abs=1e-5)
+    assert relative(flat(grads), flat(gradient)) <= 1e-4
+    for by in (1, -1):  # a mask off by one
+        values, moved = gradient_of(tiny.adapter, off(rows, by), extra)
+        assert values != pytest.approx(expected, abs=1e-5)
+        assert relative(flat(moved), flat(gradient)) > 1e-4
+
+
+# --- accumulation ---------------------------------------------------------------------------------------------------------
+
+
+def stepped(t: Tiny, loss: Loss, rows: Rows, extra: Any, micro_rows: int) -> tuple[dict[str, float], np.ndarray]:
+    """Metrics of one step, and its gradient: with plain gradient descent at rate 1 the adapter moves by minus that."""
+    targets = int((rows.weight != 0).sum())
+    step = make_step(t.backbone.definition, loss, optax.sgd(1.0), micro_rows, targets, remat=True)
+    adapter = copied(t.adapter)
+    moved, _, metrics = step(adapter, optax.sgd(1.0).init(adapter), t.backbone.base, rows, extra)
+    return {k: float(v) for k, v in metrics.items()}, flat(t.adapter) - flat(moved)
+
+
+@pytest.mark.parametrize("phase", ["sft", "dpo"])
+def test_accumulation_is_the_whole_batch(tiny: Tiny, phase: str) -> None:
+    """Rows with 1 to 20 targets (sft) or none to 3 pairs (dpo), one at a time or all four."""
+    if phase == "sft":
+        draw = np.random.default_rng(9)
+        counts = (2, 20, 7, 1)
+        chats = [
+            pack([trunk(draw.integers(2, tiny.backbone.arch.vocab, 24), [0.0] * 3 + [1.0] * n + [0.0] * (21 - n))], 48)
+            for n in counts
+        ]
+        rows, extra, loss = stack(chats), None, sft_loss
+    else:
+        order = ([0], [1, 2, 3], [], [3, 0])
+        rows = stack([pack([pair_row(tiny.pairs[i]) for i in row], 96) for row in order])
+        values, valid = np.zeros((4, 3, 1, 2), np.float32), np.zeros((4, 3, 1), bool)
+        for b, row in enumerate(order):
+            values[b, : len(row), 0], valid[b, : len(row)] = tiny.reference[row], True
+        extra, loss = Pairs(values, valid), dpo_loss(DpoSettings(nll_weight=0.5))
+    whole, gradient = stepped(tiny, loss, rows, extra, 4)
+    metrics, accumulated = stepped(tiny, loss, rows, extra, 1)
+    assert metrics == pytest.approx(whole, rel=1e-4)
+    assert relative(accumulated, gradient) <= 1e-4
+    # Averaging the rows' own means would be another loss and another gradient.
+    alone, gradient_of = [], Gradient(tiny.backbone, loss, int((rows.weight != 0).sum()))
+    for b in range(4):
+        if (rows.weight[b] != 0).any():
+            one, its = jax.tree.map(lambda x, b=b: x[b : b + 1], (rows, extra))
+            alone.append(gradient_of(tiny.adapter, one, its))
+    mean = np.mean([flat(g) for _, g in alone], axis=0)
+    assert relative(mean, gradient) > 1e-2
+    assert abs(np.mean([m["loss"] for m, _ in alone]) - whole["loss"]) > 1e-2
+
+
+# --- every round starts at its reference ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def second_round(tiny_run: Path) -> tuple[Lab, Adapter, list[dict[str, Any]]]:
+    lab, m1 = open_model(f"{tiny_run}:m1", load(None, []))
+    return lab, m1, read_jsonl(tiny_run / "round2" / "pairs.jsonl")
+
+
+def rescored(lab: Lab, adapter: Adapter, pairs: list[dict[str, Any]], file: Path) -> Path:
+    """The pairs with another reference: the log-probs under base + ``adapter``."""
+    scorer = Scorer(lab.backbone, lab.config.dpo.row_length, lab.config.dpo.micro_rows)
+    rows = []
+    for pair, (chosen, rejected) in zip(pairs, scorer.score(adapter, pair_rows(pairs, lab.encoder)), strict=True):
+        rows.append(pair | {"reference": {"chosen": float(chosen.sum()), "rejected": float(rejected.sum())}})
+    write_jsonl(file, rows)
+    return file
+
+
+def test_adapter_off_is_no_reference(second_round: tuple[Lab, Adapter, list[dict[str, Any]]], tmp_path: Path) -> None:
+    """Round 2 trains from M_1, and its reference is M_1: with the bare backbone as the reference the run stops."""
+    lab, m1, pairs = second_round
+    bare = lab.backbone.fresh_adapter(lab.config.seed)  # B is zero
+    wrong = rescored(lab, bare, pairs, tmp_path / "bare.jsonl")
+    with pytest.raises(RunError, match="does not start at its reference"):
+        rounds.dpo(lab, RunDir(tmp_path / "wrong", lab.config), wrong, "dpo", lambda: copied(m1))
+    right = rescored(lab, m1, pairs, tmp_path / "m1.jsonl")
+    run = RunDir(tmp_path / "right", lab.config)
+    rounds.dpo(lab, run, right, "dpo", lambda: copied(m1))
+    first = json.loads((run.path / "dpo" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert first["margin"] == pytest.approx(0, abs=1e-4)
+
+
+def test_stored_reference_is_that_of_the_round_start(
+    second_round: tuple[Lab, Adapter, list[dict[str, Any]]], tiny_run: Path
+) -> None:
+    """round2/pairs.jsonl holds M_1's log-probs, not M_0's, M_2's or the backbone's."""
+    lab, m1, pairs = second_round
+    stored = [[p["reference"]["chosen"], p["reference"]["rejected"]] for p in pairs]
+    examples = pair_rows(pairs, lab.encoder)
+    scorer = Scorer(lab.backbone, lab.config.dpo.row_length, 1)
+
+    def sums(adapter: Adapter) -> list[list[float]]:
+        return [[float(x.sum()) for x in branches] for branches in scorer.score(adapter, examples)]
+
+    assert worst(sums(m1), stored) <= 1e-3
+    others = [lab.adapter(adapter_folder(tiny_run, t)) for t in (0, 2)]
+    for other in (*others, lab.backbone.fresh_adapter(0)):
+        assert worst(sums(other), stored) > 2e-3

@@ -1,0 +1,86 @@
+"""Killed with SIGKILL in the middle of every stage and started again, a run ends with an undisturbed run's bytes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import tiny_overrides
+
+# Runs esjax with one function replaced: its n-th call kills the process, as a power cut would.
+KILLER = """
+import importlib, os, signal, sys
+module, owner, name, nth, *arguments = sys.argv[1:]
+place = importlib.import_module(module)
+place = getattr(place, owner) if owner else place
+original, calls = getattr(place, name), 0
+def counted(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls == int(nth):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+setattr(place, name, counted)
+from esjax.cli import main
+main(arguments)
+"""
+
+# stage in which the process dies -> (module, class, function, call). Calls count from the restart after the kill before.
+KILLS = {
+    "sft": ("esjax.runlog", "Metrics", "log", 4),
+    "round1/drafts": ("esjax.sample.generate", "Generator", "generate", 3),
+    "round1/reflections": ("esjax.evolve.rounds", "", "parse", 7),
+    "round1/refinements": ("esjax.sample.generate", "Generator", "generate", 5),
+    "round1/pairs": ("esjax.sample.score", "Scorer", "score", 1),
+    "round1/dpo": ("esjax.runlog", "Metrics", "log", 3),
+    "round2/drafts": ("esjax.sample.generate", "Generator", "generate", 4),
+    "eval/m1": ("esjax.eval.compare", "", "distinct", 3),
+}
+
+
+def files(run: Path) -> dict[str, bytes]:
+    """Everything that must not depend on how often a run was killed."""
+    kept = [p for p in run.rglob("*") if p.is_file() and (p.suffix in (".jsonl", ".yaml") or "adapter" in p.parts)]
+    return {str(p.relative_to(run)): p.read_bytes() for p in [*kept, *run.glob("eval/*.json")]}
+
+
+def stages(run: Path) -> dict[str, dict[str, object]]:
+    file = run / "manifest.json"
+    return json.loads(file.read_text())["stages"] if file.exists() else {}
+
+
+@pytest.fixture(scope="module")
+def killed_run(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("killed") / "run"
+    command = ["evolve", "--run-dir", str(run), *tiny_overrides(tiny_folder)]
+    for stage, (module, owner, name, nth) in KILLS.items():
+        before = stages(run)
+        done = subprocess.run([sys.executable, "-c", KILLER, module, owner, name, str(nth), *command], capture_output=True, text=True)
+        assert done.returncode == -signal.SIGKILL, f"{stage}: exit {done.returncode}\n{done.stderr[-2000:]}"
+        after = stages(run)
+        assert stage not in after, f"{stage} was finished before the kill"
+        assert {k: after[k] for k in before} == before, "a finished stage was done again"
+        assert f"{stage}: started" in done.stderr, f"the kill hit another stage than {stage}:\n{done.stderr[-2000:]}"
+    last = subprocess.run([sys.executable, "-m", "esjax", *command], capture_output=True, text=True)
+    assert last.returncode == 0, last.stderr[-2000:]
+    assert "round1/drafts: done before" in last.stderr
+    return run
+
+
+def test_killed_run_equals_undisturbed_run(tiny_run: Path, killed_run: Path) -> None:
+    expected, found = files(tiny_run), files(killed_run)
+    assert sorted(found) == sorted(expected)
+    assert [name for name in expected if found[name] != expected[name]] == []
+    assert any("adapter_model.safetensors" in name for name in expected)
+
+
+def test_another_seed_gives_other_bytes(tiny_run: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    """Negative control: the comparison above can fail."""
+    command = ["sft", "--run-dir", str(tmp_path / "other"), *tiny_overrides(tiny_folder), "--seed", "1"]
+    subprocess.run([sys.executable, "-m", "esjax", *command], check=True, capture_output=True)
+    name = "sft/adapter/adapter_model.safetensors"
+    assert files(tmp_path / "other")[name] != files(tiny_run)[name]

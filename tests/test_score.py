@@ -1,0 +1,109 @@
+"""``esjax score`` on real ESConv chats with SmolLM2, against log_softmax of transformers' logits in float32.
+
+The oracle tokenises by itself (the tokenizer's own chat template) and computes each chat alone, unpadded; the command
+packs chats of mixed lengths into rows.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from oracles import real_dialogues, torch_logprobs, torch_model, worst
+from transformers import AutoTokenizer
+
+from esjax.cli import main
+from esjax.corpus.dialogue import Message
+from esjax.runlog import read_jsonl, write_jsonl
+
+CHATS = 8
+TOLERANCE = 1e-3
+
+
+@pytest.fixture(scope="module")
+def chats(esconv: Path) -> list[list[Message]]:
+    """Eight dialogues, each up to its supporter's first, second, ... or fifth answer, so that lengths differ."""
+    dialogues = real_dialogues(esconv)[16 : 16 + CHATS]
+    return [d.messages(d.supporter_turns()[n % 5] + 1) for n, d in enumerate(dialogues)]
+
+
+@pytest.fixture(scope="module")
+def scored(
+    chats: list[list[Message]], smollm_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("score")
+    write_jsonl(folder / "chats.jsonl", [{"id": f"chat-{i}", "messages": m} for i, m in enumerate(chats)])
+    main(
+        [
+            "score",
+            "--model",
+            str(smollm_folder),
+            "--data",
+            str(folder / "chats.jsonl"),
+            "--out",
+            str(folder / "scores.jsonl"),
+        ]
+    )
+    return read_jsonl(folder / "scores.jsonl")
+
+
+@pytest.fixture(scope="module")
+def expected(chats: list[list[Message]], smollm_folder: Path) -> list[tuple[list[int], np.ndarray, list[int]]]:
+    """For each chat: the prompt's tokens, the log-probs of the reply's tokens, the reply's tokens."""
+    tokenizer, model = AutoTokenizer.from_pretrained(smollm_folder), torch_model(smollm_folder)
+    out = []
+    for messages in chats:
+        prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
+        whole = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+        assert whole[: len(prompt)] == prompt
+        reply = whole[len(prompt) :]
+        reply = reply[: reply.index(tokenizer.eos_token_id) + 1]
+        assert tokenizer.decode(reply, skip_special_tokens=True).strip() == messages[-1]["content"]
+        out.append((prompt, torch_logprobs(model, prompt, reply), reply))
+    return out
+
+
+def test_score_is_transformers_log_softmax(
+    scored: list[dict[str, Any]], expected: list[tuple[list[int], np.ndarray, list[int]]]
+) -> None:
+    assert [row["id"] for row in scored] == [f"chat-{i}" for i in range(CHATS)]
+    assert len({len(prompt) + len(reply) for prompt, _, reply in expected}) == CHATS  # mixed lengths
+    assert sum(len(prompt) + len(reply) for prompt, _, reply in expected) < CHATS * 512 / 2  # so several share a row
+    differences, shifted = [], []
+    for row, (_, theirs, reply) in zip(scored, expected, strict=True):
+        assert row["num_tokens"] == len(row["token_logprobs"]) == len(reply)
+        assert row["logprob"] == pytest.approx(sum(row["token_logprobs"]), abs=1e-6)
+        assert row["logprob"] == pytest.approx(float(theirs.sum()), abs=TOLERANCE * len(reply))
+        differences.append(worst(row["token_logprobs"], theirs))
+        shifted.append(worst(row["token_logprobs"][1:], theirs[:-1]))
+    print(f"worst differences: {[f'{d:.1e}' for d in differences]}")
+    assert max(differences) <= TOLERANCE
+    assert min(shifted) > TOLERANCE  # one token off would not do, in any chat
+
+
+def test_another_reply_scores_otherwise(
+    chats: list[list[Message]], scored: list[dict[str, Any]], smollm_folder: Path, tmp_path: Path
+) -> None:
+    """Replies swapped between two chats: each token's log-prob depends on its own chat."""
+    swapped = [[*chats[0][:-1], chats[1][-1]], [*chats[1][:-1], chats[0][-1]]]
+    (tmp_path / "chats.jsonl").write_text(
+        "".join(json.dumps({"id": i, "messages": m}) + "\n" for i, m in enumerate(swapped))
+    )
+    main(
+        [
+            "score",
+            "--model",
+            str(smollm_folder),
+            "--data",
+            str(tmp_path / "chats.jsonl"),
+            "--out",
+            str(tmp_path / "out.jsonl"),
+        ]
+    )
+    first, second = read_jsonl(tmp_path / "out.jsonl")
+    assert (first["num_tokens"], second["num_tokens"]) == (scored[1]["num_tokens"], scored[0]["num_tokens"])
+    assert worst(first["token_logprobs"], scored[1]["token_logprobs"]) > TOLERANCE
+    assert worst(second["token_logprobs"], scored[0]["token_logprobs"]) > TOLERANCE

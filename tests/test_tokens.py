@@ -1,0 +1,477 @@
+"""Text to rows: targets, cut histories, templates that do not share prefixes, pairs, batches, and tokens as bytes."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import CHAT_TEMPLATE, sample_texts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
+
+from esjax import rows
+from esjax.config import InputError
+from esjax.corpus.dialogue import OPENING, Dialogue, Message, Turn
+from esjax.corpus.sources import read_dialogues
+from esjax.rows import Rows
+from esjax.tokens import batches
+from esjax.tokens.encode import Encoder
+from esjax.tokens.tokenizer import ChatTokenizer
+
+SYSTEM = "You are kind."
+# A header with the number of user messages: every context has another one, so contexts are no prefixes of the dialogue.
+UNSHARED = (
+    "{{ messages | selectattr('role', 'equalto', 'user') | list | length }} asked<|im_end|>\n"
+    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% endif %}" + CHAT_TEMPLATE
+)
+NO_PREFIX = "{{ messages | length }}" + CHAT_TEMPLATE  # the answered chat begins differently from its prompt
+NO_END = CHAT_TEMPLATE.replace("<|im_end|>", "")
+
+
+def seeker(text: str) -> Turn:
+    return Turn("seeker", text)
+
+
+def supporter(text: str) -> Turn:
+    return Turn("supporter", text)
+
+
+SHORT = Dialogue(
+    "d", (seeker("The boxes win."), supporter("Which box?"), seeker("The one marked misc."), supporter("Ah."))
+)
+OPENED = Dialogue("o", (supporter("Hello you."), seeker("I moved."), supporter("Where to?"), seeker("A kitchen.")))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_folder: Path) -> ChatTokenizer:
+    return ChatTokenizer(tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def with_template(tiny_folder: Path) -> Callable[[str], ChatTokenizer]:
+    """The tiny tokenizer with another chat template."""
+
+    def make(template: str) -> ChatTokenizer:
+        out = ChatTokenizer(tiny_folder)
+        out.hf.chat_template = template
+        return out
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def dialogues() -> list[Dialogue]:
+    return read_dialogues("sample", "bundled:data/sample/test.jsonl")
+
+
+def shown(tokenizer: ChatTokenizer, ids: list[int]) -> str:
+    """Text with special tokens left in."""
+    return str(tokenizer.hf.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def targets(tokenizer: ChatTokenizer, row: Rows) -> list[str]:
+    """The texts of a row's runs of target tokens, special tokens left in."""
+    runs: list[list[int]] = []
+    for i, weight in enumerate(row.weight):
+        if weight:
+            if i == 0 or not row.weight[i - 1]:
+                runs.append([])
+            runs[-1].append(int(row.tokens[i + 1]))
+    return [shown(tokenizer, run) for run in runs]
+
+
+def answers_in(text: str) -> list[str]:
+    """Oracle: what stands between an assistant's header and the end of the turn, in a chat's text."""
+    return re.findall(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", text, flags=re.DOTALL)
+
+
+# --- dialogues to rows -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("system", ["", SYSTEM])
+def test_exactly_the_supporters_turns_are_targets(
+    tokenizer: ChatTokenizer, dialogues: list[Dialogue], system: str
+) -> None:
+    encoder = Encoder(tokenizer, 4096, system)
+    for dialogue in [SHORT, *dialogues]:
+        (row,) = encoder.dialogue(dialogue)
+        texts = [t.text + "<|im_end|>" for t in dialogue.turns if t.role == "supporter"]
+        assert targets(tokenizer, row) == texts == answers_in(shown(tokenizer, list(row.tokens)))
+        assert texts != [t.text + "<|im_end|>" for t in dialogue.turns if t.role == "seeker"]
+        assert (shown(tokenizer, list(row.tokens)).count(SYSTEM) == 1) == bool(system)
+        assert set(row.weight.tolist()) == {0.0, 1.0}
+        rows.check(rows.stack([row]))
+    assert encoder.counts["cut"] == encoder.counts["too_long"] == encoder.counts["unshared"] == 0
+
+
+def test_the_row_is_the_templates_text(tokenizer: ChatTokenizer) -> None:
+    (row,) = Encoder(tokenizer, 4096, SYSTEM).dialogue(SHORT)
+    assert shown(tokenizer, list(row.tokens)) == (
+        "<|im_start|>system\nYou are kind.<|im_end|>\n<|im_start|>user\nThe boxes win.<|im_end|>\n"
+        "<|im_start|>assistant\nWhich box?<|im_end|>\n<|im_start|>user\nThe one marked misc.<|im_end|>\n"
+        "<|im_start|>assistant\nAh.<|im_end|>"
+    )
+
+
+def test_an_opening_turn_is_no_target_and_a_closing_seeker_turn_is_left_out(tokenizer: ChatTokenizer) -> None:
+    (row,) = Encoder(tokenizer, 4096, "").dialogue(OPENED)
+    text = shown(tokenizer, list(row.tokens))
+    assert targets(tokenizer, row) == ["Where to?<|im_end|>"]
+    assert answers_in(text) == ["Hello you.<|im_end|>", "Where to?<|im_end|>"]
+    assert OPENING in text
+    assert "A kitchen." not in text
+
+
+def test_when_the_opening_is_cut_off_the_next_turn_stays_a_target(tokenizer: ChatTokenizer) -> None:
+    d = Dialogue(
+        "o", (supporter("Hello you. " * 20), seeker("I moved."), supporter("Where?"), seeker("Far."), supporter("Ah."))
+    )
+    encoder = Encoder(tokenizer, 60, "")
+    (row,) = encoder.dialogue(d)
+    assert targets(tokenizer, row) == ["Where?<|im_end|>", "Ah.<|im_end|>"]
+    assert encoder.counts["cut"] == 1
+    (whole,) = Encoder(tokenizer, 4096, "").dialogue(d)
+    assert targets(tokenizer, whole) == targets(tokenizer, row)
+    assert len(whole.tokens) > len(row.tokens)
+
+
+def test_a_chat_with_its_own_system_message_keeps_it(tokenizer: ChatTokenizer) -> None:
+    encoder = Encoder(tokenizer, 4096, SYSTEM)
+    own: list[Message] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    assert encoder.with_system(own) == own
+    assert encoder.with_system(own[1:]) == [{"role": "system", "content": SYSTEM}, *own[1:]]
+    assert Encoder(tokenizer, 4096, "").with_system(own[1:]) == own[1:]
+
+
+def test_the_context_of_a_turn(tokenizer: ChatTokenizer) -> None:
+    got = Encoder(tokenizer, 4096, SYSTEM).context(SHORT, 3)
+    assert [m["content"] for m in got] == [SYSTEM, "The boxes win.", "Which box?", "The one marked misc."]
+    assert [m["role"] for m in got] == ["system", "user", "assistant", "user"]
+
+
+def test_scoring_rows_have_the_last_message_as_their_only_target(tokenizer: ChatTokenizer) -> None:
+    encoder = Encoder(tokenizer, 64, "")
+    chat = SHORT.messages(4)
+    row = encoder.target(chat, "here")
+    assert targets(tokenizer, row) == ["Ah.<|im_end|>"]
+    assert shown(tokenizer, list(row.tokens)).endswith("<|im_start|>assistant\nAh.<|im_end|>")
+    with pytest.raises(InputError, match=r"here: the last two messages do not fit data\.window=64"):
+        encoder.target([*chat[:-2], {"role": "user", "content": "word " * 99}, chat[-1]], "here")
+
+
+# --- the window ------------------------------------------------------------------------------------------------------
+
+
+def longest_that_fits(tokenizer: ChatTokenizer, chat: list[Message], room: int) -> list[Message] | None:
+    """Oracle: the chat without as few of its oldest turns as possible; each way to cut begins with a user's message."""
+    head = [m for m in chat if m["role"] == "system"]
+    starts = [i for i, m in enumerate(chat) if m["role"] == "user"]
+    for start in starts:
+        kept = [*head, *chat[start:]]
+        text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in kept) + "<|im_start|>assistant\n"
+        if len(tokenizer.encode(text)) <= room:
+            return kept
+    return None
+
+
+@pytest.mark.parametrize("system", ["", SYSTEM])
+def test_histories_are_cut_at_turns_oldest_first_and_counted(
+    tokenizer: ChatTokenizer, dialogues: list[Dialogue], system: str
+) -> None:
+    seen: Counter[str] = Counter()
+    for dialogue in [*dialogues[:3], OPENED]:
+        for turn in dialogue.supporter_turns():
+            for room in (16, 40, 90, 200, 10_000):
+                encoder = Encoder(tokenizer, 4096, system)
+                chat = encoder.context(dialogue, turn)
+                got, expected = encoder.prompt(chat, room), longest_that_fits(tokenizer, chat, room)
+                assert (got and got[0]) == expected
+                case = "too_long" if expected is None else "whole" if expected == chat else "cut"
+                seen[case] += 1
+                assert +encoder.counts == ({} if case == "whole" else {case: 1})
+                if got is not None:
+                    assert len(got[1]) <= room
+                    assert got[1] == tokenizer.prompt(got[0])
+                    assert got[0][-1] == chat[-1]
+                    assert (got[0][0]["role"] == "system") == bool(system)
+    assert min(seen["whole"], seen["cut"], seen["too_long"]) > 3  # all three cases occurred
+
+
+def test_training_rows_are_cut_too_and_keep_the_newest_answer(
+    tokenizer: ChatTokenizer, dialogues: list[Dialogue]
+) -> None:
+    encoder = Encoder(tokenizer, 200, SYSTEM)
+    kept = 0
+    for dialogue in dialogues:
+        (row,) = encoder.dialogue(dialogue)
+        assert len(row.tokens) <= 200
+        every = [t.text + "<|im_end|>" for t in dialogue.turns if t.role == "supporter"]
+        got = targets(tokenizer, row)
+        assert got == every[-len(got) :]
+        assert shown(tokenizer, list(row.tokens)).startswith(
+            f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
+        )
+        kept += len(got)
+    assert encoder.counts["cut"] == len(dialogues)
+    assert kept < sum(len(d.supporter_turns()) for d in dialogues)
+
+
+def test_a_row_fills_the_window_to_the_token(tokenizer: ChatTokenizer) -> None:
+    """Control of the bound: the window at which nothing is cut is at most two tokens above the row's length."""
+    (whole,) = Encoder(tokenizer, 4096, "").dialogue(SHORT)
+    n = len(whole.tokens)
+    roomy, tight = Encoder(tokenizer, n + 2, ""), Encoder(tokenizer, n - 1, "")
+    (row,) = roomy.dialogue(SHORT)
+    assert row.tokens.tolist() == whole.tokens.tolist()
+    (short,) = tight.dialogue(SHORT)
+    assert len(short.tokens) < n
+    assert tight.counts["cut"] == 1
+
+
+def test_what_is_too_long_even_alone_is_left_out_and_counted(tokenizer: ChatTokenizer) -> None:
+    long = Dialogue("l", (seeker("a b c"), supporter("d"), seeker("word " * 80), supporter("e")))
+    encoder = Encoder(tokenizer, 64, SYSTEM)
+    assert encoder.dialogue(long) == []
+    assert encoder.counts["too_long"] == 1
+    assert encoder.prompt(encoder.context(long, 3), 64) is None
+    assert encoder.counts["too_long"] == 2
+    assert len(Encoder(tokenizer, 256, SYSTEM).dialogue(long)) == 1
+
+
+# --- templates -------------------------------------------------------------------------------------------------------
+
+
+def test_a_template_that_is_not_prefix_stable_gets_a_row_a_turn(
+    tokenizer: ChatTokenizer, with_template: Callable[[str], ChatTokenizer], dialogues: list[Dialogue]
+) -> None:
+    other = with_template(UNSHARED)
+    encoder = Encoder(other, 4096, "")
+    dialogue = dialogues[0]
+    got = encoder.dialogue(dialogue)
+    turns = dialogue.supporter_turns()
+    assert encoder.counts["unshared"] == 1
+    assert len(got) == len(turns) > 1
+    for n, (row, turn) in enumerate(zip(got, turns, strict=True), start=1):
+        text = shown(other, list(row.tokens))
+        assert text.startswith(f"{n} asked<|im_end|>\n")
+        assert targets(other, row) == [dialogue.turns[turn].text + "<|im_end|>"]
+        assert len(answers_in(text)) == n
+    (shared,) = Encoder(tokenizer, 4096, "").dialogue(dialogue)
+    assert sum(int(row.weight.sum()) for row in got) == int(shared.weight.sum())
+
+
+def test_an_opening_turn_is_no_target_under_such_a_template_either(
+    with_template: Callable[[str], ChatTokenizer],
+) -> None:
+    other = with_template(UNSHARED)
+    (row,) = Encoder(other, 4096, "").dialogue(OPENED)
+    assert targets(other, row) == ["Where to?<|im_end|>"]
+
+
+def test_a_template_whose_prompt_is_no_prefix_is_refused(with_template: Callable[[str], ChatTokenizer]) -> None:
+    with pytest.raises(InputError, match="does not keep a prompt as a prefix"):
+        Encoder(with_template(NO_PREFIX), 4096, "").dialogue(SHORT)
+    with pytest.raises(InputError, match="does not keep a prompt as a prefix"):
+        Encoder(with_template(NO_PREFIX), 4096, "").pair(SHORT.messages(3), "a", "b")
+    assert len(Encoder(with_template(CHAT_TEMPLATE), 4096, "").dialogue(SHORT)) == 1
+
+
+def test_a_template_that_does_not_end_an_answer_is_refused(with_template: Callable[[str], ChatTokenizer]) -> None:
+    with pytest.raises(InputError, match=r"does not end an answer with the eos token '<\|im_end\|>'"):
+        Encoder(with_template(NO_END), 4096, "").dialogue(SHORT)
+
+
+def test_folders_without_a_usable_tokenizer_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no usable tokenizer"):
+        ChatTokenizer(tmp_path)
+    for missing, message in (("chat_template", "no chat template"), ("eos_token", "no eos token")):
+        folder = tmp_path / missing
+        hf = ChatTokenizer(tiny_folder).hf
+        setattr(hf, missing, None)
+        hf.save_pretrained(folder)
+        with pytest.raises(InputError, match=message):
+            ChatTokenizer(folder)
+
+
+# --- pairs -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_pair_has_one_prompt_and_two_ended_replies(tokenizer: ChatTokenizer) -> None:
+    prompt = Encoder(tokenizer, 4096, SYSTEM).context(SHORT, 3)
+    row = Encoder(tokenizer, 4096, SYSTEM).pair(prompt, "Better and longer.", "Worse.")
+    ids = tokenizer.prompt(prompt)
+    stem = [int(t) for t, b in zip(row.tokens, row.branch, strict=True) if b == 0]
+    for branch, text in ((1, "Better and longer."), (2, "Worse.")):
+        mine = [int(t) for t, b in zip(row.tokens, row.branch, strict=True) if b == branch]
+        assert [*stem, mine[0]] == ids  # the prompt's last token opens the branch
+        assert mine[-1] == tokenizer.end_of_turn
+        assert tokenizer.decode(mine[1:]) == text
+        whole = tokenizer.hf.apply_chat_template([*prompt, {"role": "assistant", "content": text}], tokenize=False)
+        assert shown(tokenizer, [*stem, *mine]) + "\n" == whole
+        weights = [float(w) for w, b in zip(row.weight, row.branch, strict=True) if b == branch]
+        assert weights == [1.0] * (len(mine) - 1) + [0.0]
+    rows.check(rows.stack([row]))
+    other = Encoder(tokenizer, 4096, "").pair(prompt[1:], "Better and longer.", "Worse.")
+    assert other.tokens.tolist() != row.tokens.tolist()
+    turned = Encoder(tokenizer, 4096, SYSTEM).pair(prompt, "Worse.", "Better and longer.")
+    assert turned.tokens.tolist() != row.tokens.tolist()
+
+
+def test_a_pair_that_does_not_fit_the_window_is_bad_input(tokenizer: ChatTokenizer) -> None:
+    """Foreign pairs come from a file (``esjax dpo --pairs``), so their lengths are anybody's."""
+    encoder = Encoder(tokenizer, 64, "")
+    assert len(encoder.pair([{"role": "user", "content": "word"}], "a", "b").tokens) < 64
+    with pytest.raises(InputError):
+        encoder.pair([{"role": "user", "content": "word " * 200}], "a", "b")
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+LENGTHS = st.lists(st.integers(1, 20), min_size=1, max_size=40)
+
+
+@settings(max_examples=100, deadline=None)
+@given(LENGTHS, st.integers(20, 50), st.integers(1, 4), st.integers(1, 3), st.integers(0, 9))
+def test_every_epoch_sees_every_example_once_within_the_rows(
+    lengths: list[int], row_length: int, batch_rows: int, epochs: int, seed: int
+) -> None:
+    steps = batches.schedule(lengths, row_length, batch_rows, epochs, seed)
+    flat = [i for step in steps for row in step for i in row]
+    n = len(lengths)
+    assert len(flat) == epochs * n
+    for epoch in range(epochs):
+        assert sorted(flat[epoch * n : (epoch + 1) * n]) == list(range(n))
+    for step in steps:
+        assert 1 <= len(step) <= batch_rows
+        for row in step:
+            assert row
+            assert sum(lengths[i] for i in row) <= row_length
+    assert flat[:-1] != flat  # and steps do not straddle epochs:
+    done = np.cumsum([sum(map(len, step)) for step in steps])
+    assert {n * e for e in range(1, epochs + 1)} <= set(done.tolist())
+
+
+def test_the_schedule_is_a_function_of_the_seed() -> None:
+    lengths = [int(x) for x in np.random.default_rng(0).integers(1, 20, 50)]
+    first = batches.schedule(lengths, 40, 4, 2, seed=3)
+    assert batches.schedule(lengths, 40, 4, 2, seed=3) == first
+    assert batches.schedule(lengths, 40, 4, 2, seed=4) != first
+    once = batches.schedule(lengths, 40, 4, 1, seed=3)
+    assert first[: len(once)] == once  # more epochs leave the first as it is
+    assert first[len(once) :] != once  # and every epoch has its own order
+
+
+@settings(max_examples=100, deadline=None)
+@given(LENGTHS, st.integers(20, 50))
+def test_packing_is_first_fit(lengths: list[int], row_length: int) -> None:
+    """Oracle: an example lies in the first row that had room for it when it came."""
+    packed = batches.pack_in_order(lengths, range(len(lengths)), row_length)
+    place = {i: r for r, row in enumerate(packed) for i in row}
+    for i in range(len(lengths)):
+        for r in range(place[i]):
+            assert sum(lengths[j] for j in packed[r] if j < i) + lengths[i] > row_length
+    assert [row[0] for row in packed] == sorted(row[0] for row in packed)
+
+
+def test_a_last_step_is_filled_with_empty_rows() -> None:
+    examples = [rows.trunk([i] * n, [1.0] * (n - 1) + [0.0]) for i, n in enumerate((5, 6, 7), start=1)]
+    got = batches.batch(examples, [[2, 0], [1]], row_length=13, batch_rows=4)
+    assert got.tokens.shape == (4, 13)
+    assert got.tokens[0].tolist() == [3] * 7 + [1] * 5 + [0]
+    assert got.tokens[1].tolist() == [2] * 6 + [0] * 7
+    assert got.segment[0].tolist() == [1] * 7 + [2] * 5 + [0]
+    for filling in (2, 3):
+        assert not got.segment[filling].any()
+        assert not got.weight[filling].any()
+    assert got.weight[:2].any(axis=1).all()
+
+
+def test_batches_in_order_hold_every_example_where_they_say() -> None:
+    examples = [rows.trunk([100 + i] * n) for i, n in enumerate((5, 9, 4, 4, 9, 1))]
+    found: dict[int, list[int]] = {}
+    for batch, packed in batches.in_order(examples, row_length=10, batch_rows=2):
+        assert batch.tokens.shape == (2, 10)
+        for r, members in enumerate(packed):
+            for segment, i in enumerate(members, start=1):
+                found[i] = batch.tokens[r][batch.segment[r] == segment].tolist()
+    assert found == {i: e.tokens.tolist() for i, e in enumerate(examples)}
+    assert found != {i: e.tokens.tolist() for i, e in enumerate(examples[::-1])}
+
+
+def test_an_example_longer_than_a_row_is_never_packed() -> None:
+    examples = [rows.trunk([1] * 5), rows.trunk([2] * 11)]
+    with pytest.raises((InputError, ValueError)):
+        list(batches.in_order(examples, row_length=10, batch_rows=2))
+    assert len(list(batches.in_order(examples, row_length=11, batch_rows=2))) == 1
+
+
+# --- bytes -----------------------------------------------------------------------------------------------------------
+
+TEXTS = [" a b", "naïve café — “quotes” 👋🏽", "tab\tand\nnewline  two spaces", "", "x=1; y<2 | z~^`\\"]
+
+
+def save_sentencepiece(folder: Path) -> None:
+    """A character-level vocabulary with byte fallback, and a space put before every text, as Llama 2 and Mistral have."""
+    names = ["<unk>", "<s>", "</s>", *[f"<0x{b:02X}>" for b in range(256)], "▁", *map(chr, range(33, 127))]
+    core = Tokenizer(
+        models.BPE(vocab={n: i for i, n in enumerate(names)}, merges=[], byte_fallback=True, unk_token="<unk>")
+    )
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    core.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    template = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=template
+    ).save_pretrained(folder)
+
+
+def test_token_bytes_are_what_decode_says(tokenizer: ChatTokenizer) -> None:
+    table = tokenizer.token_bytes()
+    for text in [*TEXTS, *sample_texts()[:200]]:
+        ids = tokenizer.encode(text)
+        assert b"".join(table[i] for i in ids) == text.encode()
+        assert tokenizer.decode(ids) == text
+    whole = 0
+    for i, content in table.items():
+        try:
+            text = content.decode()
+        except UnicodeDecodeError:
+            continue  # a part of a character
+        whole += 1
+        assert tokenizer.decode([i]) == text
+    assert whole > 800
+    ids = tokenizer.encode(TEXTS[1])
+    assert b"".join(table[i] for i in ids[:-1]) != TEXTS[1].encode()
+
+
+def test_token_bytes_leave_special_tokens_out(tokenizer: ChatTokenizer) -> None:
+    table = tokenizer.token_bytes()
+    vocabulary = tokenizer.hf.get_vocab()
+    assert {vocabulary["<|im_start|>"], vocabulary["<|im_end|>"]} == set(vocabulary.values()) - set(table)
+    assert tokenizer.decode([vocabulary["<|im_end|>"], *tokenizer.encode("a"), vocabulary["<|im_start|>"]]) == "a"
+
+
+def test_token_bytes_of_a_vocabulary_with_byte_fallback(tmp_path: Path) -> None:
+    save_sentencepiece(tmp_path)
+    tokenizer = ChatTokenizer(tmp_path)
+    table = tokenizer.token_bytes()
+    for text in TEXTS[1:]:
+        ids = tokenizer.encode(text)
+        assert b"".join(table[i] for i in ids).decode().removeprefix(" ") == text
+        assert tokenizer.decode(ids) == text
+    assert table[tokenizer.hf.get_vocab()["<0x0A>"]] == b"\n"
+    assert table[tokenizer.hf.get_vocab()["▁"]] == b" "
+
+
+def test_a_decoder_of_another_kind_is_refused(tiny_folder: Path) -> None:
+    tokenizer = ChatTokenizer(tiny_folder)
+    tokenizer.hf.backend_tokenizer.decoder = decoders.WordPiece()
+    with pytest.raises(InputError, match="constrained decoding does not know this tokenizer's decoder"):
+        tokenizer.token_bytes()
