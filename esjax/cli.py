@@ -20,11 +20,11 @@ def evolve(args: argparse.Namespace, config: Config) -> None:
     from esjax.evolve.lab import Lab
     from esjax.runlog import RunDir
 
-    run = RunDir(args.run_dir, config)
-    lab = Lab.open(config)
-    _ = lab.train, lab.valid, lab.test  # a broken corpus file is reported now, not after hours
-    rounds.evolve(lab, run)
-    _print(table(compare(lab, run)))
+    with RunDir(args.run_dir, config) as run:
+        lab = Lab.open(config)
+        _ = lab.train, lab.valid, lab.test  # a broken corpus file is reported now, not after hours
+        rounds.evolve(lab, run)
+        _print(table(compare(lab, run)))
 
 
 def sft(args: argparse.Namespace, config: Config) -> None:
@@ -33,8 +33,8 @@ def sft(args: argparse.Namespace, config: Config) -> None:
     from esjax.evolve.lab import Lab
     from esjax.runlog import RunDir
 
-    run = RunDir(args.run_dir, config)
-    rounds.sft(Lab.open(config), run)
+    with RunDir(args.run_dir, config) as run:
+        rounds.sft(Lab.open(config), run)
 
 
 def dpo(args: argparse.Namespace, config: Config) -> None:
@@ -57,9 +57,9 @@ def dpo(args: argparse.Namespace, config: Config) -> None:
             )
         lab = Lab(config, parent.backbone, parent.tokenizer, parent.encoder)
         origin = args.model
-    run = RunDir(args.run_dir, config)
-    pairs = rounds.score_pairs(lab, run, args.pairs, start, origin)
-    rounds.dpo(lab, run, pairs, "dpo", lambda: start)
+    with RunDir(args.run_dir, config) as run:
+        pairs = rounds.score_pairs(lab, run, args.pairs, start, origin)
+        rounds.dpo(lab, run, pairs, "dpo", lambda: start)
 
 
 def sample(args: argparse.Namespace, config: Config) -> None:

@@ -334,11 +334,6 @@ def _apply(tree: dict[str, Any], overrides: list[str]) -> None:
             node[last] = yaml.safe_load(text)
         except yaml.YAMLError:
             node[last] = text
-        if isinstance(node[last], str):  # YAML 1.1 reads 1e-4 as a string; a person means a number
-            try:
-                node[last] = float(node[last])
-            except ValueError:
-                node[last] = text
 
 
 def nearest(word: str, known: set[str]) -> str:

@@ -206,34 +206,46 @@ class Metrics:
 
 
 class RunDir:
-    """RUN/: the resolved config, the manifest, and stages that are done once."""
+    """RUN/: the resolved config, the manifest, and stages that are done once. A context manager: it holds the lock.
+
+    The directory is claimed for its config when the first stage starts, so that bad input leaves no config behind.
+    """
 
     def __init__(self, path: Path, config: Config) -> None:
+        self.path, self.config = path, config
+        self.manifest_path = path / "manifest.json"
+        self.manifest: dict[str, Any] = {"stages": {}}
+
+    def __enter__(self) -> RunDir:
         """Open or create. Raises InputError when the directory belongs to another config or is in use."""
-        self.path = path
-        path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(path / ".lock", "w")  # noqa: SIM115  held until the process ends, however it ends
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.path / ".lock", "w")  # closed in __exit__, or by the end of the process
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._check_config()
         except OSError as e:
-            raise InputError(
-                f"{path}: another process is running in this run directory; wait for it or choose another"
-            ) from e
-        saved = path / "config.yaml"
-        if saved.exists():
-            changed = differing(load(str(saved), []), config)
-            if changed:
-                raise InputError(
-                    f"{path}: this run directory was made with another config; differing: {', '.join(changed)}; "
-                    "give the old values or another --run-dir"
-                )
-        else:
-            write_text(saved, dump(config))
-        self.manifest_path = path / "manifest.json"
+            self._lock.close()
+            if is_full_disk(e):
+                raise
+            raise InputError(f"{self.path}: in use by another process; wait for it or choose another --run-dir") from e
+        except InputError:
+            self._lock.close()
+            raise
         if self.manifest_path.exists():
-            self.manifest: dict[str, Any] = json.loads(self.manifest_path.read_text())
-        else:
-            self.manifest = {"stages": {}}
+            self.manifest = json.loads(self.manifest_path.read_text())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
+
+    def _check_config(self) -> None:
+        saved = self.path / "config.yaml"
+        changed = differing(load(str(saved), []), self.config) if saved.exists() else []
+        if changed:
+            raise InputError(
+                f"{self.path}: this run directory was made with another config; differing: {', '.join(changed)}; "
+                "give the old values or another --run-dir"
+            )
 
     def stage(
         self, name: str, outputs: list[Path], inputs: dict[str, str], work: Callable[[], dict[str, Any] | None]
@@ -258,6 +270,8 @@ class RunDir:
                 )
             say(f"{name}: done before, {entry['seconds']:.0f} s then")
             return
+        if not (self.path / "config.yaml").exists():
+            write_text(self.path / "config.yaml", dump(self.config))
         say(f"{name}: started")
         start = time.monotonic()
         facts = work() or {}

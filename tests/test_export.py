@@ -1,0 +1,168 @@
+"""``esjax export`` on a finished run: transformers and PEFT load what it wrote and give the run's own logits.
+
+The merged folder loads as a plain model, the PEFT folder on the base; both are compared with base + adapter_1 computed
+here, and with each other. The other way round, an adapter that PEFT made loads into esjax.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from oracles import Ours, torch_logits, torch_model, worst
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoTokenizer
+
+from esjax.cli import main
+from esjax.config import InputError, load
+from esjax.evolve.lab import adapter_folder, open_model
+from esjax.model.lora import load_adapter, read_lora
+from esjax.model.weights import load_backbone
+from esjax.runlog import read_jsonl
+
+LENGTH = 384
+TOLERANCE = 2e-3  # what is promised
+TIGHT = 1e-4  # float32 keeps this small model's logits closer than that
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run's M_0 and M_1 as esjax computes them, on the tokens of a real context of its second round."""
+
+    tokens: list[int]
+    m0: np.ndarray
+    m1: np.ndarray
+
+
+@pytest.fixture(scope="module")
+def run(tiny_run: Path) -> Run:
+    lab, m1 = open_model(f"{tiny_run}:m1", load(None, []))
+    pair = read_jsonl(tiny_run / "round2" / "pairs.jsonl")[0]
+    tokens = lab.tokenizer.prompt(pair["prompt"])[-LENGTH:]
+    ours = Ours(lab.backbone)
+    m0 = lab.adapter(adapter_folder(tiny_run, 0))
+    return Run(tokens, *(ours.sequence(tokens, LENGTH, adapter) for adapter in (m0, m1)))
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with both exports of M_1, and the merged export of M_0."""
+    out = tmp_path_factory.mktemp("exported")
+    for model, form in (("m1", "merged"), ("m1", "peft"), ("m0", "merged")):
+        main(
+            [
+                "export",
+                "--run-dir",
+                str(tiny_run),
+                "--model",
+                model,
+                "--format",
+                form,
+                "--out",
+                str(out / f"{model}-{form}"),
+            ]
+        )
+    return out
+
+
+def test_both_exports_give_the_run_s_logits(run: Run, exported: Path, tiny_folder: Path) -> None:
+    merged = torch_logits(torch_model(exported / "m1-merged"), run.tokens)
+    peft = torch_logits(PeftModel.from_pretrained(torch_model(tiny_folder), exported / "m1-peft"), run.tokens)
+    differences = {"merged": worst(merged, run.m1), "peft": worst(peft, run.m1), "each other": worst(merged, peft)}
+    print({k: f"{d:.1e}" for k, d in differences.items()}, f"M_0 to M_1: {worst(run.m0, run.m1):.1e}")
+    assert max(differences.values()) <= TIGHT <= TOLERANCE
+    # Another round's model or the bare backbone would not pass for M_1.
+    assert worst(run.m0, run.m1) > TOLERANCE
+    assert worst(torch_logits(torch_model(exported / "m0-merged"), run.tokens), run.m0) <= TIGHT
+    assert worst(torch_logits(torch_model(exported / "m0-merged"), run.tokens), run.m1) > TOLERANCE
+    assert worst(torch_logits(torch_model(tiny_folder), run.tokens), run.m1) > TOLERANCE
+
+
+def test_exports_bring_their_tokenizer_and_say_their_base(exported: Path, tiny_folder: Path) -> None:
+    chat = [{"role": "user", "content": "I lost my job this morning."}]
+    expected = AutoTokenizer.from_pretrained(tiny_folder).apply_chat_template(chat, add_generation_prompt=True)[
+        "input_ids"
+    ]
+    for name in ("m1-merged", "m1-peft"):
+        made = AutoTokenizer.from_pretrained(exported / name).apply_chat_template(chat, add_generation_prompt=True)
+        assert made["input_ids"] == expected
+    config = json.loads((exported / "m1-peft" / "adapter_config.json").read_text())
+    assert Path(config["base_model_name_or_path"]) == tiny_folder
+    assert not list((exported / "m1-peft").glob("model*.safetensors"))
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()
+    }
+
+
+@pytest.mark.parametrize("form", ["merged", "peft"])
+def test_an_existing_folder_is_left_alone(
+    tiny_run: Path, tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "there"
+    out.mkdir()
+    (out / "model.safetensors").write_bytes(b"somebody's work")
+    before = fingerprint(out)
+    with pytest.raises(SystemExit) as stopped:
+        main(["export", "--run-dir", str(tiny_run), "--model", "m1", "--format", form, "--out", str(out)])
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("esjax: error: ")
+    assert str(out) in message
+    assert fingerprint(out) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["there"]  # nothing half-written beside it
+
+
+def test_a_model_that_is_not_there_is_bad_input(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["export", "--run-dir", str(tiny_run), "--model", "m7", "--format", "peft", "--out", str(tmp_path / "o")])
+    assert stopped.value.code == 2
+    assert "m0, m1, m2" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "v_proj"], ["q_proj", "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]]
+)
+def test_an_adapter_of_peft_loads(tiny_folder: Path, tmp_path: Path, targets: list[str]) -> None:
+    torch.manual_seed(2)
+    config = LoraConfig(r=6, lora_alpha=9, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
+    model: Any = get_peft_model(torch_model(tiny_folder), config).eval()
+    model.save_pretrained(tmp_path)
+    tokens = np.random.default_rng(0).integers(2, 1000, 48).tolist()
+    theirs = torch_logits(model, tokens)
+    lora = read_lora(tmp_path)
+    assert (lora.rank, lora.scale, set(lora.targets)) == (6, 1.5, set(targets))
+    backbone = load_backbone(tiny_folder, lora, jnp.dtype("float32"))
+    fresh = backbone.fresh_adapter(0)
+    ours = Ours(backbone)
+    assert worst(ours.sequence(tokens, 48, load_adapter(tmp_path, fresh)), theirs) <= TOLERANCE
+    assert worst(ours.sequence(tokens, 48, fresh), theirs) > TOLERANCE
+    halved = load_backbone(tiny_folder, lora._replace(scale=lora.scale / 2), jnp.dtype("float32"))
+    assert worst(Ours(halved).sequence(tokens, 48, load_adapter(tmp_path, fresh)), theirs) > TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("use_dora", True), ("use_rslora", True), ("bias", "all"), ("peft_type", "IA3")]
+)
+def test_an_adapter_that_esjax_cannot_compute_is_refused(
+    tiny_folder: Path, tmp_path: Path, key: str, value: Any
+) -> None:
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(torch_model(tiny_folder), config).save_pretrained(tmp_path)
+    assert read_lora(tmp_path).rank == 2
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(InputError, match=key):
+        read_lora(tmp_path)

@@ -1,0 +1,404 @@
+"""Filters and prompts: every reason fires on its own example and on no good reply; files that researchers edit work."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from esjax.config import Config, FilterSettings, InputError, load
+from esjax.corpus.dialogue import Message
+from esjax.corpus.sources import read_dialogues
+from esjax.evolve.filters import REPLY_REASONS, Filters, repetition
+from esjax.evolve.pairs import sift
+from esjax.evolve.reflect import FIELDS, Instructions
+
+SEEKER = "My sister forgot my birthday again and I baked her a lemon cake only last month."
+CONTEXT: list[Message] = [
+    {"role": "system", "content": "You are kind."},
+    {"role": "user", "content": SEEKER},
+]
+GOOD = "A lemon cake, and then silence. That stings more than you let on, I think."
+OTHER = "You remember her days and she forgets yours; what would you like to hear from her now?"
+
+
+def chat(text: str) -> list[Message]:
+    return [{"role": "user", "content": text}]
+
+
+@pytest.fixture(scope="session")
+def filters() -> Filters:
+    """The shipped patterns with the default limits."""
+    return Filters.load(FilterSettings())
+
+
+# --- replies ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "reply", [GOOD, OTHER, "She forgot. You did not.", "Oh, that hurts.\n\nTell me more about the cake."]
+)
+def test_a_good_reply_has_no_fault(filters: Filters, reply: str) -> None:
+    assert filters.reply_fault(CONTEXT, reply, "stop") is None
+
+
+@pytest.mark.parametrize(
+    ("reason", "context", "reply", "finish"),
+    [
+        ("crisis", chat("Some days I want to die."), GOOD, "stop"),
+        ("crisis", [*chat("I think of suicide"), *CONTEXT], GOOD, "stop"),
+        ("crisis", CONTEXT, "It sounds like you want to kill yourself, and I hear that.", "stop"),
+        ("truncated", CONTEXT, GOOD, "length"),
+        ("empty", CONTEXT, "", "stop"),
+        ("empty", CONTEXT, "Oh dear, oh", "stop"),
+        ("empty", CONTEXT, "... !? -- ... ?!", "stop"),
+        ("scaffolding", CONTEXT, "Profile: warm and dry. " + GOOD, "stop"),
+        ("scaffolding", CONTEXT, "Here is my refined reply. " + GOOD, "stop"),
+        ("scaffolding", CONTEXT, "As an AI I cannot bake, but " + GOOD, "stop"),
+        ("scaffolding", CONTEXT, GOOD + "\n[the answer ends]", "stop"),
+        ("scaffolding", CONTEXT, "<|im_start|> " + GOOD, "stop"),
+        ("speaks_for_seeker", CONTEXT, GOOD + "\nSeeker: thank you so much", "stop"),
+        ("speaks_for_seeker", CONTEXT, "User: I feel better. " + GOOD, "stop"),
+        ("speaks_for_seeker", CONTEXT, "I baked her a lemon cake, only last month! And she?", "stop"),
+        ("repetition", CONTEXT, "it is hard for you and it is hard for you and it is hard for you", "stop"),
+    ],
+)
+def test_each_reason_fires_on_its_example(
+    filters: Filters, reason: str, context: list[Message], reply: str, finish: str
+) -> None:
+    assert filters.reply_fault(context, reply, finish) == reason
+
+
+def test_every_reason_has_an_example_above() -> None:
+    (mark,) = test_each_reason_fires_on_its_example.pytestmark  # type: ignore[attr-defined]
+    assert {case[0] for case in mark.args[1]} == set(REPLY_REASONS)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I am suicidal.",
+        "I could kill myself.",
+        "I WANT TO DIE",
+        "I want to end it all",
+        "they would be better off without me",
+        "I started cutting myself again",
+        "I don't want to live like this",
+        "I don’t want to be alive",  # the apostrophe that phones type
+        "I dont want to wake up",
+        "my husband hits, he hits me",
+    ],
+)
+def test_crisis_is_recognised(filters: Filters, text: str) -> None:
+    assert filters.reply_fault(chat(text), GOOD, "stop") == "crisis"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I am dying to see her face.",
+        "I was killing time at the station.",
+        "The diet is over and I live again.",
+        "We beat them at chess; I was cutting bread.",
+        "Nobody wants the party to end.",
+    ],
+)
+def test_ordinary_words_are_no_crisis(filters: Filters, text: str) -> None:
+    assert filters.reply_fault(chat(text), GOOD, "stop") is None
+
+
+def test_no_context_or_reply_of_the_sample_corpus_is_dropped_wrongly(filters: Filters) -> None:
+    """Replies that people would keep: the corpus' own. Its card says that no crisis occurs in it on purpose."""
+    counts: Counter[str | None] = Counter()
+    for name in ("train", "valid", "test"):
+        for d in read_dialogues("sample", f"bundled:data/sample/{name}.jsonl"):
+            for turn in d.supporter_turns():
+                counts[filters.reply_fault(d.messages(turn), d.turns[turn].text, "stop")] += 1
+    assert counts["crisis"] == counts["scaffolding"] == counts["repetition"] == 0
+    assert counts[None] > 0.97 * counts.total()
+
+
+def test_what_the_supporter_said_before_is_no_crisis_and_may_be_said_again(filters: Filters) -> None:
+    context = [*CONTEXT, {"role": "assistant", "content": "Do you want to die? " + OTHER}, *chat("No, no.")]
+    assert filters.reply_fault(context, OTHER, "stop") is None
+
+
+def test_the_first_fault_counts_in_the_documented_order(filters: Filters) -> None:
+    crisis, plain = chat("I want to die. " + SEEKER), CONTEXT
+    again = "it is hard for you and " * 3
+    quote = " i baked her a lemon cake only last month "
+    cases: list[tuple[list[Message], str, str]] = [
+        (crisis, "Draft:", "length"),  # all of crisis, truncated, empty, scaffolding
+        (plain, "Draft:", "length"),
+        (plain, "Draft:", "stop"),
+        (plain, "Draft: " + again + quote, "stop"),
+        (plain, again + quote, "stop"),
+        (plain, again, "stop"),
+    ]
+    assert [filters.reply_fault(*case) for case in cases] == list(REPLY_REASONS)
+
+
+def test_a_quotation_of_seven_words_is_no_speaking_for_the_seeker(filters: Filters) -> None:
+    seven, eight = "I baked her a lemon cake only", "I baked her a lemon cake only last"
+    assert filters.reply_fault(CONTEXT, f"You said: {seven} yesterday", "stop") is None
+    assert filters.reply_fault(CONTEXT, f"You said: {eight} yesterday", "stop") == "speaks_for_seeker"
+    assert filters.reply_fault(chat("x"), f"You said: {eight} yesterday", "stop") is None
+
+
+# --- limits ----------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from("ab"), max_size=12), st.integers(1, 4))
+def test_repetition_is_the_share_of_sequences_seen_before(words: list[str], n: int) -> None:
+    before: list[str] = []
+    again = 0
+    for i in range(len(words) - n + 1):
+        gram = " ".join(words[i : i + n])
+        again += gram in before
+        before.append(gram)
+    assert repetition(words, n) == pytest.approx(again / len(before) if before else 0.0, abs=1e-12)
+
+
+def test_repetition_by_hand() -> None:
+    assert repetition("a b c d a b c d".split()) == pytest.approx(1 / 5, abs=1e-12)
+    assert repetition("a b c d e f g h".split()) == 0.0
+    assert repetition("a a a a a".split()) == 0.5
+
+
+def test_limits_are_the_settings() -> None:
+    strict = Filters.load(FilterSettings(min_words=16, max_repetition=0.0))
+    loose = Filters.load(FilterSettings(min_words=1, max_repetition=1.0))
+    again = "it is hard for you and it is hard for you and it is hard for you"
+    assert strict.reply_fault(CONTEXT, GOOD, "stop") == "empty"
+    assert loose.reply_fault(CONTEXT, "Oh.", "stop") is None
+    assert strict.reply_fault(CONTEXT, again, "stop") == "repetition"
+    assert loose.reply_fault(CONTEXT, again, "stop") is None
+
+
+TEN = "one two three four five six seven eight nine ten"
+
+
+@pytest.mark.parametrize(
+    ("draft", "refinement", "reason"),
+    [
+        (TEN, TEN, "near_identical"),
+        (TEN, TEN.upper() + "!", "near_identical"),
+        (TEN, TEN.replace("ten", "eleven"), "near_identical"),  # 9 of 10 words: ratio 0.9, the limit
+        (TEN, TEN.replace("nine ten", "x y"), None),  # ratio 0.8
+        (TEN, "a b c d e", None),  # half as long: the limit
+        (TEN, "a b c d", "too_short"),
+        (TEN, " ".join("x" * i for i in range(1, 26)), None),  # 2.5 times as long: the limit
+        (TEN, " ".join("x" * i for i in range(1, 27)), "too_long"),
+        (GOOD, OTHER, None),
+    ],
+)
+def test_pairs(filters: Filters, draft: str, refinement: str, reason: str | None) -> None:
+    assert filters.pair_fault(draft, refinement) == reason
+
+
+# --- a round's files -------------------------------------------------------------------------------------------------
+
+
+def row(i: int, draft: str, refinement: str, finish: tuple[str, str] = ("stop", "stop"), seeker: str = SEEKER) -> Any:
+    return (
+        {"id": f"d/{i}", "prompt": chat(seeker), "text": draft, "finish_reason": finish[0], "seed": 10 + i},
+        {"id": f"d/{i}", "reflection": {"profile": "dry"}, "seed": 20 + i},
+        {"id": f"d/{i}", "text": refinement, "finish_reason": finish[1], "seed": 30 + i},
+    )
+
+
+ROWS = [
+    row(0, GOOD, OTHER),
+    row(1, GOOD, OTHER, finish=("length", "stop")),
+    row(2, GOOD, OTHER, finish=("stop", "length")),
+    row(3, "Oh", "Profile: x y z w"),
+    row(4, GOOD, "Profile: x y z w"),
+    row(5, GOOD, GOOD),
+    row(6, GOOD, OTHER, seeker="I want to die."),
+    row(7, OTHER, GOOD),
+    row(8, GOOD, "This is the one that does not fit a row."),
+]
+
+
+def fits(prompt: list[Message], chosen: str, rejected: str) -> bool:
+    assert prompt[-1]["content"] == SEEKER
+    return "does not fit" not in chosen
+
+
+def test_sift_counts_every_drop_under_its_first_reason(filters: Filters) -> None:
+    drafts, reflections, refinements = (list(x) for x in zip(*ROWS, strict=True))
+    kept, dropped = sift(drafts, reflections, refinements, filters, fits, {"round": 1, "model": "m0"})
+    assert [(d["id"], d["reason"], d["side"]) for d in dropped] == [
+        ("d/1", "truncated", "draft"),
+        ("d/2", "truncated", "refinement"),
+        ("d/3", "empty", "draft"),
+        ("d/4", "scaffolding", "refinement"),
+        ("d/5", "near_identical", "pair"),
+        ("d/6", "crisis", "draft"),
+        ("d/8", "row_too_long", "pair"),
+    ]
+    assert [k["id"] for k in kept] == ["d/0", "d/7"]
+    assert len(kept) + len(dropped) == len(ROWS)
+    assert dropped[0]["draft"] == GOOD
+    assert dropped[0]["refinement"] == OTHER
+
+
+def test_sift_keeps_preference_rows_with_where_they_come_from(filters: Filters) -> None:
+    drafts, reflections, refinements = (list(x) for x in zip(*ROWS[:1], strict=True))
+    (kept,), dropped = sift(drafts, reflections, refinements, filters, fits, {"round": 1, "model": "m0"})
+    assert dropped == []
+    assert kept == {
+        "id": "d/0",
+        "prompt": chat(SEEKER),
+        "chosen": [{"role": "assistant", "content": OTHER}],
+        "rejected": [{"role": "assistant", "content": GOOD}],
+        "reflection": {"profile": "dry"},
+        "seeds": {"draft": 10, "reflection": 20, "refinement": 30},
+        "round": 1,
+        "model": "m0",
+    }
+    assert kept["chosen"] != kept["rejected"]
+
+
+def test_sift_refuses_rows_out_of_step(filters: Filters) -> None:
+    drafts, reflections, refinements = (list(x) for x in zip(*ROWS[:2], strict=True))
+    with pytest.raises(AssertionError, match="rows out of step: d/0, d/1, d/0"):
+        sift(drafts, reflections[::-1], refinements, filters, fits, {})
+    with pytest.raises(ValueError, match="shorter"):
+        sift(drafts, reflections[:1], refinements, filters, fits, {})
+
+
+# --- pattern files ---------------------------------------------------------------------------------------------------
+
+
+def patterned(tmp_path: Path, *lines: str) -> Filters:
+    """Filters whose crisis patterns are these lines."""
+    file = tmp_path / "mine.txt"
+    file.write_text("\n".join(lines), encoding="utf-8")
+    return Filters.load(FilterSettings(crisis_patterns=str(file)))
+
+
+def test_an_edited_pattern_file_is_what_counts(tmp_path: Path) -> None:
+    mine = patterned(tmp_path, "# German", "", r"  \bsterben\b", r"nicht mehr leben$", "# the end")
+    for text in ("Ich will STERBEN.", "Ich will nicht mehr leben", "nicht mehr leben\nsagt er"):
+        assert mine.reply_fault(chat(text), GOOD, "stop") == "crisis"
+    for text in ("I want to die.", "versterbend", "German", "nicht mehr leben wie bisher"):
+        assert mine.reply_fault(chat(text), GOOD, "stop") is None
+
+
+@pytest.mark.parametrize("lines", [[], ["", "  "], ["# only a comment"]])
+def test_a_pattern_file_without_patterns_matches_nothing(tmp_path: Path, lines: list[str]) -> None:
+    assert patterned(tmp_path, *lines).reply_fault(chat("I want to die."), GOOD, "stop") is None
+
+
+@pytest.mark.parametrize("broken", ["(unclosed", "*", "[a-", r"(?P<n>a)(?P<n>b)"])
+def test_a_broken_pattern_is_named_with_its_file(tmp_path: Path, broken: str) -> None:
+    with pytest.raises(InputError) as e:
+        patterned(tmp_path, r"\bgood\b", broken)
+    assert str(tmp_path / "mine.txt") in str(e.value)
+    assert repr(broken) in str(e.value)
+    assert "good" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("lines", "match", "other"),
+    [
+        (["sad", r"(?i)\bhelp\b"], "HELP", "halp"),  # a flag of its own
+        (["(so )+sad", r"\b(\w+) \1\b"], "no no", "no yes"),  # a group number of its own
+        (["(?P<x>sad)", "(?P<x>mad)"], "mad", "glad"),  # a group name of its own
+        (["sad|mad", "bad"], "mad", "m"),
+    ],
+    ids=["flag", "number", "name", "alternatives"],
+)
+def test_lines_do_not_disturb_each_other(tmp_path: Path, lines: list[str], match: str, other: str) -> None:
+    """Every line is a good expression alone, so the file is a good one."""
+    mine = patterned(tmp_path, *lines)
+    assert mine.reply_fault(chat(match), GOOD, "stop") == "crisis"
+    assert mine.reply_fault(chat(other), GOOD, "stop") is None
+
+
+def test_a_missing_pattern_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"absent\.txt: cannot be read"):
+        Filters.load(FilterSettings(scaffolding_patterns=str(tmp_path / "absent.txt")))
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def prompted(tmp_path: Path, **texts: str) -> Instructions:
+    """The quickstart's instructions with some files replaced."""
+    words = []
+    for name, text in texts.items():
+        (tmp_path / f"{name}.txt").write_text(text, encoding="utf-8")
+        words += [f"--prompts.{name}", str(tmp_path / f"{name}.txt")]
+    config: Config = load(None, words)
+    return Instructions.load(config)
+
+
+REFLECTION = {name: f"<{name}>" for name in FIELDS}
+
+
+def test_shipped_prompts_append_their_request_to_the_seekers_last_message() -> None:
+    instructions = Instructions.load(load(None, []))
+    context = [*CONTEXT, {"role": "assistant", "content": "Oh."}, *chat("And you?")]
+    before = [dict(m) for m in context]
+    for made in (
+        instructions.reflection_prompt(context),
+        instructions.refinement_prompt(context, REFLECTION, "a {{ draft }} <b>"),
+    ):
+        assert made[:-1] == context[:-1]
+        assert made[-1]["role"] == "user"
+        assert made[-1]["content"].startswith("And you?\n\n")
+        assert len(made[-1]["content"]) > len("And you?\n\n") + 20
+    assert context == before
+    refined = instructions.refinement_prompt(context, REFLECTION, "a {{ draft }} <b>")[-1]["content"]
+    assert "a {{ draft }} <b>" in refined  # the model's words are data: not a template, not escaped
+    assert all(value in refined for value in REFLECTION.values())
+    assert instructions.principles in refined
+
+
+def test_edited_templates_are_what_is_asked(tmp_path: Path) -> None:
+    mine = prompted(
+        tmp_path,
+        principles="- be kind",
+        reflect="Think. {{ principles }}",
+        refine="{% if profile %}{{ profile|upper }}{% endif %} / {{ draft }}\n{{ emotional_state }} {{ situation }}",
+    )
+    assert mine.reflection_prompt(CONTEXT)[-1]["content"] == f"{SEEKER}\n\nThink. - be kind"
+    assert mine.refinement_prompt(CONTEXT, REFLECTION, "y")[-1]["content"] == (
+        f"{SEEKER}\n\n<PROFILE> / y\n<emotional_state> <situation>"
+    )
+    other = prompted(tmp_path, reflect="Think!")
+    assert other.reflection_prompt(CONTEXT) != mine.reflection_prompt(CONTEXT)
+
+
+@pytest.mark.parametrize("name", ["reflect", "refine"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{{ persona }}",
+        "{{ principles",
+        "{% if principles %}",
+        "{{ principles|shout }}",
+        "{% if principles == 'x' %}{{ persona }}{% endif %}",  # a misspelling that only some renderings meet
+        "{{ principles + 1 }}",
+    ],
+)
+def test_a_broken_template_is_named_before_anything_is_made(tmp_path: Path, name: str, text: str) -> None:
+    with pytest.raises(InputError) as e:
+        prompted(tmp_path, **{name: text})
+    assert str(tmp_path / f"{name}.txt") in str(e.value)
+    assert "principles" in str(e.value)
+
+
+@pytest.mark.parametrize("variable", ["draft", "profile"])
+def test_the_reflection_cannot_ask_for_what_comes_after_it(tmp_path: Path, variable: str) -> None:
+    """The reflection's prompt knows neither: this must be said when the run starts, not after all drafts are made."""
+    with pytest.raises(InputError) as e:
+        prompted(tmp_path, reflect=f"{{{{ principles }}}} {{{{ {variable} }}}}")
+    assert str(tmp_path / "reflect.txt") in str(e.value)
