@@ -29,17 +29,17 @@ def evolve(args: argparse.Namespace, config: Config) -> None:
 
 def sft(args: argparse.Namespace, config: Config) -> None:
     """Run phase 1 alone: supervised fine-tuning that makes M_0 (evolve continues from it)."""
-    from esjax.evolve import rounds
+    from esjax.evolve import phases
     from esjax.evolve.lab import Lab
     from esjax.runlog import RunDir
 
     with RunDir(args.run_dir, config) as run:
-        rounds.sft(Lab.open(config), run)
+        phases.sft(Lab.open(config), run)
 
 
 def dpo(args: argparse.Namespace, config: Config) -> None:
     """Run DPO alone on a file of preference pairs; the model it starts from is also its reference."""
-    from esjax.evolve import rounds
+    from esjax.evolve import phases
     from esjax.evolve.lab import Lab, open_model
     from esjax.evolve.pairs import read_pairs
     from esjax.runlog import RunDir
@@ -58,8 +58,8 @@ def dpo(args: argparse.Namespace, config: Config) -> None:
         lab = Lab(config, parent.backbone, parent.tokenizer, parent.encoder)
         origin = args.model
     with RunDir(args.run_dir, config) as run:
-        pairs = rounds.score_pairs(lab, run, args.pairs, start, origin)
-        rounds.dpo(lab, run, pairs, "dpo", lambda: start)
+        pairs = phases.score_pairs(lab, run, args.pairs, start, origin)
+        phases.dpo(lab, run, pairs, "dpo", lambda: start)
 
 
 def sample(args: argparse.Namespace, config: Config) -> None:

@@ -1,7 +1,7 @@
 """DPO's loss and gradients.
 
 Real weights: on eight real preference pairs, with SmolLM2 and an adapter whose A and B are both random, log-probs,
-losses and gradients agree with TRL's DPOTrainer (its tokenisation, collator, forward pass and loss) before the first step.
+losses and gradients agree with TRL's DPOTrainer (its tokenisation, collator, forward pass, loss) before the first step.
 
 Tiny model: label smoothing, length normalisation and the added NLL against their formulas written in torch; packing and
 shared trunks against one row a pair; accumulation over micro-batches against the whole batch; and the check that every
@@ -87,7 +87,7 @@ def relative(ours: Any, theirs: Any) -> float:
     return float(np.linalg.norm(np.asarray(ours) - np.asarray(theirs)) / np.linalg.norm(np.asarray(theirs)))
 
 
-# --- TRL, real weights and real pairs -----------------------------------------------------------------------------------
+# --- TRL, real weights and real pairs ---------------------------------------------------------------------------------
 
 NAMED = {  # adapter matrices whose gradients are compared: ours -> (layer, PEFT's name)
     ("q_proj", "lora_a"): (0, "layers.0.self_attn.q_proj.lora_A"),
@@ -152,7 +152,7 @@ def trl(
     smol: Smol, real_pairs: list[dict[str, Any]], reference: np.ndarray, tmp_path_factory: pytest.TempPathFactory
 ) -> Theirs:
     folder = tmp_path_factory.mktemp("trl")
-    tokenizer = AutoTokenizer.from_pretrained(smol.folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(smol.folder)
     args = DPOConfig(
         output_dir=str(folder),
         per_device_train_batch_size=1,
@@ -165,7 +165,7 @@ def trl(
     model = PeftModel.from_pretrained(torch_model(smol.folder), smol.peft, is_trainable=True)
     columns = {"ref_chosen_logps": reference[:, 0].tolist(), "ref_rejected_logps": reference[:, 1].tolist()}
     rows = [p | {k: v[i] for k, v in columns.items()} for i, p in enumerate(real_pairs)]
-    trainer = DPOTrainer(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    trainer: Any = DPOTrainer(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     trainer.precompute_ref_logps = True  # take the reference from the columns
     newline = tokenizer.encode("\n", add_special_tokens=False)
     ids, logprobs, losses = [], [], []
@@ -236,7 +236,7 @@ def test_loss_and_gradients_are_those_of_trl(
     assert ours["loss"] == pytest.approx(trl.losses.mean(), abs=1e-3)
     margin = BETA * ((trl.logprobs - reference) @ [1, -1])
     assert ours["margin"] == pytest.approx(margin.mean(), abs=1e-3)
-    state: dict[tuple[str, ...], Any] = dict(nnx.to_flat_state(grads))
+    state: dict[Any, Any] = dict(nnx.to_flat_state(grads))
     for (linear, which), (layer, name) in NAMED.items():
         mine = np.asarray(state["layers", linear, which][...][layer]).T
         error = relative(mine, trl.gradients[name])
@@ -261,7 +261,7 @@ def test_each_pair_has_its_loss(smol: Smol, trl: Theirs, packed: tuple[Rows, int
     assert worst(losses(values[..., ::-1]), trl.losses) > 1e-3
 
 
-# --- the options of the loss, by their formulas ---------------------------------------------------------------------------
+# --- the options of the loss, by their formulas -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -335,7 +335,7 @@ def test_options_follow_their_formulas(tiny: Tiny) -> None:
             assert other == name or abs(ours - formula(tiny, DpoSettings(**others))) > 1e-3
 
 
-# --- packing, shared trunks and masks -------------------------------------------------------------------------------------
+# --- packing, shared trunks and masks ---------------------------------------------------------------------------------
 
 
 def off(rows: Rows, by: int) -> Rows:
@@ -364,7 +364,7 @@ def test_packed_pairs_have_the_loss_and_gradient_of_single_ones(tiny: Tiny) -> N
 
 
 def test_pairs_on_one_trunk_have_the_loss_and_gradient_of_single_ones(tiny: Tiny) -> None:
-    """A dialogue as the trunk with a pair after its 6th and its 11th token: the later trunk is hidden from the earlier."""
+    """A dialogue as the trunk, a pair after its 6th token and one after its 11th: later trunk tokens are hidden."""
     dialogue = [*tiny.pairs[0][0], *tiny.pairs[1][0]]
     lone = [prompt_with_replies(dialogue[:n], p[1:]) for n, p in zip((6, 11), tiny.pairs, strict=False)]
     single = stack([pack([example], 48) for example in lone])
@@ -389,7 +389,7 @@ def test_pairs_on_one_trunk_have_the_loss_and_gradient_of_single_ones(tiny: Tiny
         assert relative(flat(moved), flat(gradient)) > 1e-4
 
 
-# --- accumulation ---------------------------------------------------------------------------------------------------------
+# --- accumulation -----------------------------------------------------------------------------------------------------
 
 
 def stepped(t: Tiny, loss: Loss, rows: Rows, extra: Any, micro_rows: int) -> tuple[dict[str, float], np.ndarray]:
@@ -404,21 +404,31 @@ def stepped(t: Tiny, loss: Loss, rows: Rows, extra: Any, micro_rows: int) -> tup
 @pytest.mark.parametrize("phase", ["sft", "dpo"])
 def test_accumulation_is_the_whole_batch(tiny: Tiny, phase: str) -> None:
     """Rows with 1 to 20 targets (sft) or none to 3 pairs (dpo), one at a time or all four."""
+    extra: Pairs | None
     if phase == "sft":
         draw = np.random.default_rng(9)
         counts = (2, 20, 7, 1)
         chats = [
-            pack([trunk(draw.integers(2, tiny.backbone.arch.vocab, 24), [0.0] * 3 + [1.0] * n + [0.0] * (21 - n))], 48)
+            pack(
+                [
+                    trunk(
+                        draw.integers(2, tiny.backbone.arch.vocab, 24).tolist(),
+                        [0.0] * 3 + [1.0] * n + [0.0] * (21 - n),
+                    )
+                ],
+                48,
+            )
             for n in counts
         ]
-        rows, extra, loss = stack(chats), None, sft_loss
+        loss: Loss = sft_loss
+        rows, extra = stack(chats), None
     else:
-        order = ([0], [1, 2, 3], [], [3, 0])
+        order: list[list[int]] = [[0], [1, 2, 3], [], [3, 0]]
         rows = stack([pack([pair_row(tiny.pairs[i]) for i in row], 96) for row in order])
         values, valid = np.zeros((4, 3, 1, 2), np.float32), np.zeros((4, 3, 1), bool)
         for b, row in enumerate(order):
             values[b, : len(row), 0], valid[b, : len(row)] = tiny.reference[row], True
-        extra, loss = Pairs(values, valid), dpo_loss(DpoSettings(nll_weight=0.5))
+        loss, extra = dpo_loss(DpoSettings(nll_weight=0.5)), Pairs(values, valid)
     whole, gradient = stepped(tiny, loss, rows, extra, 4)
     metrics, accumulated = stepped(tiny, loss, rows, extra, 1)
     assert metrics == pytest.approx(whole, rel=1e-4)
@@ -434,7 +444,7 @@ def test_accumulation_is_the_whole_batch(tiny: Tiny, phase: str) -> None:
     assert abs(np.mean([m["loss"] for m, _ in alone]) - whole["loss"]) > 1e-2
 
 
-# --- every round starts at its reference ----------------------------------------------------------------------------------
+# --- every round starts at its reference ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ from esjax.evolve.lab import adapter_folder, open_model
 from esjax.model.lora import load_adapter, read_lora
 from esjax.model.weights import load_backbone
 from esjax.runlog import read_jsonl
+from esjax.tokens.tokenizer import ChatTokenizer
 
 LENGTH = 384
 TOLERANCE = 2e-3  # what is promised
@@ -87,12 +88,10 @@ def test_both_exports_give_the_run_s_logits(run: Run, exported: Path, tiny_folde
 
 def test_exports_bring_their_tokenizer_and_say_their_base(exported: Path, tiny_folder: Path) -> None:
     chat = [{"role": "user", "content": "I lost my job this morning."}]
-    expected = AutoTokenizer.from_pretrained(tiny_folder).apply_chat_template(chat, add_generation_prompt=True)[
-        "input_ids"
-    ]
+    expected = ChatTokenizer(tiny_folder).prompt(chat)
     for name in ("m1-merged", "m1-peft"):
-        made = AutoTokenizer.from_pretrained(exported / name).apply_chat_template(chat, add_generation_prompt=True)
-        assert made["input_ids"] == expected
+        tokenizer: Any = AutoTokenizer.from_pretrained(exported / name)
+        assert tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"] == expected
     config = json.loads((exported / "m1-peft" / "adapter_config.json").read_text())
     assert Path(config["base_model_name_or_path"]) == tiny_folder
     assert not list((exported / "m1-peft").glob("model*.safetensors"))
@@ -153,14 +152,25 @@ def test_an_adapter_of_peft_loads(tiny_folder: Path, tmp_path: Path, targets: li
     assert worst(Ours(halved).sequence(tokens, 48, load_adapter(tmp_path, fresh)), theirs) > TOLERANCE
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("use_dora", True), ("use_rslora", True), ("bias", "all"), ("peft_type", "IA3")]
-)
+IGNORED = pytest.mark.xfail(strict=True, reason="esjax.model.lora.read_lora ignores it: the logits are silently others")
+REFUSED = [
+    ("use_dora", True),
+    ("use_rslora", True),
+    ("bias", "all"),
+    ("peft_type", "IA3"),
+    ("rank_pattern", {"q_proj": 1}),
+    pytest.param("alpha_pattern", {"q_proj": 16}, marks=IGNORED),
+    pytest.param("alora_invocation_tokens", [7, 8], marks=IGNORED),
+    pytest.param("init_lora_weights", "pissa", marks=IGNORED),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), REFUSED)
 def test_an_adapter_that_esjax_cannot_compute_is_refused(
     tiny_folder: Path, tmp_path: Path, key: str, value: Any
 ) -> None:
     config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    get_peft_model(torch_model(tiny_folder), config).save_pretrained(tmp_path)
+    get_peft_model(torch_model(tiny_folder), config).save_pretrained(str(tmp_path))
     assert read_lora(tmp_path).rank == 2
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))

@@ -116,7 +116,7 @@ def test_greedy_continuations_in_one_batch_are_transformers_token_for_token(
     assert continued(-1) != theirs
 
 
-# --- small random models of every family -------------------------------------------------------------------------------
+# --- small random models of every family ------------------------------------------------------------------------------
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
@@ -299,7 +299,7 @@ def test_bfloat16_checkpoint_imports(pair: Pair, tmp_path: Path) -> None:
     assert worst(Ours(kept).sequence(tokens, LENGTH), theirs) <= 2 * worst(rounded, theirs)
 
 
-# --- what is not implemented is refused ---------------------------------------------------------------------------------
+# --- what is not implemented is refused -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -347,7 +347,7 @@ def test_unsupported_options_are_refused_by_name(plain_config: dict[str, Any], n
         read_architecture(tmp_path)
 
 
-# --- the one primitive --------------------------------------------------------------------------------------------------
+# --- the one primitive ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -388,7 +388,7 @@ def test_token_logprobs_are_gathered_log_softmax(tiny: Backbone, tiny_torch: Any
 
 
 def test_chunks_do_not_change_the_gradient(tiny: Backbone) -> None:
-    tokens = np.random.default_rng(4).integers(2, tiny.arch.vocab, 40)
+    tokens = np.random.default_rng(4).integers(2, tiny.arch.vocab, 40).tolist()
     rows = jax.tree.map(jnp.asarray, stack([trunk(tokens, [0.0] * 5 + [1.0] * 20 + [0.5] * 14 + [0.0])]))
     adapter = tiny.fresh_adapter(0)
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import errno
-import gc
 import hashlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from esjax.cli import main
 from esjax.config import Config, InputError, load
 from esjax.runlog import (
     Metrics,
@@ -38,11 +38,6 @@ def config() -> Config:
 
 def names(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
-
-
-def released() -> None:
-    """Let go of run directories that a raised error still holds."""
-    gc.collect()
 
 
 # --- files that appear whole -----------------------------------------------------------------------------------------
@@ -284,28 +279,6 @@ def test_rewind_survives_a_line_that_a_kill_or_a_full_disk_tore(tmp_path: Path) 
 # --- the run directory -----------------------------------------------------------------------------------------------
 
 
-def test_a_run_directory_keeps_its_config(tmp_path: Path, config: Config) -> None:
-    run = RunDir(tmp_path / "run", config)
-    assert load(str(tmp_path / "run" / "config.yaml"), []) == config
-    del run
-    released()
-    RunDir(tmp_path / "run", load(None, []))
-
-
-def test_another_config_is_refused_with_the_differing_keys(tmp_path: Path, config: Config) -> None:
-    run = RunDir(tmp_path, config)
-    saved = (tmp_path / "config.yaml").read_bytes()
-    del run
-    released()
-    with pytest.raises(InputError) as e:
-        RunDir(tmp_path, load(None, ["--dpo.beta", "0.3", "--seed", "5"]))
-    assert "differing: seed, dpo.beta;" in str(e.value)
-    assert (tmp_path / "config.yaml").read_bytes() == saved
-    del e
-    released()
-    RunDir(tmp_path, config)
-
-
 class Stage:
     """A stage that writes a file and counts how often it worked."""
 
@@ -324,30 +297,60 @@ class Stage:
         self.run.stage(self.name, [self.output], inputs, self.work)
 
 
+@pytest.fixture
+def run(tmp_path: Path, config: Config) -> Iterator[RunDir]:
+    """A new run directory, open."""
+    with RunDir(tmp_path / "run", config) as opened:
+        yield opened
+
+
+def opened_with(path: Path, config: Config) -> None:
+    with RunDir(path, config):
+        pass
+
+
+def test_the_first_stage_claims_the_directory_for_its_config(tmp_path: Path, config: Config) -> None:
+    with RunDir(tmp_path, config) as run:
+        assert not (tmp_path / "config.yaml").exists()  # bad input found before any work leaves nothing behind
+        Stage(run).go()
+        assert load(str(tmp_path / "config.yaml"), []) == config
+    opened_with(tmp_path, load(None, []))
+    assert load(str(tmp_path / "config.yaml"), []) != load(None, ["--seed", "1"])
+
+
+def test_another_config_is_refused_with_the_differing_keys(tmp_path: Path, config: Config) -> None:
+    with RunDir(tmp_path, config) as run:
+        Stage(run).go()
+    saved = (tmp_path / "config.yaml").read_bytes()
+    with pytest.raises(InputError) as e:
+        opened_with(tmp_path, load(None, ["--dpo.beta", "0.3", "--seed", "5"]))
+    assert "differing: seed, dpo.beta;" in str(e.value)
+    assert str(tmp_path) in str(e.value)
+    assert (tmp_path / "config.yaml").read_bytes() == saved
+    opened_with(tmp_path, config)  # the refusal did not keep the lock
+
+
 def test_a_stage_is_done_once_also_in_a_later_process(tmp_path: Path, config: Config) -> None:
-    run = RunDir(tmp_path, config)
-    stage = Stage(run)
-    stage.go(data="1", prompts="2")
-    stage.go(data="1", prompts="2")
-    assert stage.worked == 1
+    with RunDir(tmp_path, config) as run:
+        stage = Stage(run)
+        stage.go(data="1", prompts="2")
+        stage.go(data="1", prompts="2")
+        assert stage.worked == 1
     entry = json.loads((tmp_path / "manifest.json").read_text())["stages"]["draft"]
     assert entry["status"] == "done"
     assert entry["inputs"] == {"data": "1", "prompts": "2"}
     assert entry["rows"] == 3
     assert entry["seconds"] >= 0
     assert {"python", "esjax", "jax"} <= set(entry["versions"])
-    del run, stage.run
-    released()
-    again = Stage(RunDir(tmp_path, config))
-    again.go(data="1", prompts="2")
-    assert again.worked == 0
-    other = Stage(again.run, "reflect")
-    other.go(data="1")
-    assert other.worked == 1
+    with RunDir(tmp_path, config) as run:
+        again, other = Stage(run), Stage(run, "reflect")
+        again.go(data="1", prompts="2")
+        other.go(data="1")
+    assert (again.worked, other.worked) == (0, 1)
 
 
-def test_changed_inputs_are_refused_by_name(tmp_path: Path, config: Config) -> None:
-    stage = Stage(RunDir(tmp_path, config))
+def test_changed_inputs_are_refused_by_name(run: RunDir) -> None:
+    stage = Stage(run)
     stage.go(data="1", prompts="2")
     with pytest.raises(InputError, match="stage draft is done, but prompts changed since"):
         stage.go(data="1", prompts="3")
@@ -359,8 +362,8 @@ def test_changed_inputs_are_refused_by_name(tmp_path: Path, config: Config) -> N
     assert stage.worked == 1
 
 
-def test_lost_outputs_are_refused_by_name(tmp_path: Path, config: Config) -> None:
-    stage = Stage(RunDir(tmp_path, config))
+def test_lost_outputs_are_refused_by_name(run: RunDir) -> None:
+    stage = Stage(run)
     stage.go(data="1")
     stage.output.unlink()
     with pytest.raises(InputError, match=r"draft\.txt is gone; restore it"):
@@ -370,8 +373,7 @@ def test_lost_outputs_are_refused_by_name(tmp_path: Path, config: Config) -> Non
     assert stage.worked == 1
 
 
-def test_a_failed_stage_is_not_recorded_and_runs_again(tmp_path: Path, config: Config) -> None:
-    run = RunDir(tmp_path, config)
+def test_a_failed_stage_is_not_recorded_as_done_and_runs_again(run: RunDir) -> None:
     stage = Stage(run, fail=True)
     with pytest.raises(KeyboardInterrupt):
         stage.go(data="1")
@@ -379,13 +381,14 @@ def test_a_failed_stage_is_not_recorded_and_runs_again(tmp_path: Path, config: C
     stage.go(data="1")
     assert stage.worked == 2
     with pytest.raises(AssertionError, match="did not make"):
-        run.stage("lazy", [tmp_path / "absent.txt"], {}, lambda: None)
-    assert "lazy" not in run.manifest["stages"]
+        run.stage("lazy", [run.path / "absent.txt"], {}, lambda: None)
+    entries = json.loads((run.path / "manifest.json").read_text())["stages"]
+    assert [name for name, entry in entries.items() if entry["status"] == "done"] == ["draft"]
 
 
-def test_an_interrupted_stage_does_not_go_on_with_other_inputs(tmp_path: Path, config: Config) -> None:
+def test_an_interrupted_stage_does_not_go_on_with_other_inputs(run: RunDir) -> None:
     """Else rows or steps made from the old input mix with ones made from the new, and no manifest tells."""
-    stage = Stage(RunDir(tmp_path, config), fail=True)
+    stage = Stage(run, fail=True)
     with pytest.raises(KeyboardInterrupt):
         stage.go(data="1")
     stage.fail = False
@@ -401,9 +404,9 @@ import sys
 from pathlib import Path
 from esjax.config import load
 from esjax.runlog import RunDir
-run = RunDir(Path(sys.argv[1]), load(None, []))
-print("held", flush=True)
-sys.stdin.read()
+with RunDir(Path(sys.argv[1]), load(None, [])):
+    print("held", flush=True)
+    sys.stdin.read()
 """
 
 
@@ -411,24 +414,42 @@ def test_a_second_process_is_refused_until_the_first_ends(tmp_path: Path, config
     with subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
-        assert other.stdin is not None
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(InputError, match="another process is running in this run directory") as e:
-            RunDir(tmp_path, config)
+        with pytest.raises(InputError, match="another process") as e:
+            opened_with(tmp_path, config)
         assert str(tmp_path) in str(e.value)
-        RunDir(tmp_path / "elsewhere", config)  # control: another directory is free
+        opened_with(tmp_path / "elsewhere", config)  # control: another directory is free
         other.kill()
-    RunDir(tmp_path, config)  # a killed process holds nothing
+    opened_with(tmp_path, config)  # a killed process holds nothing
 
 
 def test_two_run_directories_in_one_process_are_refused_too(tmp_path: Path, config: Config) -> None:
-    first = RunDir(tmp_path, config)
-    with pytest.raises(InputError, match="another process"):
-        RunDir(tmp_path, config)
-    del first
-    released()
-    RunDir(tmp_path, config)
+    with RunDir(tmp_path, config), pytest.raises(InputError, match="another process"):
+        opened_with(tmp_path, config)
+    opened_with(tmp_path, config)
+
+
+def test_a_run_directory_that_is_a_file_is_bad_input(tmp_path: Path, config: Config) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file"):
+        opened_with(tmp_path / "file", config)
+    opened_with(tmp_path / "folder", config)
+
+
+def test_replies_of_another_command_are_not_continued(tmp_path: Path, tiny_folder: Path) -> None:
+    """``esjax sample`` killed halfway with one model or file, then run with another: nothing of the first may stay."""
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    write_jsonl(prompts, [{"id": f"new{i}", "messages": [{"role": "user", "content": "Hi"}]} for i in range(4)])
+    write_jsonl(tmp_path / "out.jsonl.part", [{"id": f"old{i}", "text": "of another model"} for i in range(2)])
+    words = ["sample", "--model", str(tiny_folder), "--prompts", str(prompts), "--out", str(out)]
+    try:
+        main([*words, "--reply.batch", "2", "--reply.max_tokens", "3"])
+    except SystemExit as refused:
+        assert refused.code == 2  # noqa: PT017  to refuse would do as well
+        assert not out.exists()
+    else:
+        assert [r["id"] for r in read_jsonl(out)] == ["new0", "new1", "new2", "new3"]
 
 
 # --- hashes and full disks -------------------------------------------------------------------------------------------

@@ -53,7 +53,8 @@ def scored(
 @pytest.fixture(scope="module")
 def expected(chats: list[list[Message]], smollm_folder: Path) -> list[tuple[list[int], np.ndarray, list[int]]]:
     """For each chat: the prompt's tokens, the log-probs of the reply's tokens, the reply's tokens."""
-    tokenizer, model = AutoTokenizer.from_pretrained(smollm_folder), torch_model(smollm_folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(smollm_folder)
+    model = torch_model(smollm_folder)
     out = []
     for messages in chats:
         prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]

@@ -323,14 +323,6 @@ def test_a_pair_has_one_prompt_and_two_ended_replies(tokenizer: ChatTokenizer) -
     assert turned.tokens.tolist() != row.tokens.tolist()
 
 
-def test_a_pair_that_does_not_fit_the_window_is_bad_input(tokenizer: ChatTokenizer) -> None:
-    """Foreign pairs come from a file (``esjax dpo --pairs``), so their lengths are anybody's."""
-    encoder = Encoder(tokenizer, 64, "")
-    assert len(encoder.pair([{"role": "user", "content": "word"}], "a", "b").tokens) < 64
-    with pytest.raises(InputError):
-        encoder.pair([{"role": "user", "content": "word " * 200}], "a", "b")
-
-
 # --- batches ---------------------------------------------------------------------------------------------------------
 
 LENGTHS = st.lists(st.integers(1, 20), min_size=1, max_size=40)
@@ -404,10 +396,13 @@ def test_batches_in_order_hold_every_example_where_they_say() -> None:
     assert found != {i: e.tokens.tolist() for i, e in enumerate(examples[::-1])}
 
 
-def test_an_example_longer_than_a_row_is_never_packed() -> None:
+def test_an_example_longer_than_a_row_is_bad_input() -> None:
+    """Foreign pairs come from a file (``esjax dpo --pairs``), so their lengths are anybody's."""
     examples = [rows.trunk([1] * 5), rows.trunk([2] * 11)]
-    with pytest.raises((InputError, ValueError)):
+    with pytest.raises(InputError, match="11 tokens"):
         list(batches.in_order(examples, row_length=10, batch_rows=2))
+    with pytest.raises(InputError, match="11 tokens"):
+        batches.schedule([5, 11], row_length=10, batch_rows=2, epochs=1, seed=0)
     assert len(list(batches.in_order(examples, row_length=11, batch_rows=2))) == 1
 
 

@@ -1,9 +1,10 @@
-"""pairs.jsonl is TRL's preference format as it is: datasets loads the file, and TRL's DPOTrainer trains on it unchanged."""
+"""pairs.jsonl is TRL's preference format as it is: datasets loads it, and TRL's DPOTrainer trains on it unchanged."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ def test_trl_trains_on_pairs_as_they_are(pairs_file: Path, tiny_folder: Path, tm
     rows = read_jsonl(pairs_file)
     assert len(data) == len(rows)
     assert {"prompt", "chosen", "rejected", "reference"} <= set(data.column_names)
-    trainer = trainer_on(data, tiny_folder, tmp_path / "out")
+    trainer: Any = trainer_on(data, tiny_folder, tmp_path / "out")
     tokenizer = ChatTokenizer(tiny_folder)
     for example, row in zip(trainer.train_dataset, rows, strict=True):  # what it will train on is what we train on
         prompt = tokenizer.prompt(row["prompt"])

@@ -28,13 +28,20 @@ class Context:
 
 
 def contexts(dialogues: list[Dialogue], encoder: Encoder, room: int) -> list[Context]:
-    """The contexts of all supporter turns, cut to ``room`` tokens; those too long even then are left out and counted."""
+    """The contexts of all supporter turns, cut to ``room`` tokens; those too long even then are left out and counted.
+
+    Raises InputError when none is left.
+    """
     out = []
     for dialogue in dialogues:
         for turn in dialogue.supporter_turns():
             fitted = encoder.prompt(encoder.context(dialogue, turn), room)
             if fitted is not None:
                 out.append(Context(f"{dialogue.id}/{turn}", fitted[0], dialogue.turns[turn].text))
+    if not out:
+        raise InputError(
+            f"no context of {len(dialogues)} dialogues fits {room} tokens; raise data.window or evolve.context_tokens"
+        )
     return out
 
 

@@ -7,17 +7,26 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from esjax import rows
+from esjax.config import InputError
 from esjax.rows import Rows
 
 Row = list[int]  # indices of the examples packed into one row
+OPEN_ROWS = 64  # an example is offered to so many of the newest rows, so that packing stays linear
 
 
 def pack_in_order(lengths: Sequence[int], order: Sequence[int], row_length: int) -> list[Row]:
-    """First-fit over the rows opened so far, in the given order; rows come out in the order in which they were opened."""
+    """First-fit over the newest rows, in the given order; rows come out in the order in which they were opened.
+
+    Raises InputError when an example is longer than a row.
+    """
     packed: list[Row] = []
     free: list[int] = []
     for i in order:
-        slot = next((r for r, room in enumerate(free) if room >= lengths[i]), None)
+        if lengths[i] > row_length:
+            raise InputError(
+                f"an example has {lengths[i]} tokens, a row {row_length}; raise row_length or lower the window"
+            )
+        slot = next((r for r in range(max(0, len(free) - OPEN_ROWS), len(free)) if free[r] >= lengths[i]), None)
         if slot is None:
             packed.append([])
             free.append(row_length)

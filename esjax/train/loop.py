@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from esjax.config import InputError, OptimSettings
+from esjax.config import OptimSettings
 from esjax.model.lora import Adapter
 from esjax.model.weights import Backbone
 from esjax.rows import Rows
@@ -50,10 +50,6 @@ def train(phase: Phase, backbone: Backbone, adapter: Adapter) -> Adapter:
     """
     s = phase.settings
     lengths = [len(e.tokens) for e in phase.examples]
-    if max(lengths) > s.row_length:
-        raise InputError(
-            f"{phase.name}: an example has {max(lengths)} tokens; {phase.name}.row_length={s.row_length} is too small"
-        )
     steps = schedule(lengths, s.row_length, s.batch_rows, s.epochs, phase.seed)
     tx = optimiser(s, len(steps))
     step_fn = make_step(

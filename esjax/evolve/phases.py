@@ -1,0 +1,166 @@
+"""The two training phases as stages of a run: SFT that makes M_0, and DPO on pairs with stored reference log-probs."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from esjax.config import InputError
+from esjax.corpus.sources import read_conversations
+from esjax.evolve.lab import Lab, adapter_folder
+from esjax.evolve.pairs import pair_rows, read_pairs
+from esjax.model.lora import Adapter, save_adapter
+from esjax.rows import Rows
+from esjax.runlog import RunDir, RunError, append_in_batches, bundled_hash, replacing, say, sha256
+from esjax.sample.generate import row_seed
+from esjax.sample.score import Scorer
+from esjax.train.loop import Phase, train
+from esjax.train.losses import dpo_loss, sft_loss
+
+Row = dict[str, Any]
+
+
+def sft(lab: Lab, run: RunDir) -> None:
+    """Phase 1: LoRA supervised fine-tuning on every supporter turn, with replay. Writes sft/adapter, M_0."""
+    c = lab.config
+    inputs = {
+        "weights": lab.weights_hash,
+        "data.train": bundled_hash(c.data.train),
+        "data.valid": bundled_hash(c.data.valid),
+    }
+    inputs["prompts.system"] = bundled_hash(c.prompts.system)
+    if c.data.replay:
+        inputs["data.replay"] = bundled_hash(c.data.replay)
+
+    def work() -> Row:
+        examples, facts = sft_rows(lab)
+        valid = [row for d in lab.valid for row in lab.encoder.dialogue(d)]
+        if not valid:
+            raise InputError(f"{c.data.valid}: no dialogue fits data.window={c.data.window} tokens; raise it")
+        scorer = Scorer(lab.backbone, c.sft.row_length, c.sft.micro_rows)
+
+        def validate(adapter: Adapter) -> float:
+            return -float(np.concatenate([x for branches in scorer.score(adapter, valid) for x in branches]).mean())
+
+        fresh = lab.backbone.fresh_adapter(c.seed)
+        say(
+            f"  {len(examples)} examples, {facts['target_tokens']} target tokens; the backbone's loss {validate(fresh):.3f}"
+        )
+        phase = Phase(
+            name="sft",
+            folder=run.path / "sft",
+            board=run.path / "tensorboard" / "sft",
+            settings=c.sft,
+            examples=examples,
+            loss=sft_loss,
+            seed=c.seed,
+            remat=c.model.remat == "full",
+            validate=validate,
+            validate_every=c.sft.validate_every,
+        )
+        _save(lab, adapter_folder(run.path, 0), train(phase, lab.backbone, fresh))
+        return facts
+
+    run.stage("sft", [adapter_folder(run.path, 0)], inputs, work)
+
+
+def sft_rows(lab: Lab) -> tuple[list[Rows], Row]:
+    """Phase 1's examples: all training dialogues, and enough replay conversations to make up their share."""
+    c, encoder = lab.config, lab.encoder
+    encoder.counts.clear()
+    examples = [row for d in lab.train for row in encoder.dialogue(d)]
+    if not examples:
+        raise InputError(f"{c.data.train}: no dialogue fits data.window={c.data.window} tokens; raise it")
+    facts: Row = {"dialogues": len(lab.train), "dialogue_rows": len(examples)}
+    if c.data.replay is not None and c.data.replay_share > 0:
+        replay = [row for _, messages in read_conversations(c.data.replay) for row in encoder.chat(messages)]
+        want = round(len(examples) * c.data.replay_share / (1 - c.data.replay_share))
+        order = np.random.default_rng((c.seed, 1)).permutation(len(replay))
+        examples += [replay[order[i % len(replay)]] for i in range(want)]
+        facts["replay_rows"] = want
+    facts |= {"history": dict(encoder.counts), "target_tokens": int(sum((e.weight != 0).sum() for e in examples))}
+    if encoder.counts:
+        say(f"  histories: {counted(encoder.counts)} (window {c.data.window})")
+    return examples, facts
+
+
+def dpo(lab: Lab, run: RunDir, pairs: Path, name: str, start: Callable[[], Adapter]) -> None:
+    """DPO on pairs whose reference log-probs are stored with them. Writes NAME/adapter."""
+    folder = run.path / name
+
+    def work() -> Row:
+        rows = read_pairs(pairs)
+        reference = [np.asarray([[r["reference"]["chosen"], r["reference"]["rejected"]]], np.float32) for r in rows]
+        phase = Phase(
+            name="dpo",
+            folder=folder,
+            board=run.path / "tensorboard" / name.replace("/", "-"),
+            settings=lab.config.dpo,
+            examples=pair_rows(rows, lab.encoder),
+            loss=dpo_loss(lab.config.dpo),
+            seed=row_seed(lab.config.seed, name),
+            remat=lab.config.model.remat == "full",
+            reference=reference,
+            check_first=lambda metrics: check_start(metrics, lab.backbone.dtype.itemsize == 4),
+        )
+        _save(lab, folder / "adapter", train(phase, lab.backbone, start()))
+        return {"pairs": len(rows)}
+
+    run.stage(name, [folder / "adapter"], {"pairs": sha256(pairs)}, work)
+
+
+def check_start(metrics: dict[str, float], float32: bool) -> None:
+    """DPO begins where the reference is: the first step's loss is ln 2 and its margin 0, to rounding. Raises RunError."""
+    tolerance = 1e-3 if float32 else 5e-2
+    loss, margin = metrics["preference_loss"], metrics["margin"]
+    if abs(loss - math.log(2)) > tolerance or abs(margin) > tolerance:
+        raise RunError(
+            f"DPO does not start at its reference: loss {loss:.5f} instead of ln 2, margin {margin:.5f} instead of 0; "
+            "the reference log-probs were made by another model"
+        )
+
+
+def write_references(lab: Lab, adapter: Adapter, pairs: list[Row], path: Path, label: str) -> None:
+    """Write pairs with the log-probs of both replies under the model that DPO starts from."""
+    c = lab.config.dpo
+    scorer = Scorer(lab.backbone, c.row_length, c.micro_rows)
+    batch = 8 * c.micro_rows
+
+    def work(start: int, stop: int) -> list[Row]:
+        part = pairs[start:stop]
+        sums = [[float(x.sum()) for x in branches] for branches in scorer.score(adapter, pair_rows(part, lab.encoder))]
+        return [
+            p | {"reference": {"chosen": chosen, "rejected": rejected}}
+            for p, (chosen, rejected) in zip(part, sums, strict=True)
+        ]
+
+    append_in_batches(path, len(pairs), batch, work, label)
+
+
+def score_pairs(lab: Lab, run: RunDir, source: Path, start: Adapter, start_hash: str) -> Path:
+    """Copy foreign pairs into the run directory with reference log-probs under the model that DPO starts from."""
+    target = run.path / "pairs.jsonl"
+    rows = read_pairs(source)
+    run.stage(
+        "pairs",
+        [target],
+        {"pairs": sha256(source), "start": start_hash},
+        lambda: write_references(lab, start, rows, target, "scoring"),
+    )
+    return target
+
+
+def _save(lab: Lab, folder: Path, adapter: Adapter) -> None:
+    if lab.backbone.lora is None:
+        raise AssertionError("a bare backbone has no adapter to save")
+    with replacing(folder) as temporary:
+        save_adapter(temporary, adapter, lab.backbone.arch, lab.backbone.lora, lab.config.model.source)
+
+
+def counted(counts: Counter[str]) -> str:
+    return ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))
