@@ -65,7 +65,7 @@ class Ours:
 
 def perturbed(backbone: Backbone, layer: int, linear: str = "down_proj", amount: float = 0.05) -> Backbone:
     """The backbone with ``amount`` added to one layer's kernel: what an import that went wrong would look like."""
-    flat: Any = dict(nnx.to_flat_state(backbone.base))  # type: ignore[arg-type]
+    flat: Any = dict(nnx.to_flat_state(backbone.base))
     path = ("layers", linear, "kernel")
     flat[path] = flat[path].replace(flat[path][...].at[layer].add(amount))
     return replace(backbone, base=nnx.from_flat_state(flat))

@@ -141,7 +141,8 @@ class Walker:
 
     def walk(self, choose: Callable[[list[int], int], int], end: int, most: int) -> list[int]:
         """Tokens of a walk from the start to the end token, or ``most`` of them."""
-        state, used, out = 0, 0, []
+        state, used = 0, 0
+        out: list[int] = []
         while len(out) < most:
             token = choose(self.allowed(state, used), state)
             to = int(self.next[state, token])

@@ -265,7 +265,7 @@ def chat(*messages: tuple[str, Any]) -> list[dict[str, Any]]:
 
 
 def test_conversations(tmp_path: Path) -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"id": 1, "messages": chat(("user", "2 + 2?"), ("assistant", "4")), "topic": "sums"},
         {"id": "b", "messages": chat(("system", "s"), ("user", "u"), ("assistant", "a"))},
     ]

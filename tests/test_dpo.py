@@ -32,7 +32,7 @@ from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 from esjax.config import DpoSettings, load
-from esjax.evolve import rounds
+from esjax.evolve import phases
 from esjax.evolve.lab import Lab, adapter_folder, open_model
 from esjax.evolve.pairs import pair_rows
 from esjax.model.decoder import token_logprobs
@@ -65,12 +65,6 @@ class Gradient:
         values = {"loss": totals.loss, **totals.metrics}
         mean = {k: float(v / totals.weight) for k, v in values.items()}
         return mean, jax.tree.map(lambda g: g / totals.weight, grads)
-
-
-def logprobs_of(backbone: Backbone, adapter: Adapter, rows: Rows) -> jax.Array:
-    """Log-probs [B, T] of all targets."""
-    targets = int((rows.weight != 0).sum())
-    return jax.jit(lambda rows: token_logprobs(bind(backbone.definition, adapter, backbone.base), rows, targets))(rows)
 
 
 def flat(tree: Any) -> np.ndarray:
@@ -125,7 +119,7 @@ class Smol:
 def smol(smollm_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Smol:
     lora = Lora(("q_proj", "v_proj", "down_proj"), 8, 2.0)
     backbone = load_backbone(smollm_folder, lora, FLOAT32)
-    adapter = random_adapter(backbone, seed=5, size=0.02)
+    adapter = random_adapter(backbone, seed=5, size=0.04)
     peft = tmp_path_factory.mktemp("peft") / "adapter"
     save_adapter(peft, adapter, backbone.arch, lora, str(smollm_folder))
     return Smol(backbone, adapter, smollm_folder, peft)
@@ -189,14 +183,31 @@ def trl(
     return Theirs(ids, np.asarray(logprobs), np.asarray(losses), found)
 
 
+@dataclass(frozen=True)
+class Packed:
+    """Our rows of the pairs, four in a row, and the log-probs [B, T] of their targets with the adapter and without."""
+
+    rows: Rows
+    segments: int
+    logprobs: Any
+    bare: Any
+
+
 @pytest.fixture(scope="module")
-def packed(smol: Smol, real_pairs: list[dict[str, Any]]) -> tuple[Rows, int]:
-    """Our rows of the pairs, four in a row, and the pairs in a row."""
-    encoder = Encoder(ChatTokenizer(smol.folder), 512, "")
-    examples = pair_rows(real_pairs, encoder)
+def packed(smol: Smol, real_pairs: list[dict[str, Any]]) -> Packed:
+    examples = pair_rows(real_pairs, Encoder(ChatTokenizer(smol.folder), 512, ""))
     halves = [examples[:4], examples[4:]]
     length = max(sum(len(e.tokens) for e in half) for half in halves)
-    return stack([pack(half, length) for half in halves]), 4
+    rows = stack([pack(half, length) for half in halves])
+    check(rows)
+    targets = int((rows.weight != 0).sum())
+
+    @jax.jit
+    def program(adapter: Adapter, base: nnx.State, rows: Rows) -> jax.Array:
+        return token_logprobs(bind(smol.backbone.definition, adapter, base), rows, targets)
+
+    adapters = smol.adapter, smol.backbone.fresh_adapter(0)
+    return Packed(rows, 4, *(np.asarray(program(adapter, smol.backbone.base, rows)) for adapter in adapters))
 
 
 def test_tokens_are_those_of_trl(trl: Theirs, smol: Smol, real_pairs: list[dict[str, Any]]) -> None:
@@ -209,28 +220,42 @@ def test_tokens_are_those_of_trl(trl: Theirs, smol: Smol, real_pairs: list[dict[
         assert ours[0] != ours[1]
 
 
-def test_logprobs_are_those_of_trl(smol: Smol, trl: Theirs, real_pairs: list[dict[str, Any]]) -> None:
-    examples = pair_rows(real_pairs, Encoder(ChatTokenizer(smol.folder), 512, ""))
-    scorer = Scorer(smol.backbone, 512, 2)
+def test_logprobs_are_those_of_trl(trl: Theirs, packed: Packed) -> None:
+    def sums(logprobs: np.ndarray) -> np.ndarray:
+        rows = packed.rows
+        return np.asarray(
+            [
+                [logprobs[b][(rows.segment[b] == segment) & (rows.branch[b] == side)].sum() for side in (1, 2)]
+                for b in range(2)
+                for segment in range(1, packed.segments + 1)
+            ]
+        )
 
-    def sums(adapter: Adapter) -> list[list[float]]:
-        return [[float(x.sum()) for x in branches] for branches in scorer.score(adapter, examples)]
-
-    difference = worst(sums(smol.adapter), trl.logprobs)
+    difference = worst(sums(packed.logprobs), trl.logprobs)
     print(f"worst difference of a reply's log-prob: {difference:.1e}")
     assert difference <= 1e-3
-    assert worst(sums(smol.backbone.fresh_adapter(0)), trl.logprobs) > 1  # the adapter is not trivial
+    assert worst(sums(packed.bare), trl.logprobs) > 1  # the adapter is not trivial
+    assert worst(sums(packed.logprobs)[:, ::-1], trl.logprobs) > 1
 
 
-def test_loss_and_gradients_are_those_of_trl(
-    smol: Smol, trl: Theirs, packed: tuple[Rows, int], reference: np.ndarray
-) -> None:
-    rows, segments = packed
-    check(rows)
-    values = reference.reshape(2, segments, 1, 2)
-    extra = Pairs(values, np.ones((2, segments, 1), bool))
-    gradient = Gradient(smol.backbone, dpo_loss(DpoSettings(beta=BETA)), int((rows.weight != 0).sum()))
-    ours, grads = gradient(smol.adapter, rows, extra)
+def test_losses_are_those_of_trl(trl: Theirs, packed: Packed, reference: np.ndarray) -> None:
+    """Pair by pair, by leaving all others out of the valid ones; with swapped references it does not hold."""
+    loss = dpo_loss(DpoSettings(beta=BETA))
+
+    def losses(reference: np.ndarray) -> list[float]:
+        values = reference.reshape(2, packed.segments, 1, 2)
+        masks = np.eye(8, dtype=bool).reshape(-1, 2, packed.segments, 1)
+        return [float(loss(packed.logprobs, packed.rows, Pairs(values, mask)).loss) for mask in masks]
+
+    print(f"worst difference of a pair's loss: {worst(losses(reference), trl.losses):.1e}")
+    assert worst(losses(reference), trl.losses) <= 1e-3
+    assert worst(losses(reference[:, ::-1]), trl.losses) > 1e-3
+
+
+def test_gradients_are_those_of_trl(smol: Smol, trl: Theirs, packed: Packed, reference: np.ndarray) -> None:
+    extra = Pairs(reference.reshape(2, packed.segments, 1, 2), np.ones((2, packed.segments, 1), bool))
+    gradient = Gradient(smol.backbone, dpo_loss(DpoSettings(beta=BETA)), int((packed.rows.weight != 0).sum()))
+    ours, grads = gradient(smol.adapter, packed.rows, extra)
     print(f"loss {ours['loss']:.6f}, difference {abs(ours['loss'] - trl.losses.mean()):.1e}")
     assert abs(trl.losses.mean() - math.log(2)) > 0.1
     assert ours["loss"] == pytest.approx(trl.losses.mean(), abs=1e-3)
@@ -238,27 +263,11 @@ def test_loss_and_gradients_are_those_of_trl(
     assert ours["margin"] == pytest.approx(margin.mean(), abs=1e-3)
     state: dict[Any, Any] = dict(nnx.to_flat_state(grads))
     for (linear, which), (layer, name) in NAMED.items():
-        mine = np.asarray(state["layers", linear, which][...][layer]).T
-        error = relative(mine, trl.gradients[name])
+        stacked = np.asarray(state["layers", linear, which][...])
+        error = relative(stacked[layer].T, trl.gradients[name])
         print(f"gradient of {name}: relative difference {error:.1e}")
         assert error <= 1e-2
-        assert relative(np.asarray(state["layers", linear, which][...][layer - 1]).T, trl.gradients[name]) > 1e-2
-
-
-def test_each_pair_has_its_loss(smol: Smol, trl: Theirs, packed: tuple[Rows, int], reference: np.ndarray) -> None:
-    """Pair by pair, by leaving all others out of the valid ones; with swapped references it does not hold."""
-    rows, segments = packed
-    logprobs = logprobs_of(smol.backbone, smol.adapter, rows)
-    values = reference.reshape(2, segments, 1, 2)
-    loss = dpo_loss(DpoSettings(beta=BETA))
-
-    def losses(values: np.ndarray) -> list[float]:
-        masks = np.eye(2 * segments, dtype=bool).reshape(-1, 2, segments, 1)
-        return [float(loss(logprobs, rows, Pairs(values, mask)).loss) for mask in masks]
-
-    print(f"worst difference of a pair's loss: {worst(losses(values), trl.losses):.1e}")
-    assert worst(losses(values), trl.losses) <= 1e-3
-    assert worst(losses(values[..., ::-1]), trl.losses) > 1e-3
+        assert relative(stacked[layer - 1].T, trl.gradients[name]) > 1e-2  # another layer's
 
 
 # --- the options of the loss, by their formulas -----------------------------------------------------------------------
@@ -326,7 +335,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def test_options_follow_their_formulas(tiny: Tiny) -> None:
     rows, extra = one_a_row(tiny)
-    logprobs = logprobs_of(tiny.backbone, tiny.adapter, rows)
+    targets = int((rows.weight != 0).sum())
+    model = bind(tiny.backbone.definition, tiny.adapter, tiny.backbone.base)
+    logprobs = token_logprobs(model, rows, targets)
     for name, options in OPTIONS.items():
         totals = dpo_loss(DpoSettings(**options))(logprobs, rows, extra)
         ours = float(totals.loss / totals.weight)
@@ -469,10 +480,10 @@ def test_adapter_off_is_no_reference(second_round: tuple[Lab, Adapter, list[dict
     bare = lab.backbone.fresh_adapter(lab.config.seed)  # B is zero
     wrong = rescored(lab, bare, pairs, tmp_path / "bare.jsonl")
     with pytest.raises(RunError, match="does not start at its reference"):
-        rounds.dpo(lab, RunDir(tmp_path / "wrong", lab.config), wrong, "dpo", lambda: copied(m1))
+        phases.dpo(lab, RunDir(tmp_path / "wrong", lab.config), wrong, "dpo", lambda: copied(m1))
     right = rescored(lab, m1, pairs, tmp_path / "m1.jsonl")
     run = RunDir(tmp_path / "right", lab.config)
-    rounds.dpo(lab, run, right, "dpo", lambda: copied(m1))
+    phases.dpo(lab, run, right, "dpo", lambda: copied(m1))
     first = json.loads((run.path / "dpo" / "metrics.jsonl").read_text().splitlines()[0])
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert first["margin"] == pytest.approx(0, abs=1e-4)

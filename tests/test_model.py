@@ -96,24 +96,21 @@ def test_greedy_continuations_in_one_batch_are_transformers_token_for_token(
         )
         theirs.append(made[0, len(prompt) :].tolist())
 
-    generator = Generator(smollm, len(prompts), -1)
+    generator = Generator(smollm, len(prompts), end_of_turn=-1)
 
-    def continued(end: int) -> list[list[int]]:
-        generator.end_of_turn = end
+    def continued() -> list[list[int]]:
         return [m.token_ids for m in generator.generate(BARE, prompts, [0] * 4, greedy, 64)]
 
-    endless = continued(-1)
-    assert [len(t) for t in endless] == [64] * 4
-    assert endless == theirs
-    end = encoder.tokenizer.end_of_turn
-    assert continued(end) == [t[: t.index(end) + 1] if end in t else t for t in theirs]
+    ours = continued()
+    assert [len(t) for t in ours] == [64] * 4
+    assert ours == theirs
 
     def leaky(rows: list[list[int]], length: int) -> Rows:
         padded = left_padded(rows, length)
         return padded._replace(segment=np.ones_like(padded.segment))  # padding becomes visible
 
     monkeypatch.setattr(generate, "left_padded", leaky)
-    assert continued(-1) != theirs
+    assert continued() != theirs
 
 
 # --- small random models of every family ------------------------------------------------------------------------------
@@ -295,8 +292,11 @@ def test_bfloat16_checkpoint_imports(pair: Pair, tmp_path: Path) -> None:
     assert worst(pair.ours.sequence(tokens, LENGTH), theirs) > 1e-3  # the unrounded weights
     kept = load_backbone(tmp_path, None, jnp.dtype("bfloat16"))
     assert {x.dtype for x in jax.tree.leaves(kept.base)} == {jnp.dtype("bfloat16")}
-    rounded = torch_logits(model, tokens)
-    assert worst(Ours(kept).sequence(tokens, LENGTH), theirs) <= 2 * worst(rounded, theirs)
+    # In bfloat16 arithmetic every order of sums gives other bits: no further from float32 than torch is, on average.
+    allowed = 2 * float(np.abs(torch_logits(model, tokens) - theirs).mean())
+    assert 0 < float(np.abs(Ours(kept).sequence(tokens, LENGTH) - theirs).mean()) <= allowed
+    wrong = perturbed(kept, layer=1, amount=0.5)
+    assert float(np.abs(Ours(wrong).sequence(tokens, LENGTH) - theirs).mean()) > allowed
 
 
 # --- what is not implemented is refused -------------------------------------------------------------------------------

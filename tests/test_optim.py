@@ -15,7 +15,7 @@ from esjax.train.optim import learning_rate, optimiser
 
 
 def settings(**changes: float) -> OptimSettings:
-    return OptimSettings(**{"learning_rate": 0.01, "warmup_fraction": 0.2, "final_fraction": 0.1} | changes)  # type: ignore[arg-type]
+    return OptimSettings(**{"learning_rate": 0.01, "warmup_fraction": 0.2, "final_fraction": 0.1} | changes)
 
 
 def rates(s: OptimSettings, steps: int) -> np.ndarray:

@@ -59,7 +59,9 @@ def killed_run(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     command = ["evolve", "--run-dir", str(run), *tiny_overrides(tiny_folder)]
     for stage, (module, owner, name, nth) in KILLS.items():
         before = stages(run)
-        done = subprocess.run([sys.executable, "-c", KILLER, module, owner, name, str(nth), *command], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", KILLER, module, owner, name, str(nth), *command], capture_output=True, text=True
+        )
         assert done.returncode == -signal.SIGKILL, f"{stage}: exit {done.returncode}\n{done.stderr[-2000:]}"
         after = stages(run)
         assert stage not in after, f"{stage} was finished before the kill"

@@ -19,7 +19,8 @@ S, Q1, R1, Q2, R2, H, A, B, D, E = range(10, 20)
 def hand_made(columns: Sequence[tuple[int, int, int, int, int, float]]) -> Rows:
     """A row [T] from (token, position, segment, branch, limit, weight) columns."""
     fields = list(zip(*columns, strict=True))
-    return Rows(*(np.asarray(f, np.int32) for f in fields[:5]), weight=np.asarray(fields[5], np.float32))
+    kinds = [np.int32] * 5 + [np.float32]
+    return Rows(*(np.asarray(f, kind) for f, kind in zip(fields, kinds, strict=True)))
 
 
 def batched(row: Rows) -> Rows:

@@ -13,7 +13,7 @@ from esjax.config import Config, InputError, load, read_text
 from esjax.corpus.dialogue import Dialogue
 from esjax.corpus.sources import read_dialogues
 from esjax.hub.fetch import resolve, weights_file
-from esjax.model.lora import Adapter, load_adapter, lora_from
+from esjax.model.lora import Adapter, load_adapter, lora_from, read_lora
 from esjax.model.weights import Backbone, compute_dtype, load_backbone
 from esjax.runlog import sha256
 from esjax.tokens.encode import Encoder
@@ -57,7 +57,10 @@ class Lab:
         return sha256(weights_file(self.backbone.folder))
 
     def adapter(self, folder: Path) -> Adapter:
-        """A stored adapter. Raises InputError when it is missing or does not fit."""
+        """A stored adapter. Raises InputError when it is missing or is not of the shape that the lora settings say."""
+        stored, expected = read_lora(folder), self.backbone.lora
+        if expected is None or (set(stored.targets), stored[1:]) != (set(expected.targets), expected[1:]):
+            raise InputError(f"{folder}: the adapter is {stored}, but the lora settings say {expected}")
         return load_adapter(folder, self.backbone.fresh_adapter(self.config.seed))
 
 

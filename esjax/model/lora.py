@@ -59,6 +59,21 @@ def save_adapter(folder: Path, adapter: Adapter, arch: Architecture, lora: Lora,
     save_file(peft_tensors(adapter, arch), folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
+# Options of adapter_config.json that change what an adapter computes, and the value that is implemented.
+SUPPORTED: dict[str, Any] = {
+    "peft_type": "LORA",
+    "bias": "none",
+    "use_dora": False,
+    "use_rslora": False,
+    "fan_in_fan_out": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "alora_invocation_tokens": None,
+    "modules_to_save": None,
+    "layers_to_transform": None,
+}
+
+
 def read_lora(folder: Path) -> Lora:
     """The shape of a PEFT adapter folder. Raises InputError for what esjax does not implement."""
     file = folder / "adapter_config.json"
@@ -66,15 +81,12 @@ def read_lora(folder: Path) -> Lora:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise InputError(f"{file}: cannot be read as JSON ({e}); expected a PEFT adapter folder") from e
-    for key, allowed in {
-        "peft_type": "LORA",
-        "bias": "none",
-        "use_dora": False,
-        "use_rslora": False,
-        "rank_pattern": {},
-    }.items():
+    for key, allowed in SUPPORTED.items():
         if config.get(key, allowed) not in (allowed, None):
             raise InputError(f"{file}: {key}={config[key]!r} is not supported; allowed: {allowed!r}")
+    # Named initialisations beyond PEFT's random ones (pissa, olora, loftq, ...) change the base as well.
+    if config.get("init_lora_weights", True) not in (True, False, None, "gaussian", "orthogonal"):
+        raise InputError(f"{file}: init_lora_weights={config['init_lora_weights']!r} is not supported; allowed: true")
     targets = tuple(name for name in LINEARS if name in config["target_modules"])
     if set(config["target_modules"]) != set(targets):
         raise InputError(f"{file}: target_modules={config['target_modules']} are not all among {', '.join(LINEARS)}")

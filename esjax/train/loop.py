@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from esjax.config import OptimSettings
@@ -56,6 +58,7 @@ def train(phase: Phase, backbone: Backbone, adapter: Adapter) -> Adapter:
         backbone.definition, phase.loss, tx, s.micro_rows, _most_targets(phase.examples, steps, s), phase.remat
     )
     rate = learning_rate(s, len(steps))
+    adapter = jax.tree.map(jnp.copy, adapter)  # the step donates its adapter, and the caller may need his own
     opt_state = tx.init(adapter)
     checkpoints = Checkpoints(phase.folder / "checkpoint")
     done = checkpoints.latest() or 0
