@@ -180,6 +180,7 @@ def _prepare_jax() -> None:
 def _fresh(path: Path) -> None:
     if path.exists():
         raise InputError(f"{path} exists; give a new file as --out")
+    path.with_name(path.name + ".part").unlink(missing_ok=True)  # of a killed command, perhaps with another model
 
 
 def _print(table: object) -> None:

@@ -22,7 +22,7 @@ class InputError(Exception):
 class Settings(BaseModel):
     """Base of all sections: immutable, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ModelSettings(Settings):
@@ -202,7 +202,7 @@ class ReplySettings(SamplingSettings):
 class Config(Settings):
     """One experiment."""
 
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=1 << 32)
     """Seed of the adapter's initial values, the data order and all sampling."""
     model: ModelSettings
     lora: LoraSettings = LoraSettings()
@@ -330,6 +330,8 @@ def _apply(tree: dict[str, Any], overrides: list[str]) -> None:
         *sections, last = key.split(".")
         for section in sections:
             node = node.setdefault(section, {})
+            if not isinstance(node, dict):
+                raise InputError(f"--{key}: the file gives {section} as {node!r}; expected a mapping of settings there")
         try:
             node[last] = yaml.safe_load(text)
         except yaml.YAMLError:

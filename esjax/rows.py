@@ -122,3 +122,5 @@ def check(rows: Rows) -> None:
         raise ValueError("a weight stands where the next token is of another branch, another segment or padding")
     if (np.asarray(rows.limit)[branch == 0] != 0).any():
         raise ValueError("a trunk token has a limit")
+    if np.triu(np.asarray(visible(rows)), 1).any():
+        raise ValueError("a token sees a later one: a trunk must come before its branches")

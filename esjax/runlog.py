@@ -134,8 +134,8 @@ def append_in_batches(
     if part.exists():
         kept = [line for line in part.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
         kept = kept[: len(kept) // batch * batch] if len(kept) < total else kept[:total]
-    with open(part, "wb") as f:
-        f.writelines(kept)
+    with open(part, "ab") as f:
+        f.truncate(sum(map(len, kept)))
         with progress(label, total, done=len(kept)) as advance:
             for start in range(len(kept), total, batch):
                 stop = min(start + batch, total)
@@ -192,8 +192,9 @@ class Metrics:
         self.board = SummaryWriter(str(tensorboard))
 
     def rewind(self, step: int) -> None:
-        kept = [r for r in read_jsonl(self.path) if r["step"] <= step] if self.path.exists() else []
-        write_jsonl(self.path, kept)
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+        rows = [json.loads(line) for line in lines if line.endswith(b"\n")]  # a kill may have torn the last line
+        write_jsonl(self.path, [r for r in rows if r["step"] <= step])
 
     def log(self, step: int, **values: float) -> None:
         with open(self.path, "a", encoding="utf-8") as f:
@@ -218,17 +219,18 @@ class RunDir:
 
     def __enter__(self) -> RunDir:
         """Open or create. Raises InputError when the directory belongs to another config or is in use."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as e:
+            raise InputError(f"{self.path}: not a folder; choose another --run-dir") from e
         self._lock = open(self.path / ".lock", "w")  # closed in __exit__, or by the end of the process
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._check_config()
-        except OSError as e:
+        except BlockingIOError as e:
             self._lock.close()
-            if is_full_disk(e):
-                raise
             raise InputError(f"{self.path}: in use by another process; wait for it or choose another --run-dir") from e
-        except InputError:
+        except BaseException:
             self._lock.close()
             raise
         if self.manifest_path.exists():
@@ -252,39 +254,36 @@ class RunDir:
     ) -> None:
         """Do ``work`` unless the manifest says it is done; then record inputs, seconds, versions and what work returned.
 
-        ``inputs`` maps a name to a hash; a finished stage whose inputs have changed since is refused by name, and so is
-        one whose outputs are gone.
+        ``inputs`` maps a name to a hash. A stage that was begun or finished with other inputs is refused by name (what it
+        left behind would mix with the new), and so is a finished one whose outputs are gone.
         """
         entry = self.manifest["stages"].get(name)
         if entry is not None:
+            begun = "is done" if entry["status"] == "done" else "was begun"
             changed = [key for key, value in inputs.items() if entry["inputs"].get(key) != value]
-            if changed:
+            lost = [str(p) for p in outputs if not p.exists()] if entry["status"] == "done" else []
+            if changed or lost:
+                what = f"{', '.join(changed)} changed since" if changed else f"{lost[0]} is gone"
                 raise InputError(
-                    f"{self.path}: stage {name} is done, but {', '.join(changed)} changed since; "
-                    "restore the old input or choose another --run-dir"
+                    f"{self.path}: stage {name} {begun}, but {what}; restore it or choose another --run-dir"
                 )
-            missing = [str(p) for p in outputs if not p.exists()]
-            if missing:
-                raise InputError(
-                    f"{self.path}: stage {name} is done, but {missing[0]} is gone; restore it or choose another --run-dir"
-                )
-            say(f"{name}: done before, {entry['seconds']:.0f} s then")
-            return
+            if entry["status"] == "done":
+                say(f"{name}: done before, {entry['seconds']:.0f} s then")
+                return
         if not (self.path / "config.yaml").exists():
             write_text(self.path / "config.yaml", dump(self.config))
         say(f"{name}: started")
+        self._record(name, {"status": "started", "inputs": inputs})
         start = time.monotonic()
         facts = work() or {}
         absent = [str(p) for p in outputs if not p.exists()]
         if absent:
             raise AssertionError(f"stage {name} did not make {absent[0]}")
-        self.manifest["stages"][name] = {
-            "status": "done",
-            "inputs": inputs,
-            "seconds": round(time.monotonic() - start, 2),
-            "versions": versions(),
-            **facts,
-        }
+        seconds = round(time.monotonic() - start, 2)
+        self._record(name, {"status": "done", "inputs": inputs, "seconds": seconds, "versions": versions(), **facts})
+
+    def _record(self, name: str, entry: dict[str, Any]) -> None:
+        self.manifest["stages"][name] = entry
         write_text(self.manifest_path, json.dumps(self.manifest, indent=1) + "\n")
 
 

@@ -190,7 +190,8 @@ def test_full_disk(tiny_folder: Path, tmp_path: Path, limit: int) -> None:
     assert errors == ["esjax: error: the disk is full; free some space and run the same command again, it continues"]
     assert list(run.rglob("*.writing")) == []
     assert not (run / "sft" / "adapter").exists()
-    assert not (run / "manifest.json").exists()
+    manifest = run / "manifest.json"
+    assert not manifest.exists() or json.loads(manifest.read_text())["stages"]["sft"]["status"] == "started"
 
 
 def test_commands_refuse_bad_files(refused: Callable[..., str], tiny_run: Path, tmp_path: Path) -> None:

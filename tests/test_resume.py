@@ -49,8 +49,10 @@ def files(run: Path) -> dict[str, bytes]:
 
 
 def stages(run: Path) -> dict[str, dict[str, object]]:
+    """The finished stages."""
     file = run / "manifest.json"
-    return json.loads(file.read_text())["stages"] if file.exists() else {}
+    entries = json.loads(file.read_text())["stages"] if file.exists() else {}
+    return {name: entry for name, entry in entries.items() if entry["status"] == "done"}
 
 
 @pytest.fixture(scope="module")

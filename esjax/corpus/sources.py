@@ -43,7 +43,11 @@ def read_conversations(path: str) -> list[tuple[str, list[Message]]]:
     file = bundled(path)
     out = []
     for number, row in _numbered(file, ("id", "messages")):
-        out.append((str(row["id"]), check_messages(row["messages"], f"{file}, line {number}", last="assistant")))
+        where = f"{file}, line {number}"
+        messages = check_messages(row["messages"], where, last="assistant")
+        if all(m["role"] != "user" for m in messages):
+            raise InputError(f"{where}: there is no user message before the assistant's")
+        out.append((str(row["id"]), messages))
     if not out:
         raise InputError(f"{file}: empty; expected one JSON object a line with id and messages")
     return out

@@ -20,8 +20,8 @@ class Filters:
     """The limits and the compiled patterns."""
 
     settings: FilterSettings
-    crisis: re.Pattern[str]
-    scaffolding: re.Pattern[str]
+    crisis: tuple[re.Pattern[str], ...]
+    scaffolding: tuple[re.Pattern[str], ...]
 
     @classmethod
     def load(cls, settings: FilterSettings) -> Filters:
@@ -31,14 +31,14 @@ class Filters:
     def reply_fault(self, context: list[Message], reply: str, finish: str) -> str | None:
         """Why a reply to this context would be dropped, or None. ``finish`` is "stop" or "length"."""
         seeker = [m["content"] for m in context if m["role"] == "user"]
-        if any(self.crisis.search(text) for text in [*seeker, reply]):
+        if any(p.search(text) for p in self.crisis for text in [*seeker, reply]):
             return "crisis"
         if finish != "stop":
             return "truncated"
         words = _words(reply)
         if len(words) < self.settings.min_words:
             return "empty"
-        if self.scaffolding.search(reply):
+        if any(p.search(reply) for p in self.scaffolding):
             return "scaffolding"
         if re.search(r"(?im)^\s*(?:seeker|user|client|patient|you|me)\s*:", reply) or _quotes(words, seeker):
             return "speaks_for_seeker"
@@ -75,12 +75,13 @@ def _quotes(words: list[str], seeker: list[str]) -> bool:
     return any(f" {span} " in f" {own} " for span in spans)
 
 
-def _patterns(path: str) -> re.Pattern[str]:
+def _patterns(path: str) -> tuple[re.Pattern[str], ...]:
     lines = [line.strip() for line in read_text(path).splitlines()]
     expressions = [line for line in lines if line and not line.startswith("#")]
+    compiled = []
     for expression in expressions:
         try:
-            re.compile(expression)
+            compiled.append(re.compile(expression, re.IGNORECASE | re.MULTILINE))
         except re.error as e:
             raise InputError(f"{path}: {expression!r} is not a regular expression ({e})") from e
-    return re.compile("|".join(f"(?:{e})" for e in expressions) or r"(?!)", re.IGNORECASE | re.MULTILINE)
+    return tuple(compiled)

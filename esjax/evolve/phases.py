@@ -79,6 +79,8 @@ def sft_rows(lab: Lab) -> tuple[list[Rows], Row]:
     facts: Row = {"dialogues": len(lab.train), "dialogue_rows": len(examples)}
     if c.data.replay is not None and c.data.replay_share > 0:
         replay = [row for _, messages in read_conversations(c.data.replay) for row in encoder.chat(messages)]
+        if not replay:
+            raise InputError(f"{c.data.replay}: no conversation fits data.window={c.data.window} tokens; raise it")
         want = round(len(examples) * c.data.replay_share / (1 - c.data.replay_share))
         order = np.random.default_rng((c.seed, 1)).permutation(len(replay))
         examples += [replay[order[i % len(replay)]] for i in range(want)]

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 import jinja2
+from jinja2 import meta
 
 from esjax.config import Config, InputError, read_text
 from esjax.corpus.dialogue import Message
@@ -54,7 +55,9 @@ class Instructions:
     def load(cls, config: Config) -> Instructions:
         """Read the files of ``config.prompts``. Raises InputError naming a file with a broken template."""
         return cls(
-            read_text(config.prompts.principles), _template(config.prompts.reflect), _template(config.prompts.refine)
+            read_text(config.prompts.principles),
+            _template(config.prompts.reflect, ("principles",)),
+            _template(config.prompts.refine, ("principles", "draft", *FIELDS)),
         )
 
     def reflection_prompt(self, context: list[Message]) -> list[Message]:
@@ -66,13 +69,19 @@ class Instructions:
         return _append(context, self.refine.render(principles=self.principles, draft=draft, **reflection))
 
 
-def _template(path: str) -> jinja2.Template:
+def _template(path: str, names: tuple[str, ...]) -> jinja2.Template:
     try:
-        template = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False).from_string(read_text(path))
-        template.render(principles="", draft="", **dict.fromkeys(FIELDS, ""))
-    except jinja2.TemplateError as e:
-        allowed = ", ".join(("principles", "draft", *FIELDS))
-        raise InputError(f"{path}: broken template ({e}); the variables are {allowed}") from e
+        environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
+        text = read_text(path)
+        unknown = meta.find_undeclared_variables(environment.parse(text)) - set(names)
+        if unknown:
+            raise jinja2.UndefinedError(f"{min(unknown)!r} is undefined")
+        template = environment.from_string(text)
+        template.render(**dict.fromkeys(names, ""))
+    except InputError:
+        raise
+    except Exception as e:  # a template can raise anything
+        raise InputError(f"{path}: broken template ({e}); the variables are {', '.join(names)}") from e
     return template
 
 

@@ -48,6 +48,7 @@ def compile_template(parts: list[str | Field], tokenizer: ChatTokenizer, vocab: 
     owner = [0]
     open_states = [0]
     longest = 1
+    entries: list[tuple[int, int]] = []  # fields and the states before them
 
     def add(part: int) -> int:
         edges.append({})
@@ -66,22 +67,25 @@ def compile_template(parts: list[str | Field], tokenizer: ChatTokenizer, vocab: 
 
     for number, part in enumerate(parts, start=1):
         if isinstance(part, str):
-            for token in tokenizer.encode(part):
+            for token in tokenizer.encode(part) if number == 1 else tokenizer.continuation(part):
                 open_states = [leave(token, number)]
                 longest += 1
             continue
-        index = Index(part.pattern, words)
+        try:
+            index = Index(part.pattern, words)
+        except ValueError as e:
+            raise InputError(f"the field {part.pattern!r} cannot be filled with this vocabulary ({e})") from e
         longest += part.max_tokens
         transitions = index.get_transitions()
-        states = {s: add(number) for s in transitions if s != index.get_initial_state()}
-        states |= {
-            s: add(number) for s in index.get_final_states() if s not in states and s != index.get_initial_state()
-        }
-        (start,) = open_states
+        if index.get_initial_state() in index.get_final_states():
+            raise InputError(f"the field {part.pattern!r} matches the empty text; it must take a token at least")
+        states = {s: add(number) for s in {*transitions, *index.get_final_states()}}
         for s, out in transitions.items():
-            source = start if s == index.get_initial_state() else states[s]
-            edges[source] |= {t: states[n] for t, n in out.items() if t != tokenizer.end_of_turn}
+            edges[states[s]] |= {t: states[n] for t, n in out.items() if t != tokenizer.end_of_turn}
+        (start,) = open_states
+        edges[start] |= edges[states[index.get_initial_state()]]
         open_states = [states[s] for s in index.get_final_states()]
+        entries.append((number, start))
     leave(tokenizer.end_of_turn, len(parts) + 1)
     table = np.full((len(edges), vocab), -1, np.int16)
     for state, out in enumerate(edges):
@@ -89,6 +93,10 @@ def compile_template(parts: list[str | Field], tokenizer: ChatTokenizer, vocab: 
     close = _distance_out(edges, owner)
     limits = {n: p.max_tokens if isinstance(p, Field) else 1 << 30 for n, p in enumerate(parts, start=1)}
     budget = np.asarray([limits.get(p, 1 << 30) for p in owner], np.int32)
+    for number, start in entries:
+        need = 1 + min(int(close[s]) for s in edges[start].values())
+        if need > limits[number]:
+            raise InputError(f"a field of {limits[number]} tokens is too small: its shortest text takes {need}")
     return Automaton(table, np.asarray(owner, np.int16), close, budget), longest
 
 

@@ -119,8 +119,8 @@ def _within_budget(constraint: Automaton, state: State, following: Array) -> Arr
     """Which tokens [B, V] are allowed: those with a next state that leaves the part, or from where it can still be closed."""
     here = state.automaton
     stays = constraint.part[following] == constraint.part[here][:, None]
-    fits = state.used[:, None] + 1 + constraint.close[following] <= constraint.budget[here][:, None]
-    return (following >= 0) & (~stays | fits)
+    spent = jnp.where(stays, state.used[:, None] + 1, 1)
+    return (following >= 0) & (spent + constraint.close[following] <= constraint.budget[following])
 
 
 def draw_token(logits: Array, uniform: Array, draw: Draw) -> Array:
@@ -170,12 +170,13 @@ def _inverse_cdf(p: Array, uniform: Array, block: int = 256) -> Array:
     """The token at which the cumulative sum of unnormalised p [B, V] passes uniform * total: first the block, then within."""
     b, v = p.shape
     blocks = jnp.pad(p, ((0, 0), (0, -v % block))).reshape(b, -1, block)
-    mass = jnp.cumsum(jnp.sum(blocks, axis=-1), axis=-1)
+    sums = jnp.sum(blocks, axis=-1)
+    mass = jnp.cumsum(sums, axis=-1)
     goal = uniform[:, None] * mass[:, -1:]
-    which = jnp.argmax(mass > goal, axis=-1)
+    which = jnp.argmax((mass > goal) & (sums > 0), axis=-1)
     inside = jnp.take_along_axis(blocks, which[:, None, None], axis=1)[:, 0]
     before = jnp.where(which > 0, jnp.take_along_axis(mass, jnp.maximum(which - 1, 0)[:, None], axis=1)[:, 0], 0.0)
     within = jnp.cumsum(inside, axis=-1)
     # Rounding may put the goal past the block's own sum; its last token with any mass is then the answer.
-    goal = jnp.minimum(goal[:, 0] - before, within[:, -1] * (1 - 1e-6))
-    return (which * block + jnp.argmax(within > goal[:, None], axis=-1)).astype(jnp.int32)
+    goal = jnp.clip(goal[:, 0] - before, 0.0, within[:, -1] * (1 - 1e-6))
+    return (which * block + jnp.argmax((within > goal[:, None]) & (inside > 0), axis=-1)).astype(jnp.int32)

@@ -95,7 +95,7 @@ class Encoder:
         """A DPO row: the prompt as the trunk, chosen as branch 1, rejected as branch 2.
 
         Both go through the same template and end with the same end-of-turn token; their prompt tokens are the same by
-        construction. Raises InputError where the window is too small.
+        construction.
         """
         ids = self.tokenizer.prompt(prompt)
         replies = [

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from esjax.config import InputError
@@ -53,12 +54,24 @@ class ChatTokenizer:
         """Token ids of plain text, without special tokens."""
         return list(self.hf(text, add_special_tokens=False).input_ids)
 
+    def continuation(self, text: str) -> list[int]:
+        """Token ids of plain text that continues a line, without the space that some tokenizers put before a text."""
+        for before in (".", "\n", "a", "1"):
+            head, whole = self.encode(before), self.encode(before + text)
+            if whole[: len(head)] == head:
+                return whole[len(head) :]
+        raise InputError(f"the tokenizer always merges {text!r} with what comes before it")
+
     def decode(self, ids: list[int]) -> str:
         """Text of token ids, special tokens left out."""
         return str(self.hf.decode([i for i in ids if i not in self.special], clean_up_tokenization_spaces=False))
 
     def _template(self, messages: list[Message], header: bool) -> list[int]:
-        ids = self.hf.apply_chat_template(messages, add_generation_prompt=header, tokenize=True, return_dict=True)
+        try:
+            ids = self.hf.apply_chat_template(messages, add_generation_prompt=header, tokenize=True, return_dict=True)
+        except TemplateError as e:
+            roles = ", ".join(m["role"] for m in messages)
+            raise InputError(f"the model's chat template refuses a chat with the roles {roles}: {e}") from e
         return list(ids["input_ids"])
 
     def token_bytes(self) -> dict[int, bytes]:

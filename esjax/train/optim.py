@@ -11,7 +11,9 @@ def learning_rate(settings: OptimSettings, steps: int) -> optax.Schedule:
     """Linear warm-up from 0, then cosine decay to final_fraction of the peak at the last step. Steps count from 0."""
     warmup = int(steps * settings.warmup_fraction)
     peak, last = settings.learning_rate, settings.learning_rate * settings.final_fraction
-    return optax.warmup_cosine_decay_schedule(peak if warmup == 0 else 0.0, peak, warmup, max(steps, warmup + 1), last)
+    return optax.warmup_cosine_decay_schedule(
+        peak if warmup == 0 else 0.0, peak, warmup, max(steps - 1, warmup + 1), last
+    )
 
 
 def optimiser(settings: OptimSettings, steps: int) -> optax.GradientTransformation:
