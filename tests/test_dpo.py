@@ -35,7 +35,7 @@ from esjax.config import DpoSettings, load
 from esjax.evolve import phases
 from esjax.evolve.lab import Lab, adapter_folder, open_model
 from esjax.evolve.pairs import pair_rows
-from esjax.model.decoder import token_logprobs
+from esjax.model.decoder import Execution, token_logprobs
 from esjax.model.layers import Lora
 from esjax.model.lora import Adapter, save_adapter
 from esjax.model.weights import Backbone, bind, load_backbone
@@ -54,9 +54,10 @@ BETA = 0.1
 class Gradient:
     """Loss, metrics and gradient of a batch, as means: what a training step of one micro-batch computes."""
 
-    def __init__(self, backbone: Backbone, loss: Loss, targets: int, remat: bool = False) -> None:
+    def __init__(self, backbone: Backbone, loss: Loss, targets: int, **how: Any) -> None:
         def program(adapter: Adapter, base: nnx.State, rows: Rows, extra: Any) -> Any:
-            return gradients(backbone.definition, loss, adapter, base, rows, extra, targets, remat)
+            execution = backbone.execution._replace(**how)
+            return gradients(backbone.definition, loss, adapter, base, rows, extra, targets, execution)
 
         self.backbone, self._program = backbone, jax.jit(program)
 
@@ -204,7 +205,7 @@ def packed(smol: Smol, real_pairs: list[dict[str, Any]]) -> Packed:
 
     @jax.jit
     def program(adapter: Adapter, base: nnx.State, rows: Rows) -> jax.Array:
-        return token_logprobs(bind(smol.backbone.definition, adapter, base), rows, targets)
+        return token_logprobs(bind(smol.backbone.definition, adapter, base), rows, targets, smol.backbone.execution)
 
     adapters = smol.adapter, smol.backbone.fresh_adapter(0)
     return Packed(rows, 4, *(np.asarray(program(adapter, smol.backbone.base, rows)) for adapter in adapters))
@@ -337,7 +338,7 @@ def test_options_follow_their_formulas(tiny: Tiny) -> None:
     rows, extra = one_a_row(tiny)
     targets = int((rows.weight != 0).sum())
     model = bind(tiny.backbone.definition, tiny.adapter, tiny.backbone.base)
-    logprobs = token_logprobs(model, rows, targets)
+    logprobs = token_logprobs(model, rows, targets, Execution())
     for name, options in OPTIONS.items():
         totals = dpo_loss(DpoSettings(**options))(logprobs, rows, extra)
         ours = float(totals.loss / totals.weight)
@@ -363,7 +364,7 @@ def test_packed_pairs_have_the_loss_and_gradient_of_single_ones(tiny: Tiny) -> N
     rows = stack([pack([pair_row(p) for p in half], 64) for half in (tiny.pairs[:2], tiny.pairs[2:])])
     check(rows)
     extra = Pairs(tiny.reference.reshape(2, 2, 1, 2), np.ones((2, 2, 1), bool))
-    packed = Gradient(tiny.backbone, loss, targets, remat=True)
+    packed = Gradient(tiny.backbone, loss, targets, remat="full")
     got, grads = packed(tiny.adapter, rows, extra)
     assert got == pytest.approx(expected, abs=1e-5)
     assert relative(flat(grads), flat(gradient)) <= 1e-4
@@ -406,7 +407,7 @@ def test_pairs_on_one_trunk_have_the_loss_and_gradient_of_single_ones(tiny: Tiny
 def stepped(t: Tiny, loss: Loss, rows: Rows, extra: Any, micro_rows: int) -> tuple[dict[str, float], np.ndarray]:
     """Metrics of one step, and its gradient: with plain gradient descent at rate 1 the adapter moves by minus that."""
     targets = int((rows.weight != 0).sum())
-    step = make_step(t.backbone.definition, loss, optax.sgd(1.0), micro_rows, targets, remat=True)
+    step = make_step(t.backbone.definition, loss, optax.sgd(1.0), micro_rows, targets, t.backbone.execution)
     adapter = copied(t.adapter)
     moved, _, metrics = step(adapter, optax.sgd(1.0).init(adapter), t.backbone.base, rows, extra)
     return {k: float(v) for k, v in metrics.items()}, flat(t.adapter) - flat(moved)

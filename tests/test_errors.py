@@ -178,7 +178,7 @@ main(sys.argv[2:])
 """
 
 
-@pytest.mark.parametrize("limit", [2_000, 40_000])
+@pytest.mark.parametrize("limit", [2_000, 8_000, 40_000])
 def test_full_disk(tiny_folder: Path, tmp_path: Path, limit: int) -> None:
     """No file may grow over the limit: the config is then too large (2 kB), or the checkpoint and the adapter (40 kB)."""
     run = tmp_path / "run"
@@ -188,6 +188,7 @@ def test_full_disk(tiny_folder: Path, tmp_path: Path, limit: int) -> None:
     errors = [line for line in done.stderr.splitlines() if line.startswith("esjax: error:")]
     assert done.returncode == 2, done.stderr[-3000:]
     assert errors == ["esjax: error: the disk is full; free some space and run the same command again, it continues"]
+    assert "Traceback" not in done.stderr
     assert list(run.rglob("*.writing")) == []
     assert not (run / "sft" / "adapter").exists()
     manifest = run / "manifest.json"

@@ -207,7 +207,7 @@ def test_left_padded_prefill_agrees(pair: Pair) -> None:
 
     @jax.jit
     def prefill(rows: Rows) -> jax.Array:
-        return model.logits(model.prefill(rows, LENGTH + 3)[0])
+        return model.logits(model.prefill(rows, LENGTH + 3, pair.backbone.execution)[0])
 
     logits = np.asarray(prefill(rows))
     leaky = np.asarray(prefill(rows._replace(segment=np.ones_like(rows.segment))))
@@ -223,7 +223,7 @@ def test_cached_decoding_agrees(pair: Pair) -> None:
     rows = left_padded([tokens[:prompt] for tokens in whole], 8)
     model = model_of(pair.backbone)
     count = max(map(len, whole)) - prompt
-    _, cache = jax.jit(lambda rows: model.prefill(rows, 8 + count))(rows)
+    _, cache = jax.jit(lambda rows: model.prefill(rows, 8 + count, pair.backbone.execution))(rows)
     filled = np.concatenate([rows.segment > 0, np.zeros((3, count), bool)], axis=1)
 
     @jax.jit
@@ -375,16 +375,23 @@ def test_token_logprobs_are_gathered_log_softmax(tiny: Backbone, tiny_torch: Any
     adapter = tiny.fresh_adapter(0)
 
     @partial(jax.jit, static_argnums=(1, 2, 3))
-    def program(rows: Rows, targets: int, remat: bool, chunk: int) -> jax.Array:
-        return token_logprobs(bind(tiny.definition, adapter, tiny.base), rows, targets, remat, chunk)
+    def program(rows: Rows, targets: int, remat: Any, chunk: int) -> jax.Array:
+        how = tiny.execution._replace(remat=remat)
+        return token_logprobs(bind(tiny.definition, adapter, tiny.base), rows, targets, how, chunk)
 
-    for targets, chunk, remat in ((45, 512, False), (45, 7, True), (45, 45, True), (50, 16, False), (4000, 16, False)):
+    for targets, chunk, remat in (
+        (45, 512, "none"),
+        (45, 7, "full"),
+        (45, 45, "dots"),
+        (50, 16, "none"),
+        (4000, 16, "full"),
+    ):
         ours = np.asarray(program(rows, targets, remat, chunk))
         assert worst(ours[wanted], theirs) <= 1e-4, (targets, chunk)
         assert not ours[~wanted].any()
     # One target to the left is another token's log-prob; a bound that is too small loses targets.
     assert worst(np.roll(ours, 1, axis=1)[wanted], theirs) > 1e-2
-    assert worst(np.asarray(program(rows, 44, False, 512))[wanted], theirs) > 1e-2
+    assert worst(np.asarray(program(rows, 44, "none", 512))[wanted], theirs) > 1e-2
 
 
 def test_chunks_do_not_change_the_gradient(tiny: Backbone) -> None:
@@ -394,7 +401,7 @@ def test_chunks_do_not_change_the_gradient(tiny: Backbone) -> None:
 
     def gradient(chunk: int, weight: float = 1.0) -> np.ndarray:
         def total(adapter: Any) -> jax.Array:
-            logprobs = token_logprobs(bind(tiny.definition, adapter, tiny.base), rows, 34, chunk=chunk)
+            logprobs = token_logprobs(bind(tiny.definition, adapter, tiny.base), rows, 34, tiny.execution, chunk)
             return jnp.sum(weight * rows.weight * logprobs)
 
         return np.concatenate([np.ravel(x) for x in jax.tree.leaves(jax.jit(jax.grad(total))(adapter))])

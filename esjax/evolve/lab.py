@@ -34,8 +34,9 @@ class Lab:
         """Fetch and load everything. Raises InputError; ``adapted`` false loads the bare backbone."""
         lora = lora_from(config.lora) if adapted else None
         folder = resolve(config.model.source, config.model.sha256)
+        dtype = compute_dtype(config.model.dtype)
         tokenizer = ChatTokenizer(folder)
-        backbone = load_backbone(folder, lora, compute_dtype(config.model.dtype))
+        backbone = load_backbone(folder, lora, dtype, config.model.attention, config.model.remat)
         encoder = Encoder(tokenizer, config.data.window, read_text(config.prompts.system))
         return cls(config, backbone, tokenizer, encoder)
 

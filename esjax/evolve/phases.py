@@ -59,7 +59,6 @@ def sft(lab: Lab, run: RunDir) -> None:
             examples=examples,
             loss=sft_loss,
             seed=c.seed,
-            remat=c.model.remat == "full",
             validate=validate,
             validate_every=c.sft.validate_every,
         )
@@ -106,7 +105,6 @@ def dpo(lab: Lab, run: RunDir, pairs: Path, name: str, start: Callable[[], Adapt
             examples=pair_rows(rows, lab.encoder),
             loss=dpo_loss(lab.config.dpo),
             seed=row_seed(lab.config.seed, name),
-            remat=lab.config.model.remat == "full",
             reference=reference,
             check_first=lambda metrics: check_start(metrics, lab.backbone.dtype.itemsize == 4),
         )

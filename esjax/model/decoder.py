@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
+from esjax.mesh import batch_groups, constrain
+from esjax.model.attention import Path, attention
 from esjax.model.families import Architecture
-from esjax.model.layers import Block, Lora, attend, attend_cached, rms_norm, rope_at
-from esjax.rows import Rows, visible
+from esjax.model.head import target_logprobs
+from esjax.model.layers import Block, Lora, attend_cached, rms_norm, rope_at
+from esjax.rows import Layout, Rows
+
+
+class Execution(NamedTuple):
+    """How to compute, never what: all values give the same numbers to rounding. Static."""
+
+    attention: Path = "dense"
+    layout: Layout = "branched"  # what the rows hold at most; simpler rows take a shorter way
+    remat: Literal["none", "dots", "offload", "full"] = "none"
+    interpret: bool = False  # kernels run on the host, for tests
+    unroll: bool = (
+        False  # layers one after the other instead of in a loop, so that the compiler counts every one's FLOPs
+    )
 
 
 class Cache(NamedTuple):
@@ -34,31 +51,32 @@ class Decoder(nnx.Module):
             draw = jax.random.normal(rngs.params(), (arch.vocab, arch.width), jnp.float32) * 0.02
             self.head = nnx.Param(draw.astype(dtype), axes=("vocab", "embed"))
 
-    def __call__(self, rows: Rows, remat: bool = False) -> Array:
+    def __call__(self, rows: Rows, how: Execution) -> Array:
         """Final hidden states [B, T, D] of rows [B, T]."""
-        return self._run(rows, remat, keep_cache=False)[0]
+        return self._run(rows, how, keep_cache=False)[0]
 
-    def prefill(self, rows: Rows, slots: int) -> tuple[Array, Cache]:
+    def prefill(self, rows: Rows, slots: int, how: Execution) -> tuple[Array, Cache]:
         """Hidden states [B, T, D], and the cache of the T tokens in the first of ``slots`` slots."""
-        x, kv = self._run(rows, remat=False, keep_cache=True)
+        x, kv = self._run(rows, how, keep_cache=True)
         k_LxBxTxKxH, v_LxBxTxKxH = kv
         room = slots - rows.tokens.shape[1]
         k = jnp.pad(k_LxBxTxKxH.transpose(0, 1, 3, 4, 2), ((0, 0), (0, 0), (0, 0), (0, 0), (0, room)))
         v = jnp.pad(v_LxBxTxKxH.transpose(0, 1, 3, 2, 4), ((0, 0), (0, 0), (0, 0), (0, room), (0, 0)))
         return x, Cache(k, v)
 
-    def _run(self, rows: Rows, remat: bool, keep_cache: bool) -> tuple[Array, Any]:
-        mask = visible(rows)
+    def _run(self, rows: Rows, how: Execution, keep_cache: bool) -> tuple[Array, Any]:
+        attend = attention(how.attention, rows, how.layout, how.interpret)
         rope = rope_at(self.arch, rows.position)
         definition, stacked = nnx.split(self.layers)
 
         def layer(x: Array, state: nnx.State) -> tuple[Array, tuple[Array, Array] | None]:
+            x = checkpoint_name(constrain(x, "batch", None, None), LAYER_INPUT)
             block = nnx.merge(definition, state)
             q, k, v = block.qkv(x, rope)
-            return block.rest(x, attend(q, k, v, mask)), ((k, v) if keep_cache else None)
+            return block.rest(x, attend(q, k, v)), ((k, v) if keep_cache else None)
 
-        body = jax.checkpoint(layer) if remat else layer
-        x, kv = jax.lax.scan(body, self.embed[...][rows.tokens], stacked)
+        embed = constrain(self.embed[...], "vocab", None)
+        x, kv = jax.lax.scan(rematerialised(layer, how.remat), embed[rows.tokens], stacked, unroll=how.unroll)
         return rms_norm(x, self.norm[...], self.arch.norm_eps), kv
 
     def step(self, token: Array, position: Array, cache: Cache, slot: Array, mask: Array) -> tuple[Array, Cache]:
@@ -88,40 +106,64 @@ class Decoder(nnx.Module):
         (x, cache), _ = jax.lax.scan(layer, (self.embed[...][token], cache), (layers, stacked))
         return rms_norm(x, self.norm[...], self.arch.norm_eps), cache
 
+    @property
+    def head_weight(self) -> Array:
+        """The vocabulary head [V, D]."""
+        return (self.embed if self.arch.tied_head else self.head)[...]
+
     def logits(self, x: Array) -> Array:
         """Vocabulary head: [..., D] -> float32 [..., V]."""
-        head = self.embed if self.arch.tied_head else self.head
-        return jnp.einsum("...d,vd->...v", x, head[...], preferred_element_type=jnp.float32)
+        return jnp.einsum("...d,vd->...v", x, self.head_weight, preferred_element_type=jnp.float32)
 
 
-def token_logprobs(model: Decoder, rows: Rows, targets: int, remat: bool = False, chunk: int = 512) -> Array:
+LAYER_INPUT = "layer_input"
+
+
+def rematerialised(layer: Callable[..., Any], remat: str) -> Callable[..., Any]:
+    """A scanned layer under a rematerialisation policy: what the forward pass keeps for the backward pass.
+
+    none keeps everything; dots keeps the products of the linear layers and recomputes the rest; full keeps a layer's input
+    alone; offload does so too, in the host's memory.
+    """
+    if remat == "none":
+        return layer
+    policies = jax.checkpoint_policies
+    policy = {
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "full": policies.nothing_saveable,
+        "offload": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[LAYER_INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+    }[remat]
+    # The loop over layers keeps the passes apart, so nothing else has to (prevent_cse would only hinder fusion).
+    return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+
+
+def token_logprobs(model: Decoder, rows: Rows, targets: int, how: Execution, chunk: int | None = None) -> Array:
     """Log-probability of each target token, float32 [B, T]: entry i is for token i + 1; 0 where weight is 0.
 
-    The one primitive of SFT, DPO and scoring. The head runs only where weight != 0, ``chunk`` targets at a time and
-    recomputed in the backward pass, so that [B, T, V] logits never exist.
+    The one primitive of SFT, DPO and scoring. The head runs only where weight != 0, in chunks, so that [B, T, V] logits
+    never exist.
 
     Args:
         rows: [B, T].
-        targets: at least the number of nonzero weights; static, so that shapes are.
+        targets: at least the number of nonzero weights in each device's share of the batch; static, so that shapes are.
+        chunk: for the head, see ``target_logprobs``.
     """
-    hidden = model(rows, remat)
-    b, t, d = hidden.shape
-    targets = -(-min(targets, b * t) // chunk) * chunk if targets > chunk else targets
-    wanted = rows.weight.reshape(-1) != 0
-    (index,) = jnp.nonzero(wanted, size=targets, fill_value=b * t - 1)  # the last token of a row is never a target
-    following = jnp.roll(rows.tokens, -1, axis=1).reshape(-1)[index]
-
-    @jax.checkpoint
-    def head(x: Array, token: Array) -> Array:
-        logits = model.logits(x)
-        picked = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-        return picked - jax.nn.logsumexp(logits, axis=-1)
-
-    x = hidden.reshape(-1, d)[index]
-    if targets > chunk:
-        parts = jax.lax.map(lambda p: head(*p), (x.reshape(-1, chunk, d), following.reshape(-1, chunk)))
-        logprobs = parts.reshape(-1)
-    else:
-        logprobs = head(x, following)
-    flat = jnp.zeros(b * t, jnp.float32).at[index].add(jnp.where(wanted[index], logprobs, 0.0))
+    b, t = rows.tokens.shape
+    groups = batch_groups()
+    hidden = model(rows, how).reshape(groups, b // groups * t, -1)
+    wanted = (rows.weight != 0).reshape(groups, -1)
+    last = wanted.shape[1] - 1  # the last token of a row is never a target
+    size = min(targets, last + 1)
+    index = jax.vmap(lambda w: jnp.nonzero(w, size=size, fill_value=last)[0])(wanted)
+    following = jnp.roll(rows.tokens, -1, axis=1).reshape(groups, -1)
+    x = jnp.take_along_axis(hidden, index[..., None], axis=1)
+    chunk = size if how.unroll else chunk
+    logprobs = target_logprobs(x, model.head_weight, jnp.take_along_axis(following, index, axis=1), chunk)
+    logprobs = jnp.where(jnp.take_along_axis(wanted, index, axis=1), logprobs, 0.0)
+    flat = jax.vmap(lambda i, values: jnp.zeros(last + 1, jnp.float32).at[i].add(values))(index, logprobs)
     return flat.reshape(b, t)

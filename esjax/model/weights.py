@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,8 @@ from flax import nnx
 
 from esjax.config import InputError
 from esjax.hub.shards import ShardReader
-from esjax.model.decoder import Decoder
+from esjax.model.attention import choose_path
+from esjax.model.decoder import Decoder, Execution
 from esjax.model.families import Architecture, ignorable, key_table, read_architecture
 from esjax.model.layers import Lora
 from esjax.model.lora import Adapter, flatten, merge_kernel, unflatten
@@ -29,6 +31,7 @@ class Backbone:
     dtype: jnp.dtype
     definition: nnx.GraphDef[Decoder]
     base: nnx.State
+    execution: Execution
 
     def fresh_adapter(self, seed: int) -> Adapter:
         """A new adapter: A random, B zero, so that base + adapter is the base."""
@@ -53,11 +56,24 @@ def compute_dtype(name: str) -> jnp.dtype:
     return jnp.dtype(name)
 
 
-def load_backbone(folder: Path, lora: Lora | None, dtype: jnp.dtype) -> Backbone:
+def choose_execution(attention: str, remat: Any, dtype: jnp.dtype) -> Execution:
+    """How to compute on this machine. Raises InputError for what it cannot do."""
+    platform = jax.default_backend()
+    if remat == "offload" and platform == "cpu":
+        raise InputError(
+            "model.remat=offload needs a device with memory of its own: choose none, dots or full on a CPU"
+        )
+    return Execution(choose_path(attention, platform, dtype), remat=remat)
+
+
+def load_backbone(
+    folder: Path, lora: Lora | None, dtype: jnp.dtype, attention: str = "auto", remat: str = "full"
+) -> Backbone:
     """Read a Hugging Face folder, one stacked parameter at a time.
 
     Raises InputError naming a tensor that is missing, misshaped or not part of the architecture.
     """
+    execution = choose_execution(attention, remat, dtype)
     arch = read_architecture(folder)
     reader = ShardReader(folder)
     abstract = nnx.eval_shape(lambda: Decoder(arch, lora, dtype, nnx.Rngs(params=0, lora=0)))
@@ -78,7 +94,7 @@ def load_backbone(folder: Path, lora: Lora | None, dtype: jnp.dtype) -> Backbone
     unfilled = [".".join(map(str, p)) for p, v in flat.items() if isinstance(v.get_value(), jax.ShapeDtypeStruct)]
     if unfilled:
         raise AssertionError(f"parameters without a key: {unfilled}")
-    return Backbone(folder, arch, lora, dtype, definition, unflatten(flat))
+    return Backbone(folder, arch, lora, dtype, definition, unflatten(flat), execution)
 
 
 def _read(reader: ShardReader, key: str, shape: tuple[int, ...], transpose: bool) -> np.ndarray:

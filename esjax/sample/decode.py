@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from esjax.model.decoder import Cache, Decoder
+from esjax.model.decoder import Cache, Decoder, Execution
 from esjax.model.lora import Adapter
 from esjax.model.weights import bind
 from esjax.rows import Rows
@@ -60,6 +60,7 @@ def decode(
     draw: Draw,
     constraint: Automaton | None,
     max_tokens: int,
+    how: Execution,
 ) -> Trace:
     """Continue prompts.
 
@@ -72,7 +73,7 @@ def decode(
     model = bind(definition, adapter, base)
     b, p = prompts.tokens.shape
     slots = p + max_tokens
-    hidden, cache = model.prefill(prompts, slots)
+    hidden, cache = model.prefill(prompts, slots, how)
     keys = jax.vmap(jax.random.key)(seeds)
     prompt_mask = jnp.pad(prompts.segment > 0, ((0, 0), (0, max_tokens)))
     slot = jnp.arange(slots)

@@ -46,7 +46,8 @@ class Generator:
 
     def __init__(self, backbone: Backbone, batch: int, end_of_turn: int) -> None:
         self.backbone, self.batch, self.end_of_turn = backbone, batch, end_of_turn
-        self._program = jax.jit(partial(decode, backbone.definition), static_argnames="max_tokens")
+        how = backbone.execution._replace(layout="packed")  # the padding before a prompt is a segment of its own
+        self._program = jax.jit(partial(decode, backbone.definition, how=how), static_argnames="max_tokens")
 
     @property
     def programs(self) -> int:

@@ -16,7 +16,7 @@ class Checkpoints:
     """Numbered checkpoints in a folder; the newest two are kept. A half-written one is never seen (orbax renames)."""
 
     def __init__(self, folder: Path) -> None:
-        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every file it touches
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # what orbax logs as an error, it raises as well
         options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
         self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
 

@@ -1,26 +1,32 @@
-"""The training loop of both phases: a fixed schedule of steps, resumable at every checkpoint."""
+"""The training loop of both phases: a fixed schedule of steps, resumable at every checkpoint.
+
+The host never waits for the step it has just started: a step's metrics are read after the next one is under way.
+"""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from esjax.config import OptimSettings
+from esjax.mesh import batch_groups
 from esjax.model.lora import Adapter
 from esjax.model.weights import Backbone
-from esjax.rows import Rows
+from esjax.rows import Rows, check, layout, stack
 from esjax.runlog import Metrics, RunError, progress, say
 from esjax.tokens.batches import Row, batch, schedule
 from esjax.train.checkpoint import Checkpoints
 from esjax.train.losses import Loss, Pairs
 from esjax.train.optim import learning_rate, optimiser
-from esjax.train.step import make_step
+from esjax.train.step import Step, make_step
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,6 @@ class Phase:
     examples: Sequence[Rows]
     loss: Loss
     seed: int
-    remat: bool
     reference: Sequence[np.ndarray] | None = None
     validate: Callable[[Adapter], float] | None = None
     validate_every: int = 0
@@ -51,13 +56,14 @@ def train(phase: Phase, backbone: Backbone, adapter: Adapter) -> Adapter:
     Raises InputError when an example does not fit a row, RunError when the loss is not finite or the first step is wrong.
     """
     s = phase.settings
+    for example in phase.examples:
+        check(stack([example]))
     lengths = [len(e.tokens) for e in phase.examples]
     steps = schedule(lengths, s.row_length, s.batch_rows, s.epochs, phase.seed)
+    most = max(len(r) for step in steps for r in step)
+    how = backbone.execution._replace(layout=layout(phase.examples, packed=most > 1))
     tx = optimiser(s, len(steps))
-    step_fn = make_step(
-        backbone.definition, phase.loss, tx, s.micro_rows, _most_targets(phase.examples, steps, s), phase.remat
-    )
-    rate = learning_rate(s, len(steps))
+    step_fn = make_step(backbone.definition, phase.loss, tx, s.micro_rows, _most_targets(phase.examples, steps, s), how)
     adapter = jax.tree.map(jnp.copy, adapter)  # the step donates its adapter, and the caller may need his own
     opt_state = tx.init(adapter)
     checkpoints = Checkpoints(phase.folder / "checkpoint")
@@ -65,40 +71,80 @@ def train(phase: Phase, backbone: Backbone, adapter: Adapter) -> Adapter:
     if done:
         adapter, opt_state = checkpoints.restore(done, (adapter, opt_state))
         say(f"  {phase.name}: continuing after step {done} of {len(steps)}")
-    metrics = Metrics(phase.folder / "metrics.jsonl", phase.board)
-    metrics.rewind(done)
-    most = max(len(r) for step in steps for r in step)
+    log = StepLog(phase, learning_rate(s, len(steps)), done)
+
+    def feed(number: int) -> tuple[Rows, Pairs | None]:
+        rows = batch(phase.examples, steps[number], s.row_length, s.batch_rows)
+        extra = None if phase.reference is None else _pairs(phase.reference, steps[number], s.batch_rows, most)
+        return rows, extra
+
+    if done < len(steps):
+        compiled = compile_step(phase.name, step_fn, adapter, opt_state, backbone.base, *feed(done))
     with progress(f"{phase.name} steps", len(steps), done) as advance:
         for number in range(done, len(steps)):
-            rows = batch(phase.examples, steps[number], s.row_length, s.batch_rows)
-            extra = None if phase.reference is None else _pairs(phase.reference, steps[number], s.batch_rows, most)
-            adapter, opt_state, computed = step_fn(adapter, opt_state, backbone.base, rows, extra)
-            values = {k: float(v) for k, v in computed.items()}
-            if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
-                raise RunError(
-                    f"{phase.name}, step {number + 1}: the loss is {values['loss']}; lower {phase.name}.learning_rate"
-                )
-            if number == 0 and phase.check_first is not None:
-                phase.check_first(values)
+            adapter, opt_state, computed = compiled(adapter, opt_state, backbone.base, *feed(number))
+            log.finish()  # the step before
+            log.start(number, computed)
             last = number + 1 == len(steps)
             if phase.validate is not None and (last or (number + 1) % phase.validate_every == 0):
-                values["valid_loss"] = phase.validate(adapter)
-            metrics.log(number + 1, learning_rate=float(rate(number)), **values)
+                log.add(valid_loss=phase.validate(adapter))
             if last or (number + 1) % s.checkpoint_every == 0:
+                log.finish()  # nothing broken is kept
                 checkpoints.save(number + 1, (adapter, opt_state))
             advance(1)
     checkpoints.close()
-    metrics.close()
+    log.metrics.close()
     return adapter
 
 
+def compile_step(name: str, step: Step, *arguments: Any) -> Step:
+    """Compile ahead of the first step, so that its time is not taken for the step's, and say what it came to."""
+    began = time.perf_counter()
+    compiled = step.lower(*arguments).compile()  # type: ignore[attr-defined]
+    seconds, memory = time.perf_counter() - began, compiled.memory_analysis()
+    room = "" if memory is None else f"; it works in {memory.temp_size_in_bytes / 2**20:.0f} MiB beside its arguments"
+    say(f"  {name}: the step compiled in {seconds:.1f} s{room}")
+    return cast(Step, compiled)
+
+
+class StepLog:
+    """Metrics of the newest step, read and written down when the next one has started."""
+
+    def __init__(self, phase: Phase, rate: Callable[[int], Any], done: int) -> None:
+        self.phase, self.rate = phase, rate
+        self.metrics = Metrics(phase.folder / "metrics.jsonl", phase.board)
+        self.metrics.rewind(done)
+        self.pending: tuple[int, dict[str, Any]] | None = None
+
+    def start(self, number: int, computed: dict[str, jax.Array]) -> None:
+        """A step is under way; its metrics are not looked at yet."""
+        self.pending = number, dict(computed)
+
+    def add(self, **values: float) -> None:
+        """Put more values beside those of the step under way."""
+        if self.pending is not None:
+            self.pending[1].update(values)
+
+    def finish(self) -> None:
+        """Wait for the step under way. Raises RunError when its loss is not finite, or the first step is wrong."""
+        if self.pending is None:
+            return
+        (number, computed), self.pending = self.pending, None
+        values = {k: float(v) for k, v in computed.items()}
+        if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
+            name = self.phase.name
+            raise RunError(f"{name}, step {number + 1}: the loss is {values['loss']}; lower {name}.learning_rate")
+        if number == 0 and self.phase.check_first is not None:
+            self.phase.check_first(values)
+        self.metrics.log(number + 1, learning_rate=float(self.rate(number)), **values)
+
+
 def _most_targets(examples: Sequence[Rows], steps: list[list[Row]], s: OptimSettings) -> int:
-    """The most target tokens that any micro-batch holds: a static bound for the head."""
+    """The most target tokens that one device's rows of any micro-batch hold: a static bound for the head."""
     count = [int((e.weight != 0).sum()) for e in examples]
-    if min(count) == 0:
-        raise AssertionError(f"example {count.index(0)} has no target token")
-    micros = [step[i : i + s.micro_rows] for step in steps for i in range(0, len(step), s.micro_rows)]
-    return max(sum(count[i] for r in micro for i in r) for micro in micros)
+    share = s.micro_rows // batch_groups()
+    parts = [step[i : i + share] for step in steps for i in range(0, len(step), share)]
+    return max(sum(count[i] for r in part for i in r) for part in parts)
 
 
 def _pairs(reference: Sequence[np.ndarray], step: list[Row], batch_rows: int, segments: int) -> Pairs:

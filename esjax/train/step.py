@@ -1,4 +1,7 @@
-"""One optimiser step as one program: micro-batches scanned, gradients accumulated exactly, the adapter updated in place."""
+"""One optimiser step as one program: micro-batches scanned, gradients accumulated exactly, the weights updated in place.
+
+What is trained is a part of the model's state: the adapter, or (in ``esjax bench``) all parameters. The rest is frozen.
+"""
 
 from __future__ import annotations
 
@@ -11,33 +14,40 @@ import optax
 from flax import nnx
 from jax import Array
 
-from esjax.model.decoder import Decoder, token_logprobs
-from esjax.model.lora import Adapter
+from esjax.mesh import constrain
+from esjax.model.decoder import Decoder, Execution, token_logprobs
 from esjax.model.weights import bind
 from esjax.rows import Rows
 from esjax.train.losses import Loss, Totals
 
-Step = Callable[[Adapter, Any, nnx.State, Rows, Any], tuple[Adapter, Any, dict[str, Array]]]
+Trained = nnx.State  # float32: an Adapter, or all parameters
+Step = Callable[[Trained, Any, nnx.State, Rows, Any], tuple[Trained, Any, dict[str, Array]]]
 
 
 def gradients(
     definition: nnx.GraphDef[Decoder],
     loss: Loss,
-    adapter: Adapter,
-    base: nnx.State,
+    trained: Trained,
+    frozen: nnx.State,
     rows: Rows,
     extra: Any,
     targets: int,
-    remat: bool,
-) -> tuple[Totals, Adapter]:
-    """Totals of a batch and the gradient of its loss *sum* with respect to the adapter."""
+    how: Execution,
+    dtype: jnp.dtype | None = None,
+) -> tuple[Totals, Trained]:
+    """Totals of a batch and the gradient of its loss *sum* with respect to what is trained.
 
-    def total(adapter: Adapter) -> tuple[Array, Totals]:
-        logprobs = token_logprobs(bind(definition, adapter, base), rows, targets, remat)
+    ``dtype`` computes with a copy of the trained parameters in that dtype; an adapter needs none, its layers do so.
+    """
+
+    def total(trained: Trained) -> tuple[Array, Totals]:
+        if dtype is not None:
+            trained = jax.tree.map(lambda x: x.astype(dtype), trained)
+        logprobs = token_logprobs(bind(definition, trained, frozen), rows, targets, how)
         totals = loss(logprobs, rows, extra)
         return totals.loss, totals
 
-    grads, totals = jax.grad(total, has_aux=True)(adapter)
+    grads, totals = jax.grad(total, has_aux=True)(trained)
     return totals, grads
 
 
@@ -47,35 +57,51 @@ def make_step(
     optimiser: optax.GradientTransformation,
     micro_rows: int,
     targets: int,
-    remat: bool,
+    how: Execution,
+    dtype: jnp.dtype | None = None,
 ) -> Step:
-    """The jitted step ``(adapter, opt_state, base, rows [B, T], extra) -> (adapter, opt_state, metrics)``.
+    """The jitted step ``(trained, opt_state, frozen, rows [B, T], extra) -> (trained, opt_state, metrics)``.
 
     The batch is computed ``micro_rows`` rows at a time. Loss sums, counts and gradients are added up and divided once, so
     that the result does not depend on how targets fall into micro-batches; micro-batches without a target cost nothing.
-    ``targets`` bounds the target tokens of a micro-batch. Adapter and optimiser state are donated.
+    ``targets`` bounds the target tokens of a micro-batch on one device. What is trained and its optimiser state are
+    donated.
     """
 
     def step(
-        adapter: Adapter, opt_state: Any, base: nnx.State, rows: Rows, extra: Any
-    ) -> tuple[Adapter, Any, dict[str, Array]]:
-        parts = jax.tree.map(lambda x: x.reshape(-1, micro_rows, *x.shape[1:]), (rows, extra))
+        trained: Trained, opt_state: Any, frozen: nnx.State, rows: Rows, extra: Any
+    ) -> tuple[Trained, Any, dict[str, Array]]:
+        def compute(part: tuple[Rows, Any]) -> tuple[Totals, Trained]:
+            return gradients(definition, loss, trained, frozen, *part, targets, how, dtype)
 
-        def compute(part: tuple[Rows, Any]) -> tuple[Totals, Adapter]:
-            return gradients(definition, loss, adapter, base, *part, targets, remat)
-
-        shapes = jax.eval_shape(compute, jax.tree.map(lambda x: x[0], parts))
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
-        def accumulate(total: tuple[Totals, Adapter], part: tuple[Rows, Any]) -> tuple[tuple[Totals, Adapter], None]:
-            new = jax.lax.cond(jnp.any(part[0].weight != 0), compute, lambda _: zeros, part)
-            return jax.tree.map(jnp.add, total, new), None
-
-        (totals, grads), _ = jax.lax.scan(accumulate, zeros, parts)
+        if rows.tokens.shape[0] == micro_rows:  # nothing to accumulate
+            totals, grads = compute((rows, extra))
+        else:
+            totals, grads = _accumulated(compute, (rows, extra), micro_rows)
         grads = jax.tree.map(lambda g: g / totals.weight, grads)
         metrics = {"loss": totals.loss / totals.weight} | {k: v / totals.weight for k, v in totals.metrics.items()}
         metrics |= {"weight": totals.weight, "grad_norm": optax.global_norm(grads)}
-        updates, opt_state = optimiser.update(grads, opt_state, adapter)
-        return optax.apply_updates(adapter, updates), opt_state, metrics
+        updates, opt_state = optimiser.update(grads, opt_state, trained)
+        return optax.apply_updates(trained, updates), opt_state, metrics
 
     return jax.jit(step, donate_argnums=(0, 1))
+
+
+def _accumulated(
+    compute: Callable[[tuple[Rows, Any]], tuple[Totals, Trained]], batch: tuple[Rows, Any], micro_rows: int
+) -> tuple[Totals, Trained]:
+    """The sum of ``compute`` over micro-batches."""
+
+    def split(x: Array) -> Array:
+        parts = x.reshape(-1, micro_rows, *x.shape[1:])
+        return constrain(parts, None, "batch", *[None] * (x.ndim - 1))
+
+    parts = jax.tree.map(split, batch)
+    shapes = jax.eval_shape(compute, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def add(total: tuple[Totals, Trained], part: tuple[Rows, Any]) -> tuple[tuple[Totals, Trained], None]:
+        new = jax.lax.cond(jnp.any(part[0].weight != 0), compute, lambda _: zeros, part)
+        return jax.tree.map(jnp.add, total, new), None
+
+    return jax.lax.scan(add, zeros, parts)[0]

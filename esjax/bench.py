@@ -1,0 +1,332 @@
+"""``esjax bench``: how fast the real training steps are on this machine, by a workload file's exact meaning.
+
+Weights are random, so that speed alone is measured and nothing is downloaded. Lengths are exact and nothing stops early.
+Warm-up steps and compilation are not counted.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from pydantic import ValidationError
+
+from esjax import rows
+from esjax.config import DpoSettings, InputError, LoraSettings, OptimSettings, Settings, SftSettings, read_text
+from esjax.model.attention import spans
+from esjax.model.decoder import Decoder, Execution
+from esjax.model.families import LINEARS, Architecture, architecture
+from esjax.model.layers import Lora, linear_sizes
+from esjax.model.lora import lora_from
+from esjax.rows import Rows
+from esjax.train.losses import Loss, Pairs, dpo_loss, sft_loss
+from esjax.train.optim import optimiser
+from esjax.train.step import make_step
+
+GIB = 2**30
+TASKS = ("dpo", "sft")
+
+
+class DpoWork(Settings):
+    """A step of preference training."""
+
+    pairs: int
+    """Pairs a step."""
+    prompt: int
+    """Tokens of a prompt."""
+    response: int
+    """Tokens of the chosen and of the rejected response."""
+    lora_rank: int
+    """Rank of the adapter on every linear layer."""
+    steps: int
+    """Steps that are timed."""
+    warmup: int
+    """Steps before those."""
+
+
+class SftWork(Settings):
+    """A step of fine-tuning with a loss on every token."""
+
+    batch: int
+    """Sequences a step."""
+    length: int
+    """Tokens of a sequence."""
+    lora_rank: int
+    """Rank of the adapter on every linear layer."""
+    steps: int
+    """Steps that are timed."""
+    warmup: int
+    """Steps before those."""
+
+
+class Workload(Settings):
+    """One profile of a workload file."""
+
+    dtype: Literal["float32", "bfloat16"]
+    """Dtype of the base and of the arithmetic."""
+    model: dict[str, Any]
+    """A Llama's config.json."""
+    dpo: DpoWork
+    """The preference step."""
+    sft: SftWork
+    """The fine-tuning step."""
+
+
+def read_workload(path: str, profile: str) -> Workload:
+    """A profile of a workload file (JSON). Raises InputError naming what is wrong."""
+    try:
+        profiles = json.loads(read_text(path))
+        given = profiles[profile]
+        known = {k: v for k, v in given.items() if k not in ("sample", "round")}  # measured by nothing here yet
+        return Workload.model_validate(known)
+    except ValidationError as e:
+        first = e.errors()[0]
+        where = ".".join(str(p) for p in first["loc"])
+        raise InputError(f"{path}, profile {profile}: {where}: {first['msg']}") from e
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise InputError(
+            f"{path}: no profile {profile!r} can be read from it; expected a JSON object of profiles"
+        ) from e
+
+
+class Job(NamedTuple):
+    """One thing to measure: a training step and its batches."""
+
+    task: str
+    variant: str
+    unit: str
+    units: int  # pairs or tokens in a step
+    loss: Loss
+    settings: OptimSettings
+    lora: Lora | None  # None trains all parameters
+    batch: Callable[[np.random.Generator], tuple[Rows, Any]]
+    layout: rows.Layout
+    steps: int
+    warmup: int
+
+
+def jobs(work: Workload, tasks: list[str], naive: bool) -> Iterator[Job]:
+    """The jobs of the tasks; ``naive`` puts beside each preference step its unshared form, one row a sequence."""
+    vocab = work.model["vocab_size"]
+
+    def ids(rng: np.random.Generator, n: int) -> list[int]:
+        return [int(i) for i in rng.integers(10, vocab, n)]
+
+    for task in tasks:
+        if task == "dpo":
+            d = work.dpo
+
+            def shared(rng: np.random.Generator, d: DpoWork = d) -> tuple[Rows, Pairs]:
+                made = [
+                    rows.prompt_with_replies(ids(rng, d.prompt), [ids(rng, d.response), ids(rng, d.response)])
+                    for _ in range(d.pairs)
+                ]
+                return rows.stack(made), _no_reference(d.pairs)
+
+            def unshared(rng: np.random.Generator, d: DpoWork = d) -> tuple[Rows, Pairs]:
+                made = []
+                for _ in range(d.pairs):
+                    prompt = ids(rng, d.prompt)
+                    for _ in range(2):
+                        made.append(rows.prompt_with_replies(prompt, [ids(rng, d.response)]))
+                return rows.stack(made), _no_reference(d.pairs)
+
+            settings, lora = DpoSettings(learning_rate=1e-5), _lora(d.lora_rank)
+            loss = dpo_loss(settings)
+            job = Job("dpo", "lora", "pairs/s", d.pairs, loss, settings, lora, shared, "branched", d.steps, d.warmup)
+            yield job
+            if naive:
+                yield job._replace(variant="lora, unshared", loss=unshared_pairs(loss), batch=unshared, layout="causal")
+        if task == "sft":
+            s = work.sft
+
+            def sequences(rng: np.random.Generator, s: SftWork = s) -> tuple[Rows, None]:
+                weight = [1.0] * (s.length - 1) + [0.0]
+                return rows.stack([rows.trunk(ids(rng, s.length), weight) for _ in range(s.batch)]), None
+
+            for variant, lora_or_all in (("lora", _lora(s.lora_rank)), ("full", None)):
+                yield Job(
+                    task="sft",
+                    variant=variant,
+                    unit="tokens/s",
+                    units=s.batch * s.length,
+                    loss=sft_loss,
+                    settings=SftSettings(learning_rate=1e-5),
+                    lora=lora_or_all,
+                    batch=sequences,
+                    layout="causal",
+                    steps=s.steps,
+                    warmup=s.warmup,
+                )
+
+
+def _lora(rank: int) -> Lora:
+    return lora_from(LoraSettings(rank=rank, alpha=2 * rank))
+
+
+def _no_reference(pairs: int) -> Pairs:
+    return Pairs(np.zeros((pairs, 1, 1, 2), np.float32), np.ones((pairs, 1, 1), bool))
+
+
+def unshared_pairs(loss: Loss) -> Loss:
+    """The preference loss of one row a sequence: rows 2p and 2p + 1 are chosen and rejected of pair p, trunks only."""
+
+    def on_trunks(logprobs: jax.Array, batch: Rows, extra: Pairs) -> Any:
+        def joined(x: jax.Array) -> jax.Array:
+            return x.reshape(x.shape[0] // 2, -1)
+
+        side = jnp.broadcast_to(1 + jnp.arange(batch.tokens.shape[0])[:, None] % 2, batch.tokens.shape)
+        pairs = Rows(*(joined(x) for x in batch))._replace(branch=joined(side))
+        return loss(joined(logprobs), pairs, extra)
+
+    return on_trunks
+
+
+def bench(
+    work: Workload, job: Job, how: Execution, micro_rows: int | None, trace: Path | None, peak: float
+) -> dict[str, Any]:
+    """Measure one job: its figure with what it costs and how far from ``peak`` (FLOP/s of a large product) it is."""
+    arch = architecture({"model_type": "llama", **work.model}, "the workload's model")
+    dtype = jnp.dtype(work.dtype)
+    how = how._replace(layout=job.layout)
+    rng = np.random.default_rng(0)
+    example, extra = job.batch(rng)
+    micro = micro_rows or example.tokens.shape[0]
+    if example.tokens.shape[0] % micro:
+        raise InputError(
+            f"--micro-rows {micro} does not divide the {example.tokens.shape[0]} rows of {job.task}'s step"
+        )
+    targets = max(int((w != 0).sum()) for w in np.split(example.weight, example.tokens.shape[0] // micro))
+
+    definition, make = parts(arch, job.lora, dtype)
+    trained, frozen = make()
+    compute = None if job.lora is not None else dtype
+    tx = optimiser(job.settings, job.steps + job.warmup)
+    step = make_step(definition, job.loss, tx, micro, targets, how, compute)
+    opt_state = tx.init(trained)
+    began = time.perf_counter()
+    compiled: Any = step.lower(trained, opt_state, frozen, example, extra).compile()  # type: ignore[attr-defined]
+    compile_seconds = time.perf_counter() - began
+
+    for number in range(job.warmup + job.steps):
+        batch = job.batch(rng)
+        if number == job.warmup:
+            jax.block_until_ready(trained)
+            started = time.perf_counter()
+        tracing = trace is not None and number == job.warmup
+        with jax.profiler.trace(str(trace)) if tracing else nullcontext():
+            trained, opt_state, metrics = compiled(trained, opt_state, frozen, *batch)
+            if tracing:
+                jax.block_until_ready(trained)
+    jax.block_until_ready(trained)
+    per_step = (time.perf_counter() - started) / job.steps
+    flops = model_flops(arch, job.lora, example)
+    return {
+        "system": "esjax",
+        "task": job.task,
+        "figure": round(job.units / per_step, 2),
+        "unit": job.unit,
+        "variant": job.variant,
+        **memory(compiled),
+        "loss": round(float(metrics["loss"]), 4),
+        "step_s": round(per_step, 4),
+        "compile_s": round(compile_seconds, 1),
+        "tflop_formula": round(flops / 1e12, 4),
+        "tflop_compiler": round(compiler_flops(arch, job, dtype, how, example, extra) / 1e12, 4),
+        "mfu": round(flops / per_step / peak, 3),
+        "attention": how.attention,
+        "remat": how.remat,
+        "micro_rows": micro,
+    }
+
+
+def parts(
+    arch: Architecture, lora: Lora | None, dtype: jnp.dtype
+) -> tuple[nnx.GraphDef[Decoder], Callable[[], tuple[nnx.State, nnx.State]]]:
+    """A random model's definition, and what makes its two parts: what is trained (float32) and what is frozen (``dtype``)."""
+    kept = dtype if lora is not None else jnp.dtype("float32")
+    what = nnx.LoRAParam if lora is not None else nnx.Param
+
+    def make() -> Decoder:
+        return Decoder(arch, lora, kept, nnx.Rngs(params=0, lora=0))
+
+    definition, _, _ = nnx.split(nnx.eval_shape(make), what, ...)  # type: ignore[misc]
+    return definition, jax.jit(lambda: nnx.split(make(), what, ...)[1:])
+
+
+def memory(compiled: Any) -> dict[str, float]:
+    """Peak memory in GiB: of the device where it can tell, else what the compiler laid out (and the process' own peak)."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats is not None and "peak_bytes_in_use" in stats:
+        return {"mem_gib": round(stats["peak_bytes_in_use"] / GIB, 2)}
+    m = compiled.memory_analysis()
+    planned = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"mem_gib": round(planned / GIB, 2), "process_peak_gib": round(resident / GIB, 2)}
+
+
+def model_flops(arch: Architecture, lora: Lora | None, batch: Rows) -> float:
+    """FLOPs that the work needs, nothing recomputed: the PaLM paper's count (Chowdhery et al. 2022, appendix B), by pass.
+
+    Forward: 2 per weight of a linear layer and token, 2 V D per target, 4 N H per pair of tokens that see each other.
+    Backward: the same again for the derivatives of the inputs, and once more for those of weights that are trained.
+    """
+    tokens = int((batch.segment > 0).sum())
+    targets = int((batch.weight != 0).sum())
+    s = spans(batch)
+    index = np.arange(batch.tokens.shape[1])
+    seen = np.asarray(s.trunk_end - s.trunk_start) + (index - np.asarray(s.own_start) + 1)
+    pairs = float(seen[batch.segment > 0].sum())
+    sizes = linear_sizes(arch)
+    linear = 2.0 * arch.layers * sum(i * o for i, o in sizes.values()) * tokens
+    head = 2.0 * arch.vocab * arch.width * targets
+    attention = 4.0 * arch.layers * arch.heads * arch.head_size * pairs
+    if lora is None:
+        return 3 * (linear + head + attention)
+    adapter = 2.0 * arch.layers * lora.rank * sum(sum(sizes[n]) for n in LINEARS if n in lora.targets) * tokens
+    return 2 * (linear + head) + 3 * (attention + adapter)
+
+
+def compiler_flops(arch: Architecture, job: Job, dtype: jnp.dtype, how: Execution, example: Rows, extra: Any) -> float:
+    """FLOPs of the whole step by the compiler's own count, what it recomputes included.
+
+    It counts a loop's body once, so one and two layers are counted without loops (all rows at once, the head in one
+    chunk, dense attention: no path's savings there are counted) and the others extrapolated: layers are alike.
+    """
+    counted = []
+    for layers in (1, 2):
+        small = replace(arch, layers=layers)
+        definition, make = parts(small, job.lora, dtype)
+        trained, frozen = jax.eval_shape(make)
+        tx = optimiser(job.settings, job.steps + job.warmup)
+        flat = how._replace(attention="dense", unroll=True)
+        targets = int((example.weight != 0).sum())
+        compute = None if job.lora is not None else dtype
+        step = make_step(definition, job.loss, tx, example.tokens.shape[0], targets, flat, compute)
+        lowered = step.lower(trained, jax.eval_shape(tx.init, trained), frozen, example, extra)  # type: ignore[attr-defined]
+        counted.append(float(lowered.compile().cost_analysis()["flops"]))
+    one, two = counted
+    return one + (arch.layers - 1) * (two - one)
+
+
+def measured_peak(dtype: jnp.dtype) -> float:
+    """FLOP/s of one large square product on this machine: the ceiling that utilisation refers to."""
+    n = 2048 if jax.default_backend() == "cpu" else 8192
+    a = jnp.ones((n, n), dtype)
+    product = jax.jit(lambda a, b: a @ b)
+    best = float("inf")
+    for _ in range(6):
+        began = time.perf_counter()
+        product(a, a).block_until_ready()
+        best = min(best, time.perf_counter() - began)
+    return 2.0 * n**3 / best

@@ -1,0 +1,91 @@
+"""The vocabulary head on target tokens alone: log-probs whose gradient is made in the forward pass, chunk by chunk."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from esjax.mesh import constrain
+
+LOGITS = 1 << 26  # entries of one chunk's logits on an accelerator: 256 MiB in float32
+LOGITS_CPU = 1 << 24  # on a CPU large chunks gain nothing
+
+
+def target_logprobs(x: Array, head: Array, token: Array, chunk: int | None = None) -> Array:
+    """log softmax(x head^T)[token] in float32: x [G, n, D], head [V, D], token int32 [G, n] -> [G, n].
+
+    Neither pass holds more logits than those of one chunk of tokens, and the size of a chunk falls as V grows. Since the
+    result is one number a token, its derivative with respect to x is a single row: d = head[token] - softmax(x head^T) head.
+    The forward pass makes it while it has the logits, so with a frozen head the backward pass costs nothing; with a
+    trained head (it has a gradient of its own) the backward pass makes the logits again.
+
+    Args:
+        x: G is the number of devices that the batch is split over; each computes its own n tokens.
+        chunk: tokens of a group at a time; None takes what LOGITS allows.
+    """
+    (groups, n), v = token.shape, head.shape[0]
+    entries = LOGITS_CPU if jax.default_backend() == "cpu" else LOGITS
+    count = -(-n // (max(8, entries // v) if chunk is None else chunk))
+    size = -(-n // count)
+
+    def split(a: Array) -> Array:
+        a = jnp.pad(a, ((0, 0), (0, count * size - n), *[(0, 0)] * (a.ndim - 2)))
+        a = a.reshape(groups, count, size, *a.shape[2:]).swapaxes(0, 1)
+        return constrain(a.reshape(count, groups * size, *a.shape[3:]), None, "batch", *[None] * (a.ndim - 3))
+
+    out = _logprobs(split(x), constrain(head, "vocab", None), split(token))
+    return out.reshape(count, groups, size).swapaxes(0, 1).reshape(groups, -1)[:, :n]
+
+
+@jax.custom_vjp
+def _logprobs(x: Array, head: Array, token: Array) -> Array:
+    """The same in chunks [count, size]."""
+    return jax.lax.map(lambda part: _one_chunk(part[0], part[1], head)[0], (x, token))
+
+
+def _one_chunk(x: Array, token: Array, head: Array) -> tuple[Array, Array]:
+    """Log-probs [size] and probabilities [size, V]."""
+    logits = jnp.einsum("nd,vd->nv", x, head, preferred_element_type=jnp.float32)
+    high = jnp.max(logits, axis=-1, keepdims=True)
+    e = jnp.exp(logits - high)
+    total = jnp.sum(e, axis=-1, keepdims=True)
+    picked = jnp.take_along_axis(logits, token[:, None], axis=-1)
+    return (picked - high - jnp.log(total))[:, 0], e / total
+
+
+def _forward(x: Any, head: Any, token: Any) -> tuple[Array, tuple[Any, ...]]:
+    if head.perturbed:
+        return _logprobs(x.value, head.value, token.value), (None, x.value, head.value, token.value)
+
+    def chunk(part: tuple[Array, Array]) -> tuple[Array, Array]:
+        logprobs, p = _one_chunk(*part, head.value)
+        mean = jnp.einsum("nv,vd->nd", p.astype(x.value.dtype), head.value, preferred_element_type=jnp.float32)
+        return logprobs, (head.value[part[1]].astype(jnp.float32) - mean).astype(x.value.dtype)
+
+    logprobs, slope = jax.lax.map(chunk, (x.value, token.value))
+    return logprobs, (slope,)
+
+
+def _backward(saved: tuple[Any, ...], g: Array) -> tuple[Any, Any, None]:
+    slope, *inputs = saved
+    if slope is not None:
+        return (g[..., None] * slope.astype(jnp.float32)).astype(slope.dtype), None, None
+    x, head, token = inputs
+
+    def chunk(total: Array, part: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        x, token, g = part
+        _, p = _one_chunk(x, token, head)
+        d = (jax.nn.one_hot(token, head.shape[0], dtype=jnp.float32) - p) * g[:, None]
+        d = d.astype(x.dtype)
+        product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+        return total + product("nv,nd->vd", d, x), product("nv,vd->nd", d, head).astype(x.dtype)
+
+    dhead, dx = jax.lax.scan(chunk, jnp.zeros(head.shape, jnp.float32), (x, token, g))
+    return dx, dhead.astype(head.dtype), None
+
+
+_logprobs.defvjp(_forward, _backward, symbolic_zeros=True)
