@@ -22,7 +22,8 @@ from flax import nnx
 from pydantic import ValidationError
 
 from esjax import rows
-from esjax.config import DpoSettings, InputError, LoraSettings, OptimSettings, Settings, SftSettings, read_text
+from esjax.config import DpoSettings, InputError, LoraSettings, OptimSettings, Settings, SftSettings
+from esjax.configfile import read_text
 from esjax.model.attention import spans
 from esjax.model.decoder import Decoder, Execution
 from esjax.model.families import LINEARS, Architecture, architecture

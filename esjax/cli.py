@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from esjax.config import Config, InputError, keys, load
+from esjax.config import Config, InputError
+from esjax.configfile import keys, load
 
 
 def evolve(args: argparse.Namespace, config: Config) -> None:

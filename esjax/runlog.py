@@ -25,7 +25,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 from tensorboardX import SummaryWriter
 
-from esjax.config import Config, InputError, bundled, differing, dump, load
+from esjax.config import Config, InputError
+from esjax.configfile import bundled, differing, dump, load
 
 T = TypeVar("T")
 console = Console(stderr=True)

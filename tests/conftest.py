@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from esjax.cli import main
-from esjax.config import Config, InputError, bundled, load
+from esjax.config import Config, InputError
+from esjax.configfile import bundled, load
 from esjax.hub.fetch import resolve
 
 CHAT_TEMPLATE = (

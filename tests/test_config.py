@@ -9,8 +9,9 @@ import pytest
 import yaml
 from conftest import REPOSITORY
 
-from esjax import config
-from esjax.config import Config, InputError, differing, dump, keys, load
+from esjax import configfile
+from esjax.config import Config, InputError
+from esjax.configfile import differing, dump, keys, load
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 MINIMAL: dict[str, Any] = {
@@ -325,12 +326,12 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_bundled_files() -> None:
-    assert config.bundled("bundled:prompts/system.txt").read_text().strip() == config.read_text(
+    assert configfile.bundled("bundled:prompts/system.txt").read_text().strip() == configfile.read_text(
         "bundled:prompts/system.txt"
     )
-    assert config.bundled("/as/it/is") == Path("/as/it/is")
+    assert configfile.bundled("/as/it/is") == Path("/as/it/is")
     with pytest.raises(InputError, match=r"bundled:prompts/absent\.txt: no such bundled file; looked in"):
-        config.bundled("bundled:prompts/absent.txt")
+        configfile.bundled("bundled:prompts/absent.txt")
 
 
 # --- writing and comparing -------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from esjax.config import InputError, bundled
+from esjax.config import InputError
+from esjax.configfile import bundled
 from esjax.corpus.dialogue import OPENING, Dialogue, Turn, normalise
 from esjax.corpus.sources import check_messages, read_conversations, read_dialogues
 

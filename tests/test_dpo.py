@@ -31,7 +31,8 @@ from peft import PeftModel
 from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
-from esjax.config import DpoSettings, load
+from esjax.config import DpoSettings
+from esjax.configfile import load
 from esjax.evolve import phases
 from esjax.evolve.lab import Lab, adapter_folder, open_model
 from esjax.evolve.pairs import pair_rows

@@ -17,7 +17,7 @@ from conftest import tiny_overrides
 from safetensors.numpy import load_file, save_file
 
 from esjax.cli import main
-from esjax.config import bundled, load, read_text
+from esjax.configfile import bundled, load, read_text
 from esjax.corpus.sources import read_dialogues
 from esjax.runlog import read_jsonl
 from esjax.tokens.encode import Encoder

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esjax.config import Config, FilterSettings, InputError, load
+from esjax.config import Config, FilterSettings, InputError
+from esjax.configfile import load
 from esjax.corpus.dialogue import Message
 from esjax.corpus.sources import read_dialogues
 from esjax.evolve.filters import REPLY_REASONS, Filters, repetition

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from esjax.cli import main
-from esjax.config import Config, InputError, load
+from esjax.config import Config, InputError
+from esjax.configfile import load
 from esjax.runlog import (
     Metrics,
     RunDir,
@@ -402,7 +403,7 @@ def test_an_interrupted_stage_does_not_go_on_with_other_inputs(run: RunDir) -> N
 HOLD = """
 import sys
 from pathlib import Path
-from esjax.config import load
+from esjax.configfile import load
 from esjax.runlog import RunDir
 with RunDir(Path(sys.argv[1]), load(None, [])):
     print("held", flush=True)

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from esjax.config import InputError, bundled
+from esjax.config import InputError
+from esjax.configfile import bundled
 from esjax.corpus.dialogue import Dialogue, Message, Turn, normalise
 from esjax.runlog import read_jsonl
 

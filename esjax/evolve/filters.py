@@ -6,7 +6,8 @@ import difflib
 import re
 from dataclasses import dataclass
 
-from esjax.config import FilterSettings, InputError, read_text
+from esjax.config import FilterSettings, InputError
+from esjax.configfile import read_text
 from esjax.corpus.dialogue import Message
 
 # In the order in which they are tried; a pair is counted under the first that applies. After these come the pair's own:

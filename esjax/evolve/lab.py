@@ -9,7 +9,8 @@ from pathlib import Path
 
 from flax import nnx
 
-from esjax.config import Config, InputError, load, read_text
+from esjax.config import Config, InputError
+from esjax.configfile import load, read_text
 from esjax.corpus.dialogue import Dialogue
 from esjax.corpus.sources import read_dialogues
 from esjax.hub.fetch import resolve, weights_file

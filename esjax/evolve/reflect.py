@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import jinja2
 from jinja2 import meta
 
-from esjax.config import Config, InputError, read_text
+from esjax.config import Config, InputError
+from esjax.configfile import read_text
 from esjax.corpus.dialogue import Message
 from esjax.sample.constrain import Automaton, Field, compile_template
 from esjax.tokens.tokenizer import ChatTokenizer
