@@ -120,6 +120,9 @@ class DpoSettings(OptimSettings):
     """Assumed probability that a preference label is wrong (conservative DPO)."""
     length_normalised: bool = False
     """Divide each reply's log-prob by its token count before the loss."""
+    trunk: Literal["prompt", "dialogue"] = "dialogue"
+    """What is computed once: each pair's prompt, or a whole dialogue with the pairs of all its turns as branches, which then
+    fall into one step (dpo.row_length must leave room for them). The loss of a pair is the same."""
     nll_weight: float = Field(0.0, ge=0)
     """Weight of an added negative log-likelihood of the chosen replies, per token."""
 

@@ -35,7 +35,7 @@ from esjax.config import DpoSettings
 from esjax.configfile import load
 from esjax.evolve import phases
 from esjax.evolve.lab import Lab, adapter_folder, open_model
-from esjax.evolve.pairs import pair_rows
+from esjax.evolve.pairs import trunks
 from esjax.model.decoder import Execution, token_logprobs
 from esjax.model.layers import Lora
 from esjax.model.lora import Adapter, save_adapter
@@ -197,7 +197,8 @@ class Packed:
 
 @pytest.fixture(scope="module")
 def packed(smol: Smol, real_pairs: list[dict[str, Any]]) -> Packed:
-    examples = pair_rows(real_pairs, Encoder(ChatTokenizer(smol.folder), 512, ""))
+    one_each = DpoSettings(trunk="prompt")
+    examples = [t.rows for t in trunks(real_pairs, Encoder(ChatTokenizer(smol.folder), 512, ""), one_each)]
     halves = [examples[:4], examples[4:]]
     length = max(sum(len(e.tokens) for e in half) for half in halves)
     rows = stack([pack(half, length) for half in halves])
@@ -470,7 +471,8 @@ def rescored(lab: Lab, adapter: Adapter, pairs: list[dict[str, Any]], file: Path
     """The pairs with another reference: the log-probs under base + ``adapter``."""
     scorer = Scorer(lab.backbone, lab.config.dpo.row_length, lab.config.dpo.micro_rows)
     rows = []
-    for pair, (chosen, rejected) in zip(pairs, scorer.score(adapter, pair_rows(pairs, lab.encoder)), strict=True):
+    rows = [t.rows for t in trunks(pairs, lab.encoder, lab.config.dpo)]
+    for pair, (chosen, rejected) in zip(pairs, scorer.score(adapter, rows), strict=True):
         rows.append(pair | {"reference": {"chosen": float(chosen.sum()), "rejected": float(rejected.sum())}})
     write_jsonl(file, rows)
     return file
@@ -497,7 +499,7 @@ def test_stored_reference_is_that_of_the_round_start(
     """round2/pairs.jsonl holds M_1's log-probs, not M_0's, M_2's or the backbone's."""
     lab, m1, pairs = second_round
     stored = [[p["reference"]["chosen"], p["reference"]["rejected"]] for p in pairs]
-    examples = pair_rows(pairs, lab.encoder)
+    examples = [t.rows for t in trunks(pairs, lab.encoder, lab.config.dpo)]
     scorer = Scorer(lab.backbone, lab.config.dpo.row_length, 1)
 
     def sums(adapter: Adapter) -> list[list[float]]:

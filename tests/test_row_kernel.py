@@ -15,7 +15,7 @@ from esjax.model.row_kernel import Blocks, Lists, block_lists, row_attention
 from esjax.rows import Rows
 
 N, K, H = 4, 2, 16
-Spans = tuple[np.ndarray, np.ndarray, np.ndarray]
+Spans = tuple[Array, Array, Array]  # trunk_start, trunk_end, own_start [B, T]
 
 
 def packed_batch(t: int) -> Rows:
@@ -40,14 +40,14 @@ def spans_of(batch: Rows) -> Spans:
         start = np.flatnonzero(same_segment)[0]
         own = np.flatnonzero(same_segment & (branch[b] == branch[b, i]))[0]
         out[:, b, i] = start, start + limit[b, i], own
-    return out[0], out[1], out[2]
+    return jnp.asarray(out[0]), jnp.asarray(out[1]), jnp.asarray(out[2])
 
 
 def arrays(b: int, t: int, dtype: jnp.dtype = jnp.float32, h: int = H) -> tuple[Array, Array, Array, Array]:
     """q, k, v and a cotangent of the output."""
     shapes = [(b, t, N, h), (b, t, K, h), (b, t, K, h), (b, t, N, h)]
-    keys = jax.random.split(jax.random.key(0), 4)
-    q, k, v, dout = (jax.random.normal(key, s, dtype) for key, s in zip(keys, shapes, strict=True))
+    random = np.random.default_rng(0)
+    q, k, v, dout = (jnp.asarray(random.standard_normal(s), dtype) for s in shapes)
     return q, k, v, dout
 
 
@@ -69,7 +69,7 @@ def dense(mask: np.ndarray, *args: Array) -> list[np.ndarray]:
 def kernel(spans: Spans, *args: Array) -> list[Array]:
     """Output and gradients of q, k, v by the kernels."""
     q, k, v, dout = args
-    out, back = jax.vjp(lambda *qkv: row_attention(*qkv, *map(jnp.asarray, spans), interpret=True), q, k, v)
+    out, back = jax.vjp(lambda q, k, v: row_attention(q, k, v, *spans, interpret=True), q, k, v)
     return [out, *back(dout)]
 
 
@@ -80,7 +80,7 @@ def errors(got: list[Array], want: list[np.ndarray]) -> list[float]:
     ]
 
 
-# 64: several backward blocks' worth in one forward block; 150: not whole blocks; 300: several blocks of each kind.
+# 64: one block; 150: not whole blocks; 300: several blocks of each kind.
 @pytest.mark.parametrize("t", [64, 150, 300])
 def test_output_and_gradients_are_those_of_dense_attention(t: int) -> None:
     batch, args = packed_batch(t), arrays(2, t)
@@ -116,16 +116,17 @@ def test_a_span_off_by_one_shows(wrong: str) -> None:
     start, end, own = spans_of(batch)
     index, in_branch = np.arange(150), batch.branch != 0
     changed = {
-        "own_start + 1": (start, end, np.where(own < index, own + 1, own)),  # a token still sees itself
-        "trunk_end - 1": (start, np.where(in_branch, end - 1, end), own),
-        "trunk_end + 1": (start, np.where(in_branch, end + 1, end), own),
+        "own_start + 1": (start, end, jnp.where(own < index, own + 1, own)),  # a token still sees itself
+        "trunk_end - 1": (start, jnp.where(in_branch, end - 1, end), own),
+        "trunk_end + 1": (start, jnp.where(in_branch, end + 1, end), own),
     }[wrong]
     assert min(errors(kernel(changed, *args), dense(rows.visible(batch), *args))) > 1e-2
 
 
 def listed(lists: Lists) -> np.ndarray:
     """Bool [B, blocks, blocks of the other side]; the visible ones must come first and in order."""
-    index, count = np.asarray(lists.index), np.asarray(lists.count)[..., 0]
+    index, count = (np.asarray(x) for x in lists)
+    count = count[..., 0]
     out = np.zeros(index.shape, bool)
     for b, i in np.ndindex(count.shape):
         visible = index[b, i, : count[b, i]]
@@ -137,7 +138,7 @@ def listed(lists: Lists) -> np.ndarray:
 @pytest.mark.parametrize(("query", "key"), [(16, 16), (32, 16), (16, 32)])
 def test_block_lists_are_exact(query: int, key: int) -> None:
     batch = packed_batch(192)
-    of_queries, of_keys = block_lists(tuple(map(jnp.asarray, spans_of(batch))), query, key)
+    of_queries, of_keys = block_lists(spans_of(batch), query, key)
     want = rows.visible(batch).reshape(2, 192 // query, query, 192 // key, key).any(axis=(2, 4))
     np.testing.assert_array_equal(listed(of_queries), want)
     np.testing.assert_array_equal(listed(of_keys), want.swapaxes(1, 2))
@@ -148,7 +149,7 @@ def test_block_lists_hold_no_block_of_another_segment_or_sibling() -> None:
     size = 16
     branched = rows.prompt_with_replies([1] * (2 * size + 1), [[2] * (size - 1), [3] * (size - 1)])
     batch = rows.stack([rows.pack([branched, rows.trunk([1] * 2 * size)], 7 * size)])
-    of_queries, of_keys = block_lists(tuple(map(jnp.asarray, spans_of(batch))), size, size)
+    of_queries, of_keys = block_lists(spans_of(batch), size, size)
     sees = [[0], [0, 1], [0, 1, 2], [0, 1, 3], [4], [4, 5], [6]]  # 4 and 5 are the second segment, 6 is padding
     assert [list(np.flatnonzero(x)) for x in listed(of_queries)[0]] == sees
     assert [list(np.flatnonzero(x)) for x in listed(of_keys)[0]] == [
@@ -161,7 +162,7 @@ def test_block_lists_hold_no_block_of_another_segment_or_sibling() -> None:
 def test_kernels_lower_for_cuda(h: int, dtype: jnp.dtype) -> None:
     """Triton's lowering needs no GPU, so a host without one can tell whether the kernels are ones it takes."""
     q, k, v, _ = arrays(2, 300, dtype, h)
-    spans = tuple(map(jnp.asarray, spans_of(packed_batch(300))))
+    spans = spans_of(packed_batch(300))
 
     def loss(q: Array, k: Array, v: Array) -> Array:
         return row_attention(q, k, v, *spans).astype(jnp.float32).sum()
@@ -177,9 +178,9 @@ def test_kernels_lower_for_cuda(h: int, dtype: jnp.dtype) -> None:
 @pytest.mark.parametrize("h", [8, 48])
 def test_a_head_size_that_the_kernel_does_not_take(h: int) -> None:
     q, k, v, _ = arrays(1, 60, h=h)
-    spans = [jnp.zeros((1, 60), jnp.int32)] * 3
+    none = jnp.zeros((1, 60), jnp.int32)
     with pytest.raises(ValueError, match=f"the head size is {h}"):
-        row_attention(q, k, v, *spans)
+        row_attention(q, k, v, none, none, none)
 
 
 def test_blocks_are_powers_of_two() -> None:

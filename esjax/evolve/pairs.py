@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from esjax.config import InputError
+from esjax.config import DpoSettings, InputError
 from esjax.corpus.dialogue import Dialogue, Message
 from esjax.corpus.sources import check_messages
 from esjax.evolve.filters import Filters
-from esjax.rows import Rows
+from esjax.rows import Rows, prompt_with_replies, trunk_with_replies
 from esjax.runlog import read_jsonl
+from esjax.tokens.batches import share_trunks
 from esjax.tokens.encode import Encoder
 
 
@@ -112,9 +114,41 @@ def read_pairs(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def pair_rows(pairs: list[dict[str, Any]], encoder: Encoder) -> list[Rows]:
-    """The DPO rows of pairs."""
-    return [encoder.pair(p["prompt"], p["chosen"][0]["content"], p["rejected"][0]["content"]) for p in pairs]
+class Trunk(NamedTuple):
+    """A row of one segment: a trunk with a chosen branch 2p - 1 and a rejected branch 2p for its p-th member."""
+
+    members: list[int]  # which pairs
+    rows: Rows
+
+
+def trunks(pairs: list[dict[str, Any]], encoder: Encoder, settings: DpoSettings) -> list[Trunk]:
+    """The rows of pairs: one for each pair, or with ``dpo.trunk: dialogue`` one for all pairs whose prompts share a trunk.
+
+    Sharing needs the tokens of a prompt to begin those of a longer one. Where a chat template breaks that, although the
+    messages do, the pairs stay apart; ``encoder.counts`` tells how many ("unshared").
+    """
+    made = [encoder.pair(p["prompt"], p["chosen"][0]["content"], p["rejected"][0]["content"]) for p in pairs]
+    if settings.trunk == "prompt":
+        return [Trunk([i], prompt_with_replies(*pair)) for i, pair in enumerate(made)]
+    prompts = [ids for ids, _ in made]
+    groups = share_trunks(prompts, [sum(len(r) + 1 for r in replies) for _, replies in made], settings.row_length)
+    encoder.counts["unshared"] = _broken_by_template(pairs, prompts)
+    out = []
+    for members in groups:
+        stem = max((prompts[i] for i in members), key=len)
+        branches = [(len(prompts[i]), reply) for i in members for reply in made[i][1]]
+        out.append(Trunk(members, trunk_with_replies(stem, branches)))
+    return out
+
+
+def _broken_by_template(pairs: list[dict[str, Any]], prompts: list[list[int]]) -> int:
+    """How many prompts begin another one as messages, but not as tokens."""
+    longer: dict[str, list[int]] = {}  # the beginnings of all prompts, and the tokens of one that goes on
+    for pair, ids in zip(pairs, prompts, strict=True):
+        for n in range(1, len(pair["prompt"])):
+            longer.setdefault(json.dumps(pair["prompt"][:n]), ids)
+    goes_on = [longer.get(json.dumps(pair["prompt"])) for pair in pairs]
+    return sum(whole is not None and whole[: len(ids)] != ids for whole, ids in zip(goes_on, prompts, strict=True))
 
 
 def length_ratio(pairs: list[dict[str, Any]]) -> float:

@@ -13,7 +13,7 @@ import numpy as np
 from esjax.config import InputError
 from esjax.corpus.sources import read_conversations
 from esjax.evolve.lab import Lab, adapter_folder
-from esjax.evolve.pairs import pair_rows, read_pairs
+from esjax.evolve.pairs import Trunk, read_pairs, trunks
 from esjax.model.lora import Adapter, save_adapter
 from esjax.rows import Rows
 from esjax.runlog import RunDir, RunError, append_in_batches, bundled_hash, replacing, say, sha256
@@ -96,22 +96,40 @@ def dpo(lab: Lab, run: RunDir, pairs: Path, name: str, start: Callable[[], Adapt
 
     def work() -> Row:
         rows = read_pairs(pairs)
-        reference = [np.asarray([[r["reference"]["chosen"], r["reference"]["rejected"]]], np.float32) for r in rows]
+        shared = trunks(rows, lab.encoder, lab.config.dpo)
+        say(f"  {name}: {sharing(shared)}")
+        if lab.encoder.counts["unshared"]:
+            say(
+                f"  {lab.encoder.counts['unshared']} prompts share no trunk, for the chat template is not prefix-stable"
+            )
+        reference = [
+            np.asarray([[rows[i]["reference"][side] for side in ("chosen", "rejected")] for i in t.members], np.float32)
+            for t in shared
+        ]
         phase = Phase(
             name="dpo",
             folder=folder,
             board=run.path / "tensorboard" / name.replace("/", "-"),
             settings=lab.config.dpo,
-            examples=pair_rows(rows, lab.encoder),
+            examples=[t.rows for t in shared],
             loss=dpo_loss(lab.config.dpo),
             seed=row_seed(lab.config.seed, name),
             reference=reference,
             check_first=lambda metrics: check_start(metrics, lab.backbone.dtype.itemsize == 4),
         )
         _save(lab, folder / "adapter", train(phase, lab.backbone, start()))
-        return {"pairs": len(rows)}
+        return {"pairs": len(rows), "trunks": len(shared)}
 
     run.stage(name, [folder / "adapter"], {"pairs": sha256(pairs)}, work)
+
+
+def sharing(shared: list[Trunk]) -> str:
+    """How many tokens the trunks save, against a row for each reply."""
+    pairs = sum(len(t.members) for t in shared)
+    tokens = sum(len(t.rows.tokens) for t in shared)
+    opening = [t.rows.branch > np.concatenate([[0], t.rows.branch[:-1]]) for t in shared]  # where a branch begins
+    single = sum(int((t.rows.branch > 0).sum() + t.rows.limit[o].sum()) for t, o in zip(shared, opening, strict=True))
+    return f"{pairs} pairs on {len(shared)} trunks, {tokens} tokens: {tokens / single:.0%} of one row a reply"
 
 
 def check_start(metrics: dict[str, float], float32: bool) -> None:
@@ -126,18 +144,21 @@ def check_start(metrics: dict[str, float], float32: bool) -> None:
 
 
 def write_references(lab: Lab, adapter: Adapter, pairs: list[Row], path: Path, label: str) -> None:
-    """Write pairs with the log-probs of both replies under the model that DPO starts from."""
+    """Write pairs with the log-probs of both replies under the model that DPO starts from; those of one trunk together."""
     c = lab.config.dpo
     scorer = Scorer(lab.backbone, c.row_length, c.micro_rows)
+    ordered = [pairs[i] for t in trunks(pairs, lab.encoder, c) for i in t.members]
     batch = 8 * c.micro_rows
 
     def work(start: int, stop: int) -> list[Row]:
-        part = pairs[start:stop]
-        sums = [[float(x.sum()) for x in branches] for branches in scorer.score(adapter, pair_rows(part, lab.encoder))]
-        return [
-            p | {"reference": {"chosen": chosen, "rejected": rejected}}
-            for p, (chosen, rejected) in zip(part, sums, strict=True)
-        ]
+        part = ordered[start:stop]
+        shared = trunks(part, lab.encoder, c)
+        out = [p.copy() for p in part]
+        for trunk, branches in zip(shared, scorer.score(adapter, [t.rows for t in shared]), strict=True):
+            sums = [float(x.sum()) for x in branches]
+            for i, chosen, rejected in zip(trunk.members, sums[::2], sums[1::2], strict=True):
+                out[i]["reference"] = {"chosen": chosen, "rejected": rejected}
+        return out
 
     append_in_batches(path, len(pairs), batch, work, label)
 

@@ -15,6 +15,7 @@ from esjax.evolve.pairs import Context, contexts, draw, length_ratio, sift
 from esjax.evolve.phases import counted, dpo, sft, write_references
 from esjax.evolve.reflect import Instructions, automaton, parse
 from esjax.model.lora import Adapter
+from esjax.rows import prompt_with_replies
 from esjax.runlog import RunDir, RunError, append_in_batches, bundled_hash, read_jsonl, say, sha256, write_jsonl
 from esjax.sample.constrain import Automaton
 from esjax.sample.generate import Generator, row_seed
@@ -132,7 +133,8 @@ class Round:
         """Filter, then score the kept pairs under M_(t-1): the reference of this round's DPO."""
 
         def fits(prompt: list[Message], chosen: str, rejected: str) -> bool:
-            return len(self.lab.encoder.pair(prompt, chosen, rejected).tokens) <= self.config.dpo.row_length
+            ids, replies = self.lab.encoder.pair(prompt, chosen, rejected)
+            return len(prompt_with_replies(ids, replies).tokens) <= self.config.dpo.row_length
 
         drafts, reflections, refinements = (read_jsonl(self.files[n]) for n in ("drafts", "reflections", "refinements"))
         kept, dropped = sift(drafts, reflections, refinements, self.filters, fits, {"round": self.t, **self.teacher})

@@ -55,9 +55,11 @@ def row_attention(
     Head n uses key/value head n // (N // K). Differentiable in q, k and v. T is padded to whole blocks inside.
 
     Raises:
-        ValueError: H is not a power of two of at least 16.
+        ValueError: H is not a power of two of at least 16, or N no multiple of K.
     """
-    _, t, _, h = q.shape
+    _, t, n, h = q.shape
+    if n % k.shape[2]:
+        raise ValueError(f"{n} query heads cannot share {k.shape[2]} key/value heads evenly")
     if h < 16 or h & (h - 1):
         raise ValueError(f"the head size is {h}; the kernel needs a power of two of at least 16")
     blocks = Blocks(*(min(b, max(16, pl.next_power_of_2(t))) for b in Blocks()))
@@ -121,7 +123,7 @@ def _backward(blocks: Blocks, interpret: bool, saved: tuple[Any, ...], dout: Arr
     b, t, n, h = q.shape
     kv_heads = k.shape[2]
     group = n // kv_heads
-    delta = jnp.einsum("btnh,btnh->bnt", out, dout, preferred_element_type=jnp.float32)
+    delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1).transpose(0, 2, 1)
     of_queries, of_keys = block_lists(spans, blocks.query_back, blocks.key_back)
     tile = pl.BlockSpec((None, blocks.query_back, None, h), lambda i, b, n: (b, i, n, 0))
     keys = pl.BlockSpec((None, t, None, h), lambda i, b, n: (b, 0, n // group, 0))

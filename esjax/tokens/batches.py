@@ -14,6 +14,30 @@ Row = list[int]  # indices of the examples packed into one row
 OPEN_ROWS = 64  # an example is offered to so many of the newest rows, so that packing stays linear
 
 
+def share_trunks(prompts: Sequence[Sequence[int]], sizes: Sequence[int], room: int) -> list[list[int]]:
+    """Group examples whose prompts begin one another, so that the longest prompt of a group can be the trunk of all.
+
+    Args:
+        prompts: token ids.
+        sizes: tokens of an example's branches.
+        room: most tokens of a group, trunk and branches.
+
+    Returns: indices, ascending within a group; groups in the order of their first members.
+    """
+    groups: list[list[int]] = []
+    stem: Sequence[int] = ()
+    used = room + 1
+    # In descending order whatever begins with a prompt stands right before it, so only the newest group can take it.
+    for i in sorted(range(len(prompts)), key=lambda i: (list(prompts[i]), i), reverse=True):
+        if list(stem[: len(prompts[i])]) == list(prompts[i]) and used + sizes[i] <= room:
+            groups[-1].append(i)
+            used += sizes[i]
+        else:
+            groups.append([i])
+            stem, used = prompts[i], len(prompts[i]) - 1 + sizes[i]
+    return sorted(sorted(group) for group in groups)
+
+
 def pack_in_order(lengths: Sequence[int], order: Sequence[int], row_length: int) -> list[Row]:
     """First-fit over the newest rows, in the given order; rows come out in the order in which they were opened.
 

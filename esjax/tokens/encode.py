@@ -91,8 +91,8 @@ class Encoder:
         self.counts["unshared"] += 1
         return [rows.prompt_with_replies(prompts[i], [replies[i]]) for i in targets]
 
-    def pair(self, prompt: list[Message], chosen: str, rejected: str) -> Rows:
-        """A DPO row: the prompt as the trunk, chosen as branch 1, rejected as branch 2.
+    def pair(self, prompt: list[Message], chosen: str, rejected: str) -> tuple[list[int], list[list[int]]]:
+        """Token ids of a preference pair: its prompt's, and those of chosen and rejected.
 
         Both go through the same template and end with the same end-of-turn token; their prompt tokens are the same by
         construction.
@@ -101,7 +101,7 @@ class Encoder:
         replies = [
             self.tokenizer.reply(ids, [*prompt, {"role": "assistant", "content": text}]) for text in (chosen, rejected)
         ]
-        return rows.prompt_with_replies(ids, replies)
+        return ids, replies
 
     def target(self, messages: list[Message], where: str) -> Rows:
         """A scoring row: the last assistant message is the target. Raises InputError when it is too long."""
