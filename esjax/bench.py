@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from esjax import rows
 from esjax.config import DpoSettings, InputError, LoraSettings, OptimSettings, Settings, SftSettings
 from esjax.configfile import read_text
+from esjax.mesh import batch_groups, placed, placed_batch, topology_mesh
 from esjax.model.attention import spans
 from esjax.model.decoder import Decoder, Execution
 from esjax.model.families import LINEARS, Architecture, architecture
@@ -81,6 +82,11 @@ class Workload(Settings):
     """The preference step."""
     sft: SftWork
     """The fine-tuning step."""
+
+    @property
+    def architecture(self) -> Architecture:
+        """The model's shape. Raises InputError naming a key that is not supported."""
+        return architecture({"model_type": "llama", **self.model}, "the workload's model")
 
 
 def read_workload(path: str, profile: str) -> Workload:
@@ -197,26 +203,15 @@ def bench(
     work: Workload, job: Job, how: Execution, micro_rows: int | None, trace: Path | None, peak: float
 ) -> dict[str, Any]:
     """Measure one job: its figure with what it costs and how far from ``peak`` (FLOP/s of a large product) it is."""
-    arch = architecture({"model_type": "llama", **work.model}, "the workload's model")
     dtype = jnp.dtype(work.dtype)
-    how = how._replace(layout=job.layout)
     rng = np.random.default_rng(0)
     example, extra = job.batch(rng)
     micro = micro_rows or example.tokens.shape[0]
-    if example.tokens.shape[0] % micro:
-        raise InputError(
-            f"--micro-rows {micro} does not divide the {example.tokens.shape[0]} rows of {job.task}'s step"
-        )
-    targets = max(int((w != 0).sum()) for w in np.split(example.weight, example.tokens.shape[0] // micro))
-
-    definition, make = parts(arch, job.lora, dtype)
+    definition, make = parts(work.architecture, job.lora, dtype)
     trained, frozen = make()
-    compute = None if job.lora is not None else dtype
-    tx = optimiser(job.settings, job.steps + job.warmup)
-    step = make_step(definition, job.loss, tx, micro, targets, how, compute)
-    opt_state = tx.init(trained)
+    step, opt_state = build(definition, job, trained, example, micro, how, dtype)
     began = time.perf_counter()
-    compiled: Any = step.lower(trained, opt_state, frozen, example, extra).compile()  # type: ignore[attr-defined]
+    compiled: Any = step.lower(trained, opt_state, frozen, example, extra).compile()
     compile_seconds = time.perf_counter() - began
 
     for number in range(job.warmup + job.steps):
@@ -230,22 +225,81 @@ def bench(
             if tracing:
                 jax.block_until_ready(trained)
     jax.block_until_ready(trained)
-    per_step = (time.perf_counter() - started) / job.steps
-    flops = model_flops(arch, job.lora, example)
+    seconds = (time.perf_counter() - started) / job.steps
+    flops = model_flops(work.architecture, job.lora, example)
+    counted = compiler_flops(work.architecture, job.lora, dtype, job.loss, how, example, extra)
     return {
         "system": "esjax",
         "task": job.task,
-        "figure": round(job.units / per_step, 2),
+        "figure": round(job.units / seconds, 2),
         "unit": job.unit,
         "variant": job.variant,
         **memory(compiled),
         "loss": round(float(metrics["loss"]), 4),
-        "step_s": round(per_step, 4),
+        "step_s": round(seconds, 4),
         "compile_s": round(compile_seconds, 1),
         "tflop_formula": round(flops / 1e12, 4),
-        "tflop_compiler": round(compiler_flops(arch, job, dtype, how, example, extra) / 1e12, 4),
-        "mfu": round(flops / per_step / peak, 3),
+        "tflop_compiler": round(counted / 1e12, 4),
+        "mfu": round(flops / seconds / peak, 3),
         "attention": how.attention,
+        "remat": how.remat,
+        "micro_rows": micro,
+    }
+
+
+def build(
+    definition: nnx.GraphDef[Decoder],
+    job: Job,
+    trained: nnx.State,
+    example: Rows,
+    micro_rows: int,
+    how: Execution,
+    dtype: jnp.dtype,
+) -> tuple[Any, Any]:
+    """The job's jitted step, and its optimiser state. Raises InputError when ``micro_rows`` does not divide the batch."""
+    rows_in_batch = example.tokens.shape[0]
+    share, left = divmod(micro_rows, batch_groups())
+    if rows_in_batch % micro_rows or left or not share:
+        raise InputError(
+            f"--micro-rows {micro_rows}: it must divide the {rows_in_batch} rows of the {job.task} step and be a multiple "
+            f"of the {batch_groups()} devices that a batch is split over"
+        )
+    targets = max(int((w != 0).sum()) for w in np.split(example.weight, rows_in_batch // share))
+    tx = optimiser(job.settings, job.steps + job.warmup)
+    compute = None if job.lora is not None else dtype
+    step = make_step(definition, job.loss, tx, micro_rows, targets, how._replace(layout=job.layout), compute)
+    return step, jax.eval_shape(tx.init, trained) if _abstract(trained) else tx.init(trained)
+
+
+def _abstract(tree: Any) -> bool:
+    return isinstance(jax.tree.leaves(tree)[0], jax.ShapeDtypeStruct)
+
+
+def compile_for(
+    work: Workload, job: Job, how: Execution, micro_rows: int | None, topology: str, tensor: int
+) -> dict[str, Any]:
+    """Compile a job's step for TPUs that are not at hand: whether it does, in which time, and what a chip must hold."""
+    dtype = jnp.dtype(work.dtype)
+    example, extra = job.batch(np.random.default_rng(0))
+    definition, make = parts(work.architecture, job.lora, dtype)
+    trained, frozen = jax.eval_shape(make)
+    mesh = topology_mesh(topology, tensor)
+    with jax.set_mesh(mesh):
+        micro = micro_rows or example.tokens.shape[0]
+        step, opt_state = build(definition, job, trained, example, micro, how._replace(attention="splash"), dtype)
+        arguments = (placed(trained, mesh), placed(opt_state, mesh), placed(frozen, mesh))
+        began = time.perf_counter()
+        compiled = step.lower(*arguments, placed_batch(example, mesh), placed_batch(extra, mesh)).compile()
+    return {
+        "system": "esjax",
+        "task": job.task,
+        "variant": job.variant,
+        "topology": topology,
+        "mesh": dict(mesh.shape),
+        "compile_s": round(time.perf_counter() - began, 1),
+        **planned(compiled),
+        "kernels": compiled.as_text().count('custom_call_target="tpu_custom_call"'),
+        "attention": "splash",
         "remat": how.remat,
         "micro_rows": micro,
     }
@@ -266,14 +320,19 @@ def parts(
 
 
 def memory(compiled: Any) -> dict[str, float]:
-    """Peak memory in GiB: of the device where it can tell, else what the compiler laid out (and the process' own peak)."""
+    """Peak memory in GiB: of the device where it can tell, else what the compiler laid out, and the process' own peak."""
     stats = jax.local_devices()[0].memory_stats()
     if stats is not None and "peak_bytes_in_use" in stats:
         return {"mem_gib": round(stats["peak_bytes_in_use"] / GIB, 2)}
-    m = compiled.memory_analysis()
-    planned = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"mem_gib": round(planned / GIB, 2), "process_peak_gib": round(resident / GIB, 2)}
+    return planned(compiled) | {"process_peak_gib": round(resident / GIB, 2)}
+
+
+def planned(compiled: Any) -> dict[str, float]:
+    """What a program needs on one device by the compiler's layout, in GiB: all of it, and that beside its arguments."""
+    m = compiled.memory_analysis()
+    work = m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+    return {"mem_gib": round((m.argument_size_in_bytes + work) / GIB, 2), "work_gib": round(work / GIB, 2)}
 
 
 def model_flops(arch: Architecture, lora: Lora | None, batch: Rows) -> float:
@@ -298,23 +357,24 @@ def model_flops(arch: Architecture, lora: Lora | None, batch: Rows) -> float:
     return 2 * (linear + head) + 3 * (attention + adapter)
 
 
-def compiler_flops(arch: Architecture, job: Job, dtype: jnp.dtype, how: Execution, example: Rows, extra: Any) -> float:
-    """FLOPs of the whole step by the compiler's own count, what it recomputes included.
+def compiler_flops(
+    arch: Architecture, lora: Lora | None, dtype: jnp.dtype, loss: Loss, how: Execution, batch: Rows, extra: Any
+) -> float:
+    """FLOPs of a whole step on one batch by the compiler's own count, with padding and with what is recomputed.
 
     It counts a loop's body once, so one and two layers are counted without loops (all rows at once, the head in one
-    chunk, dense attention: no path's savings there are counted) and the others extrapolated: layers are alike.
+    chunk, dense attention: what a path skips is counted all the same) and the others extrapolated: layers are alike.
     """
+    tx = optimiser(SftSettings(), 2)
+    flat = how._replace(attention="dense", unroll=True)
+    targets = int((batch.weight != 0).sum())
     counted = []
     for layers in (1, 2):
-        small = replace(arch, layers=layers)
-        definition, make = parts(small, job.lora, dtype)
+        definition, make = parts(replace(arch, layers=layers), lora, dtype)
         trained, frozen = jax.eval_shape(make)
-        tx = optimiser(job.settings, job.steps + job.warmup)
-        flat = how._replace(attention="dense", unroll=True)
-        targets = int((example.weight != 0).sum())
-        compute = None if job.lora is not None else dtype
-        step = make_step(definition, job.loss, tx, example.tokens.shape[0], targets, flat, compute)
-        lowered = step.lower(trained, jax.eval_shape(tx.init, trained), frozen, example, extra)  # type: ignore[attr-defined]
+        compute = None if lora is not None else dtype
+        step: Any = make_step(definition, loss, tx, batch.tokens.shape[0], targets, flat, compute)
+        lowered = step.lower(trained, jax.eval_shape(tx.init, trained), frozen, batch, extra)
         counted.append(float(lowered.compile().cost_analysis()["flops"]))
     one, two = counted
     return one + (arch.layers - 1) * (two - one)

@@ -144,6 +144,10 @@ def bench(args: argparse.Namespace, config: Config) -> None:
     work = b.read_workload(args.workload, args.profile)
     dtype = jnp.dtype(work.dtype)
     how = choose_execution(config.model.attention, config.model.remat, dtype)
+    if args.topology is not None:
+        for job in b.jobs(work, tasks, naive=False):
+            print(json.dumps(b.compile_for(work, job, how, args.micro_rows, args.topology, args.tensor)), flush=True)
+        return
     peak = b.measured_peak(dtype)
     for job in b.jobs(work, tasks, naive=args.compare == "naive"):
         trace = args.trace and args.trace / f"{job.task}-{job.variant}".replace(", ", "-")
@@ -303,12 +307,20 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         bench,
         (
             "--profile",
-            {"default": "cpu", "metavar": "NAME", "help": "a profile of the workload file: gpu, cpu or tiny"},
+            {"default": "cpu", "metavar": "NAME", "help": "a profile of the workload file: gpu, cpu, tiny or 8b"},
         ),
         ("--workload", {"default": "bundled:configs/workload.json", "metavar": "FILE", "help": "sizes of the work"}),
         ("--tasks", {"default": "dpo,sft", "metavar": "A,B", "help": "which of dpo and sft"}),
         ("--compare", {"choices": ["naive"], "help": "measure the unshared form, one row a sequence, beside it"}),
         ("--micro-rows", {"type": int, "metavar": "N", "help": "rows computed at once; all when left out"}),
+        (
+            "--topology",
+            {"metavar": "NAME", "help": "compile for TPUs that are not at hand, such as v5e:4x4, and run nothing"},
+        ),
+        (
+            "--tensor",
+            {"type": int, "default": 1, "metavar": "N", "help": "with --topology: devices that share a layer"},
+        ),
         ("--trace", {"type": Path, "metavar": "DIR", "help": "write a profiler trace of one step of each job"}),
     )
     return parser, commands

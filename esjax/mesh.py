@@ -9,8 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
+from flax import nnx
 from jax import Array
+from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from esjax.config import InputError
 
 AXES = ("data", "fsdp", "tensor")
 # Logical axis -> mesh axes. Weights are split over fsdp along the model's width and gathered layer by layer.
@@ -41,6 +45,39 @@ def spec(axes: Sequence[str | None]) -> PartitionSpec:
 def sharding(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:
     """Where an array with these logical axes lives."""
     return NamedSharding(mesh, spec(axes))
+
+
+def topology_mesh(name: str, tensor: int) -> Mesh:
+    """A mesh of the TPUs of a topology such as v5e:4x4, without one at hand: programs can be compiled for it, not run.
+
+    All devices that ``tensor`` leaves go to fsdp. Raises InputError for an unknown topology or an indivisible number.
+    """
+    try:
+        devices = topologies.get_topology_desc(name, platform="tpu").devices
+    except Exception as e:  # every kind, from a missing libtpu to a name it does not know
+        reason = " ".join(str(e).split())[:200]
+        raise InputError(f"topology {name}: {reason}; give one like v5e:4x4, and install esjax's tpu extra") from e
+    if len(devices) % tensor:
+        raise InputError(f"topology {name} has {len(devices)} devices, which {tensor} does not divide")
+    return make_mesh(devices, 1, len(devices) // tensor, tensor)
+
+
+def placed(tree: T, mesh: Mesh) -> T:
+    """Shapes of a tree with where each array lives: parameters by their axes, everything else everywhere."""
+
+    def place(leaf: Any) -> Any:
+        if isinstance(leaf, nnx.Variable):
+            value = leaf.get_value()
+            axes = leaf.get_metadata()["axes"]
+            return leaf.replace(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding(mesh, axes)))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(mesh, ()))
+
+    return jax.tree.map(place, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def placed_batch(tree: T, mesh: Mesh) -> T:
+    """Shapes of a batch whose arrays [B, ...] are split over the devices by their first axis."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(mesh, ("batch",))), tree)
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
