@@ -304,7 +304,7 @@ def test_folders_without_a_usable_tokenizer_are_refused(tiny_folder: Path, tmp_p
 
 def test_a_pair_has_one_prompt_and_two_ended_replies(tokenizer: ChatTokenizer) -> None:
     prompt = Encoder(tokenizer, 4096, SYSTEM).context(SHORT, 3)
-    row = Encoder(tokenizer, 4096, SYSTEM).pair(prompt, "Better and longer.", "Worse.")
+    row = rows.prompt_with_replies(*Encoder(tokenizer, 4096, SYSTEM).pair(prompt, "Better and longer.", "Worse."))
     ids = tokenizer.prompt(prompt)
     stem = [int(t) for t, b in zip(row.tokens, row.branch, strict=True) if b == 0]
     for branch, text in ((1, "Better and longer."), (2, "Worse.")):
@@ -317,9 +317,9 @@ def test_a_pair_has_one_prompt_and_two_ended_replies(tokenizer: ChatTokenizer) -
         weights = [float(w) for w, b in zip(row.weight, row.branch, strict=True) if b == branch]
         assert weights == [1.0] * (len(mine) - 1) + [0.0]
     rows.check(rows.stack([row]))
-    other = Encoder(tokenizer, 4096, "").pair(prompt[1:], "Better and longer.", "Worse.")
+    other = rows.prompt_with_replies(*Encoder(tokenizer, 4096, "").pair(prompt[1:], "Better and longer.", "Worse."))
     assert other.tokens.tolist() != row.tokens.tolist()
-    turned = Encoder(tokenizer, 4096, SYSTEM).pair(prompt, "Worse.", "Better and longer.")
+    turned = rows.prompt_with_replies(*Encoder(tokenizer, 4096, SYSTEM).pair(prompt, "Worse.", "Better and longer."))
     assert turned.tokens.tolist() != row.tokens.tolist()
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import jax
 from flax import nnx
 
 from esjax.config import Config, InputError
@@ -16,7 +17,7 @@ from esjax.corpus.sources import read_dialogues
 from esjax.hub.fetch import resolve, weights_file
 from esjax.model.lora import Adapter, load_adapter, lora_from, read_lora
 from esjax.model.weights import Backbone, compute_dtype, load_backbone
-from esjax.runlog import sha256
+from esjax.runlog import say, sha256
 from esjax.tokens.encode import Encoder
 from esjax.tokens.tokenizer import ChatTokenizer
 
@@ -38,6 +39,10 @@ class Lab:
         dtype = compute_dtype(config.model.dtype)
         tokenizer = ChatTokenizer(folder)
         backbone = load_backbone(folder, lora, dtype, config.model.attention, config.model.remat)
+        how = backbone.execution
+        say(
+            f"computing on {jax.default_backend()} in {dtype}; attention: {how.attention}, rematerialisation: {how.remat}"
+        )
         encoder = Encoder(tokenizer, config.data.window, read_text(config.prompts.system))
         return cls(config, backbone, tokenizer, encoder)
 

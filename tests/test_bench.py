@@ -1,0 +1,146 @@
+"""``esjax bench``: what it counts, what it refuses, and what a step's memory does not depend on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from esjax import bench, rows
+from esjax.cli import main
+from esjax.config import InputError, LoraSettings, SftSettings
+from esjax.model.attention import PLATFORMS, choose_path
+from esjax.model.decoder import Execution
+from esjax.model.families import Architecture
+from esjax.model.lora import lora_from
+from esjax.train.losses import sft_loss
+
+WORKLOAD = "bundled:configs/workload.json"
+FLOAT32, BFLOAT16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
+
+
+def test_one_line_for_each_job(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    main(["bench", "--profile", "tiny", "--compare", "naive", "--trace", str(tmp_path)])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    jobs = [(x["task"], x["variant"], x["unit"]) for x in lines]
+    assert jobs == [
+        ("dpo", "lora", "pairs/s"),
+        ("dpo", "lora, unshared", "pairs/s"),
+        ("sft", "lora", "tokens/s"),
+        ("sft", "full", "tokens/s"),
+    ]
+    for x in lines:
+        assert x["system"] == "esjax"
+        assert all(x[k] > 0 for k in ("figure", "mem_gib", "tflop_formula", "tflop_compiler", "mfu", "step_s"))
+    shared, unshared = lines[:2]
+    assert shared["loss"] == pytest.approx(unshared["loss"], abs=1e-4)  # the same pairs from the same seed
+    assert shared["tflop_formula"] < unshared["tflop_formula"]
+    assert {d.name for d in tmp_path.iterdir()} == {"dpo-lora", "dpo-lora-unshared", "sft-lora", "sft-full"}
+    assert all(list(d.rglob("*.xplane.pb")) for d in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tasks", "dpo,chat"], "--tasks chat: no such task; allowed: dpo, sft"),
+        (["--profile", "huge"], "no profile 'huge'"),
+        (["--workload", "/absent.json"], "/absent.json: cannot be read"),
+        (["--profile", "tiny", "--micro-rows", "3"], "--micro-rows 3: it must divide the 2 rows of the dpo step"),
+        (["--model.attention", "splash"], "model.attention=splash does not run on cpu: choose auto, dense, chunked"),
+        (["--model.remat", "offload"], "model.remat=offload needs a device with memory of its own"),
+    ],
+)
+def test_refusals(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["bench", *options])
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_workload_that_is_wrong_is_refused(tmp_path: Path) -> None:
+    good = json.loads((Path(__file__).parent.parent / "configs" / "workload.json").read_text())["tiny"]
+    file = tmp_path / "w.json"
+    for change, message in (
+        ({"dtype": "float8"}, "dtype"),
+        ({"dpo": {**good["dpo"], "beta": 1}}, r"dpo\.beta"),
+        ({"sft": {k: v for k, v in good["sft"].items() if k != "length"}}, r"sft\.length"),
+    ):
+        file.write_text(json.dumps({"tiny": good | change}))
+        with pytest.raises(InputError, match=message):
+            bench.read_workload(str(file), "tiny")
+    file.write_text(json.dumps({"tiny": good | {"sample": {}, "round": {}}}))
+    assert bench.read_workload(str(file), "tiny").sft.length == 64
+
+
+def test_auto_attention() -> None:
+    assert choose_path("auto", "cpu", FLOAT32) == "chunked"
+    assert choose_path("auto", "tpu", BFLOAT16) == "splash"
+    assert choose_path("auto", "gpu", BFLOAT16) == "cudnn"
+    assert choose_path("auto", "gpu", FLOAT32) == "pallas"
+    for path, platforms in PLATFORMS.items():
+        for platform in ("cpu", "gpu", "tpu"):
+            if platform in platforms:
+                assert choose_path(path, platform, BFLOAT16) == path
+            else:
+                with pytest.raises(InputError, match=f"{path} does not run on {platform}"):
+                    choose_path(path, platform, BFLOAT16)
+    with pytest.raises(InputError, match="bfloat16 only"):
+        choose_path("cudnn", "gpu", FLOAT32)
+
+
+def test_flops_by_formula_are_close_to_the_compilers() -> None:
+    """For causal rows dense attention counts each pair of tokens twice, so the two differ by half of attention."""
+    arch = Architecture("llama", 512, 256, 3, 4, 2, 64, 512, 1e-5, 1e4, None, False, False, 4096)
+    batch = rows.stack([rows.trunk([1] * 128, [1.0] * 127 + [0.0])] * 4)
+    for lora in (lora_from(LoraSettings(rank=8)), None):
+        formula = bench.model_flops(arch, lora, batch)
+        attention = 3 * 4.0 * arch.layers * arch.heads * arch.head_size * 4 * (128 * 129 / 2)
+        counted = bench.compiler_flops(arch, lora, FLOAT32, sft_loss, Execution(layout="causal"), batch, None)
+        assert counted == pytest.approx(formula + attention, rel=0.06)
+        full = Execution(layout="causal", remat="full")
+        assert bench.compiler_flops(arch, lora, FLOAT32, sft_loss, full, batch, None) > 1.15 * counted
+
+
+def test_three_times_the_vocabulary_costs_its_embedding_and_no_more() -> None:
+    """SmolLM2's shape, a DPO step: from 49k to 152k words peak memory grows by the embedding and under 10%."""
+    work = bench.read_workload(WORKLOAD, "cpu")
+    (job,) = bench.jobs(work, ["dpo"], naive=False)
+    example, extra = job.batch(np.random.default_rng(0))
+
+    def peak(vocab: int) -> float:
+        arch = replace(work.architecture, vocab=vocab)
+        definition, make = bench.parts(arch, job.lora, FLOAT32)
+        trained, frozen = jax.eval_shape(make)
+        how = Execution("chunked", remat="full")
+        step, opt_state = bench.build(definition, job, trained, example, 4, how, FLOAT32)
+        return float(bench.planned(step.lower(trained, opt_state, frozen, example, extra).compile())["mem_gib"])
+
+    small, large = peak(49152), peak(152064)
+    embedding = (152064 - 49152) * work.architecture.width * 4 / 2**30
+    print(f"{small:.3f} GiB, {large:.3f} GiB, of which the embedding's growth {embedding:.3f}")
+    assert large - embedding < 1.1 * small
+    logits = example.weight.astype(bool).sum() * (152064 - 49152) * 4 / 2**30
+    assert large - embedding + logits > 1.1 * small  # what holding all logits at once would add is more than that
+
+
+def test_the_figure_is_of_the_settings() -> None:
+    """All parameters train in float32 and compute in the workload's dtype."""
+    work = bench.read_workload(WORKLOAD, "tiny")
+    definition, make = bench.parts(work.architecture, None, BFLOAT16)
+    trained, frozen = make()
+    assert {x.dtype for x in jax.tree.leaves(trained)} == {FLOAT32}
+    assert not jax.tree.leaves(frozen)
+    jobs: list[Any] = list(bench.jobs(work, ["sft"], naive=False))
+    example, extra = jobs[1].batch(np.random.default_rng(0))
+    how = Execution("dense")
+    step, opt_state = bench.build(definition, jobs[1], trained, example, 2, how, BFLOAT16)
+    moved, _, metrics = step(trained, opt_state, frozen, example, extra)
+    assert {x.dtype for x in jax.tree.leaves(moved)} == {FLOAT32}
+    assert float(metrics["loss"]) == pytest.approx(np.log(work.architecture.vocab), rel=0.05)
+    assert isinstance(jobs[1].settings, SftSettings)
