@@ -34,7 +34,7 @@ def peft_tensors(adapter: Adapter, arch: Architecture) -> dict[str, np.ndarray]:
     out = {}
     for (_, name, which), stacked in flatten(adapter).items():
         for layer, matrix in enumerate(np.asarray(stacked[...])):
-            out[_peft_key(layer, name, which)] = np.ascontiguousarray(matrix.T, dtype=np.float32)
+            out[_peft_key(layer, name, which)] = np.ascontiguousarray(_turned(matrix, which), dtype=np.float32)
     if not out or len(out) != 2 * arch.layers * len({name for _, name, _ in flatten(adapter)}):
         raise AssertionError("the adapter is not complete")
     return out
@@ -108,10 +108,11 @@ def load_adapter(folder: Path, adapter: Adapter) -> Adapter:
             key = _peft_key(layer, path[1], path[2])
             if key not in tensors:
                 raise InputError(f"{file}: the tensor {key} is missing")
-            matrix = tensors.pop(key)
-            if matrix.shape != (columns, rows):
-                raise InputError(f"{file}: {key} has shape {matrix.shape}, expected {(columns, rows)}")
-            stacked[layer] = matrix.T
+            matrix = _turned(tensors.pop(key), path[2])
+            if matrix.shape != (rows, columns):
+                expected = _turned(np.empty((rows, columns)), path[2]).shape
+                raise InputError(f"{file}: {key} has shape {_turned(matrix, path[2]).shape}, expected {expected}")
+            stacked[layer] = matrix
         flat[path] = like.replace(jnp.asarray(stacked))
     if tensors:
         raise InputError(f"{file}: the tensor {min(tensors)} belongs to no adapted layer")
@@ -119,8 +120,8 @@ def load_adapter(folder: Path, adapter: Adapter) -> Adapter:
 
 
 def merge_kernel(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:
-    """W + scale A B for one layer, in float32, rounded to W's dtype: [in, out], [in, R], [R, out]."""
-    merged = kernel.astype(np.float32) + scale * (a.astype(np.float32) @ b.astype(np.float32))
+    """W + scale A^T B for one layer, in float32, rounded to W's dtype: [in, out], [R, in], [R, out]."""
+    merged = kernel.astype(np.float32) + scale * (a.astype(np.float32).T @ b.astype(np.float32))
     return merged.astype(kernel.dtype)
 
 
@@ -132,6 +133,11 @@ def flatten(state: nnx.State) -> dict[tuple[str, ...], Any]:
 def unflatten(flat: dict[tuple[str, ...], Any]) -> nnx.State:
     """The inverse of flatten."""
     return nnx.from_flat_state(flat)  # type: ignore[arg-type]
+
+
+def _turned(matrix: np.ndarray, which: str) -> np.ndarray:
+    """Between our B [R, out] and PEFT's [out, R]; A is [R, in] in both."""
+    return matrix.T if which == "lora_b" else matrix
 
 
 def _peft_key(layer: int, name: str, which: str) -> str:
