@@ -191,7 +191,8 @@ def _fail(error: BaseException) -> NoReturn:
             "esjax: error: the disk is full; free some space and run the same command again, it continues",
             file=sys.stderr,
         )
-        sys.exit(2)
+        sys.stderr.flush()
+        os._exit(2)  # the libraries' exit handlers would write to the full disk again, and say so at length
     raise error
 
 

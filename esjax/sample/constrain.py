@@ -87,6 +87,10 @@ def compile_template(parts: list[str | Field], tokenizer: ChatTokenizer, vocab: 
         open_states = [states[s] for s in index.get_final_states()]
         entries.append((number, start))
     leave(tokenizer.end_of_turn, len(parts) + 1)
+    if len(edges) > np.iinfo(np.int16).max:
+        raise InputError(
+            f"the constraint needs {len(edges)} states, more than {np.iinfo(np.int16).max}; simplify its patterns"
+        )
     table = np.full((len(edges), vocab), -1, np.int16)
     for state, out in enumerate(edges):
         table[state, list(out)] = list(out.values())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import shutil
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,6 +12,7 @@ import jax
 import orbax.checkpoint as ocp
 
 T = TypeVar("T")
+MARGIN = 1 << 18  # bytes of a checkpoint beside its arrays
 
 
 class Checkpoints:
@@ -26,7 +29,13 @@ class Checkpoints:
         return None if step is None else int(step)
 
     def save(self, step: int, state: Any) -> None:
-        """Save a pytree of arrays; returns before the files are written."""
+        """Save a pytree of arrays; returns before the files are written. Raises OSError when the disk has no room for them.
+
+        That is asked beforehand: a write that fails inside orbax leaves its threads' tracebacks on the screen.
+        """
+        folder, need = self.manager.directory, sum(x.nbytes for x in jax.tree.leaves(state)) + MARGIN
+        if shutil.disk_usage(folder).free < need:
+            raise OSError(errno.ENOSPC, f"a checkpoint needs {need} bytes", str(folder))
         self.manager.save(step, args=ocp.args.StandardSave(_named(state)))
 
     def restore(self, step: int, like: T) -> T:
