@@ -5,6 +5,7 @@ The mesh is taken from the context (``with jax.set_mesh(mesh)``); without one ev
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -52,6 +53,9 @@ def topology_mesh(name: str, tensor: int) -> Mesh:
 
     All devices that ``tensor`` leaves go to fsdp. Raises InputError for an unknown topology or an indivisible number.
     """
+    # Nothing is run, so no TPU has to be asked for or kept from others.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
         devices = topologies.get_topology_desc(name, platform="tpu").devices
     except Exception as e:  # every kind, from a missing libtpu to a name it does not know
