@@ -106,6 +106,7 @@ def tiny_overrides(folder: Path) -> list[str]:
         "sft.batch_rows": 4,
         "sft.checkpoint_every": 2,
         "dpo.row_length": 640,
+        "dpo.trunk": "dialogue",
         "dpo.checkpoint_every": 1,
         "dpo.batch_rows": 2,
         "evolve.contexts_per_round": 16,

@@ -472,8 +472,8 @@ def rescored(lab: Lab, adapter: Adapter, pairs: list[dict[str, Any]], file: Path
     """The pairs with another reference: the log-probs under base + ``adapter``."""
     scorer = Scorer(lab.backbone, lab.config.dpo.row_length, lab.config.dpo.micro_rows)
     rows = []
-    rows = [t.rows for t in trunks(pairs, lab.encoder, lab.config.dpo)]
-    for pair, (chosen, rejected) in zip(pairs, scorer.score(adapter, rows), strict=True):
+    examples = [t.rows for t in trunks(pairs, lab.encoder, DpoSettings(trunk="prompt"))]
+    for pair, (chosen, rejected) in zip(pairs, scorer.score(adapter, examples), strict=True):
         rows.append(pair | {"reference": {"chosen": float(chosen.sum()), "rejected": float(rejected.sum())}})
     write_jsonl(file, rows)
     return file
@@ -500,7 +500,7 @@ def test_stored_reference_is_that_of_the_round_start(
     """round2/pairs.jsonl holds M_1's log-probs, not M_0's, M_2's or the backbone's."""
     lab, m1, pairs = second_round
     stored = [[p["reference"]["chosen"], p["reference"]["rejected"]] for p in pairs]
-    examples = [t.rows for t in trunks(pairs, lab.encoder, lab.config.dpo)]
+    examples = [t.rows for t in trunks(pairs, lab.encoder, DpoSettings(trunk="prompt"))]
     scorer = Scorer(lab.backbone, lab.config.dpo.row_length, 1)
 
     def sums(adapter: Adapter) -> list[list[float]]:

@@ -30,7 +30,8 @@ from esjax.model.families import Llama3Rope, architecture, read_architecture
 from esjax.model.layers import Lora
 from esjax.model.weights import Backbone, bind, load_backbone
 from esjax.rows import Rows, pack, prompt_with_replies, stack, trunk
-from esjax.sample.generate import Generator, left_padded
+from esjax.sample.generate import Generator
+from esjax.tokens.batches import Planted, plant
 from esjax.tokens.encode import Encoder
 from esjax.tokens.tokenizer import ChatTokenizer
 
@@ -105,11 +106,12 @@ def test_greedy_continuations_in_one_batch_are_transformers_token_for_token(
     assert [len(t) for t in ours] == [64] * 4
     assert ours == theirs
 
-    def leaky(rows: list[list[int]], length: int) -> Rows:
-        padded = left_padded(rows, length)
-        return padded._replace(segment=np.ones_like(padded.segment))  # padding becomes visible
+    def leaky(*arguments: Any) -> Planted:
+        planted = plant(*arguments)
+        segment = np.ones_like(planted.rows.segment)  # prompts that share a row see each other
+        return planted._replace(rows=planted.rows._replace(segment=segment))
 
-    monkeypatch.setattr(generate, "left_padded", leaky)
+    monkeypatch.setattr(generate, "plant", leaky)
     assert continued() != theirs
 
 
@@ -201,26 +203,29 @@ def test_imported_logits_agree(pair: Pair) -> None:
     assert worst(pair.ours.sequence(tokens, LENGTH, base=wrong.base), torch_logits(pair.torch, tokens)) > 1e-3
 
 
-def test_left_padded_prefill_agrees(pair: Pair) -> None:
-    rows = left_padded(sequences(), LENGTH)
+def test_packed_prefill_agrees(pair: Pair) -> None:
+    length = sum(map(len, sequences())) + 3
+    rows = stack([pack([trunk(tokens) for tokens in sequences()], length)])
     model = model_of(pair.backbone)
 
     @jax.jit
     def prefill(rows: Rows) -> jax.Array:
-        return model.logits(model.prefill(rows, LENGTH + 3, pair.backbone.execution)[0])
+        return model.logits(model.prefill(rows, length + 3, pair.backbone.execution)[0])
 
-    logits = np.asarray(prefill(rows))
-    leaky = np.asarray(prefill(rows._replace(segment=np.ones_like(rows.segment))))
-    for i, tokens in enumerate(sequences()):
-        start, theirs = LENGTH - len(tokens), torch_logits(pair.torch, tokens)
-        assert worst(logits[i, start:], theirs) <= 1e-3
-        if start:  # visible padding would not do
-            assert worst(leaky[i, start:], theirs) > 1e-3
+    logits = np.asarray(prefill(rows))[0]
+    leaky = np.asarray(prefill(rows._replace(segment=np.ones_like(rows.segment))))[0]
+    start = 0
+    for tokens in sequences():
+        theirs, mine = torch_logits(pair.torch, tokens), slice(start, start + len(tokens))
+        assert worst(logits[mine], theirs) <= 1e-3
+        if start:  # segments that see each other would not do
+            assert worst(leaky[mine], theirs) > 1e-3
+        start += len(tokens)
 
 
 def test_cached_decoding_agrees(pair: Pair) -> None:
     whole, prompt = sequences(), 5
-    rows = left_padded([tokens[:prompt] for tokens in whole], 8)
+    rows = stack([pack([trunk(tokens[:prompt])], 8) for tokens in whole])
     model = model_of(pair.backbone)
     count = max(map(len, whole)) - prompt
     _, cache = jax.jit(lambda rows: model.prefill(rows, 8 + count, pair.backbone.execution))(rows)
@@ -228,8 +233,8 @@ def test_cached_decoding_agrees(pair: Pair) -> None:
 
     @jax.jit
     def step(token: Any, position: Any, cache: Any, slot: Any, mask: Any) -> Any:
-        x, cache = model.step(token, position, cache, slot, mask)
-        return model.logits(x), cache
+        x, cache = model.step(token[:, None], position[:, None], cache, slot, mask[:, None])
+        return model.logits(x[:, 0]), cache
 
     def following(position_error: int, cache: Any) -> np.ndarray:
         logits = []

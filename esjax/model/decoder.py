@@ -80,11 +80,11 @@ class Decoder(nnx.Module):
         return rms_norm(x, self.norm[...], self.arch.norm_eps), kv
 
     def step(self, token: Array, position: Array, cache: Cache, slot: Array, mask: Array) -> tuple[Array, Cache]:
-        """Decode one token a row: tokens and positions [B], written to cache ``slot``, seeing the slots in mask [B, S].
+        """Decode one token for each of M branches a row: tokens and positions [B, M], seeing the slots in mask [B, M, S].
 
-        Returns hidden states [B, D] and the cache.
+        They are written to the M cache slots from ``slot`` on. Returns hidden states [B, M, D] and the cache.
         """
-        rope = rope_at(self.arch, position[:, None])
+        rope = rope_at(self.arch, position)
         definition, stacked = nnx.split(self.layers)
         zero = jnp.zeros((), slot.dtype)
 
@@ -92,15 +92,11 @@ class Decoder(nnx.Module):
             x, (k, v) = carry
             index, state = xs
             block = nnx.merge(definition, state)
-            q, k_new, v_new = block.qkv(x[:, None], rope)
-            k = jax.lax.dynamic_update_slice(
-                k, k_new[:, 0, :, :, None][None].astype(k.dtype), (index, zero, zero, zero, slot)
-            )
-            v = jax.lax.dynamic_update_slice(
-                v, v_new[:, 0, :, None][None].astype(v.dtype), (index, zero, zero, slot, zero)
-            )
-            attended = attend_cached(q[:, 0], k[index], v[index], mask)
-            return (block.rest(x, attended), Cache(k, v)), None
+            q, k_BxMxKxH, v_BxMxKxH = block.qkv(x, rope)
+            k_new, v_new = k_BxMxKxH.transpose(0, 2, 3, 1).astype(k.dtype), v_BxMxKxH.swapaxes(1, 2).astype(v.dtype)
+            k = jax.lax.dynamic_update_slice(k, k_new[None], (index, zero, zero, zero, slot))
+            v = jax.lax.dynamic_update_slice(v, v_new[None], (index, zero, zero, slot, zero))
+            return (block.rest(x, attend_cached(q, k[index], v[index], mask)), Cache(k, v)), None
 
         layers = jnp.arange(self.arch.layers, dtype=slot.dtype)
         (x, cache), _ = jax.lax.scan(layer, (self.embed[...][token], cache), (layers, stacked))

@@ -1,7 +1,7 @@
 """The decoding program: one prefill, one ``lax.while_loop``; what the user may change between runs is traced.
 
 Temperature, top-p, top-k, seeds, stop tokens and the automaton's table are arguments, so changing them compiles nothing.
-Every row draws from its own key, folded with the token's number: its text does not depend on its neighbours.
+Every leaf draws from its own key, folded with the token's number: its text does not depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from esjax.model.attention import Spans, sees, spans
 from esjax.model.decoder import Cache, Decoder, Execution
 from esjax.model.lora import Adapter
 from esjax.model.weights import bind
@@ -32,21 +33,21 @@ class Draw(NamedTuple):
 class Trace(NamedTuple):
     """What decoding returns."""
 
-    tokens: Array  # int32 [B, N], the stop token included; 0 after it
-    logprobs: Array  # float32 [B, N], under the model's own distribution (temperature 1, nothing cut off)
-    length: Array  # int32 [B], tokens drawn
-    stopped: Array  # bool [B], whether a stop token ended the row
+    tokens: Array  # int32 [B * M, N], the stop token included; 0 after it
+    logprobs: Array  # float32 [B * M, N], under the model's own distribution (temperature 1, nothing cut off)
+    length: Array  # int32 [B * M], tokens drawn
+    stopped: Array  # bool [B * M], whether a stop token ended the row
 
 
 class State(NamedTuple):
     """The loop's state."""
 
-    drawn: Array  # int32, tokens drawn so far by every live row
-    token: Array  # int32 [B], the newest token
-    alive: Array  # bool [B]
+    drawn: Array  # int32, tokens drawn so far by every live leaf
+    token: Array  # int32 [B * M], the newest token
+    alive: Array  # bool [B * M]
     trace: Trace
-    automaton: Array  # int32 [B], state of the constraint
-    used: Array  # int32 [B], tokens spent in the current part of the constraint's template
+    automaton: Array  # int32 [B * M], state of the constraint
+    used: Array  # int32 [B * M], tokens spent in the current part of the constraint's template
     cache: Cache
 
 
@@ -55,6 +56,7 @@ def decode(
     adapter: Adapter,
     base: nnx.State,
     prompts: Rows,
+    leaves: Array,
     seeds: Array,
     live: Array,
     draw: Draw,
@@ -62,24 +64,30 @@ def decode(
     max_tokens: int,
     how: Execution,
 ) -> Trace:
-    """Continue prompts.
+    """Grow each row at its M leaves. Results are [B * M, ...], row by row.
 
     Args:
-        prompts: trunks [B, P], padded on the left with segment 0, so that all rows end at the same slot.
-        seeds: uint32 [B], one a row.
-        live: bool [B], false for rows that only fill the batch.
+        prompts: rows [B, T]: trunks with branches, or several segments; what they share is computed and cached once.
+        leaves: int32 [B, M], the row index of each prompt's last token.
+        seeds: uint32 [B, M], one a leaf.
+        live: bool [B, M], false for leaves that only fill the batch.
         max_tokens: N, static.
     """
     model = bind(definition, adapter, base)
-    b, p = prompts.tokens.shape
-    slots = p + max_tokens
+    (b, t), m = prompts.tokens.shape, leaves.shape[1]
+    slots = t + max_tokens * m  # the n-th new tokens of a row's leaves lie beside each other
     hidden, cache = model.prefill(prompts, slots, how)
-    keys = jax.vmap(jax.random.key)(seeds)
-    prompt_mask = jnp.pad(prompts.segment > 0, ((0, 0), (0, max_tokens)))
+    keys = jax.vmap(jax.random.key)(seeds.reshape(-1))
+    own = Spans(*(jnp.take_along_axis(x, leaves, axis=1) for x in spans(prompts)))
+    index = jnp.arange(t)
+    prompt_mask = jax.vmap(lambda s, leaf: sees(s, leaf, index))(own, leaves)
+    prompt_mask = jnp.pad(prompt_mask, ((0, 0), (0, 0), (0, max_tokens * m)))
+    leaf_position = jnp.take_along_axis(prompts.position, leaves, axis=1)
     slot = jnp.arange(slots)
+    new_of_leaf = (slot >= t) & ((slot - t) % m == jnp.arange(m)[:, None])  # [M, S]
 
     def pick(x: Array, state: State) -> State:
-        """Draw the next token from hidden states [B, D] and record it."""
+        """Draw the next token from hidden states [B * M, D] and record it."""
         logits = model.logits(x)
         allowed, chosen_next = logits, None
         if constraint is not None:
@@ -90,12 +98,12 @@ def decode(
         logprob = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
         token, logprob = jnp.where(state.alive, token, 0), jnp.where(state.alive, logprob, 0.0)
         stop = state.alive & jnp.any(token[:, None] == draw.stop, axis=1)
-        t = state.trace
+        trace = state.trace
         trace = Trace(
-            t.tokens.at[:, state.drawn].set(token),
-            t.logprobs.at[:, state.drawn].set(logprob),
-            t.length + state.alive,
-            t.stopped | stop,
+            trace.tokens.at[:, state.drawn].set(token),
+            trace.logprobs.at[:, state.drawn].set(logprob),
+            trace.length + state.alive,
+            trace.stopped | stop,
         )
         automaton, used = state.automaton, state.used
         if constraint is not None and chosen_next is not None:
@@ -104,15 +112,18 @@ def decode(
         return State(state.drawn + 1, token, state.alive & ~stop, trace, automaton, used, state.cache)
 
     def advance(state: State) -> State:
-        at = p + state.drawn - 1
-        mask = prompt_mask | ((slot >= p) & (slot <= at))
-        position = prompts.position[:, -1] + state.drawn
-        x, cache = model.step(state.token, position, state.cache, at, mask)
-        return pick(x, state._replace(cache=cache))
+        at = t + (state.drawn - 1) * m
+        mask = prompt_mask | (new_of_leaf & (slot < at + m))
+        token = state.token.reshape(b, m)
+        x, cache = model.step(token, leaf_position + state.drawn, state.cache, at, mask)
+        return pick(x.reshape(b * m, -1), state._replace(cache=cache))
 
-    zeros = jnp.zeros(b, jnp.int32)
-    empty = Trace(jnp.zeros((b, max_tokens), jnp.int32), jnp.zeros((b, max_tokens)), zeros, jnp.zeros(b, bool))
-    first = pick(hidden[:, -1], State(jnp.int32(0), zeros, live, empty, zeros, zeros, cache))
+    zeros = jnp.zeros(b * m, jnp.int32)
+    empty = Trace(
+        jnp.zeros((b * m, max_tokens), jnp.int32), jnp.zeros((b * m, max_tokens)), zeros, jnp.zeros(b * m, bool)
+    )
+    at_leaves = jnp.take_along_axis(hidden, leaves[..., None], axis=1).reshape(b * m, -1)
+    first = pick(at_leaves, State(jnp.int32(0), zeros, live.reshape(-1), empty, zeros, zeros, cache))
     return jax.lax.while_loop(lambda s: (s.drawn < max_tokens) & jnp.any(s.alive), advance, first).trace
 
 

@@ -14,9 +14,9 @@ import numpy as np
 from esjax.config import InputError
 from esjax.model.lora import Adapter
 from esjax.model.weights import Backbone
-from esjax.rows import Rows
 from esjax.sample.constrain import Automaton
 from esjax.sample.decode import Draw, decode
+from esjax.tokens.batches import plant
 
 BUCKET = 128  # prompts are padded to a multiple of this, so that a run compiles a handful of programs
 
@@ -46,8 +46,8 @@ class Generator:
 
     def __init__(self, backbone: Backbone, batch: int, end_of_turn: int) -> None:
         self.backbone, self.batch, self.end_of_turn = backbone, batch, end_of_turn
-        how = backbone.execution._replace(layout="packed")  # the padding before a prompt is a segment of its own
-        self._program = jax.jit(partial(decode, backbone.definition, how=how), static_argnames="max_tokens")
+        program = partial(decode, backbone.definition, how=backbone.execution)
+        self._program = jax.jit(program, static_argnames="max_tokens")
 
     @property
     def programs(self) -> int:
@@ -72,11 +72,10 @@ class Generator:
             raise InputError(
                 f"a prompt of {longest} tokens and {max_tokens} new ones exceed the model's {most} positions; shorten data.window"
             )
-        length = -(-longest // BUCKET) * BUCKET
-        rows = left_padded([*prompts, *[prompts[0]] * (self.batch - len(prompts))], length)
-        live = np.arange(self.batch) < len(prompts)
-        all_seeds = np.zeros(self.batch, np.uint32)
-        all_seeds[: len(seeds)] = seeds
+        planted = plant(prompts, self.batch, BUCKET)
+        live, all_seeds = np.zeros(self.batch, bool), np.zeros(self.batch, np.uint32)
+        live[planted.place], all_seeds[planted.place] = True, seeds
+        shape = planted.leaves.shape
         draw = Draw(
             np.float32(how.temperature),
             np.float32(how.top_p),
@@ -84,30 +83,25 @@ class Generator:
             np.asarray([self.end_of_turn], np.int32),
         )
         trace = self._program(
-            adapter, self.backbone.base, rows, all_seeds, live, draw, constraint, max_tokens=max_tokens
+            adapter,
+            self.backbone.base,
+            planted.rows,
+            planted.leaves,
+            all_seeds.reshape(shape),
+            live.reshape(shape),
+            draw,
+            constraint,
+            max_tokens=max_tokens,
         )
-        tokens, logprobs, lengths, stopped = (np.asarray(x) for x in trace)
+        tokens, logprobs, lengths, stopped = (np.asarray(x)[planted.place] for x in trace)
         return [
             Completion(
                 tokens[i, :n].tolist(),
                 [round(float(x), 6) for x in logprobs[i, :n]],
                 "stop" if stopped[i] else "length",
             )
-            for i, n in enumerate(lengths[: len(prompts)])
+            for i, n in enumerate(lengths)
         ]
-
-
-def left_padded(prompts: Sequence[list[int]], length: int) -> Rows:
-    """Prompts as trunks [B, length] that all end at the last column; padding is segment 0."""
-    b = len(prompts)
-    zeros = np.zeros((b, length), np.int32)
-    rows = Rows(zeros, zeros.copy(), zeros.copy(), zeros.copy(), zeros.copy(), np.zeros((b, length), np.float32))
-    for i, prompt in enumerate(prompts):
-        start = length - len(prompt)
-        rows.tokens[i, start:] = prompt
-        rows.position[i, start:] = np.arange(len(prompt))
-        rows.segment[i, start:] = 1
-    return rows
 
 
 def row_seed(*parts: object) -> int:

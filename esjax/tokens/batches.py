@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from esjax.config import InputError
 from esjax.rows import Rows
 
 Row = list[int]  # indices of the examples packed into one row
+LEAVES = 4  # prompts that one row grows
 OPEN_ROWS = 64  # an example is offered to so many of the newest rows, so that packing stays linear
 
 
@@ -36,6 +38,68 @@ def share_trunks(prompts: Sequence[Sequence[int]], sizes: Sequence[int], room: i
             groups.append([i])
             stem, used = prompts[i], len(prompts[i]) - 1 + sizes[i]
     return sorted(sorted(group) for group in groups)
+
+
+class Planted(NamedTuple):
+    """Prompts as rows to grow."""
+
+    rows: Rows  # [B, T]
+    leaves: np.ndarray  # int32 [B, M], row index of each prompt's last token; 0 where there is none
+    place: list[int]  # of each prompt, in leaves.reshape(-1)
+
+
+def plant(prompts: Sequence[Sequence[int]], batch: int, bucket: int) -> Planted:
+    """Lay out at most ``batch`` prompts so that what they begin with together is computed once, where that pays.
+
+    Either a row for each prompt, or rows of LEAVES prompts, whichever has fewer tokens to compute; in both B * M is
+    ``batch`` (which need be no multiple of LEAVES for the first). T is a multiple of ``bucket``.
+    """
+    alone = _planted([[[i]] for i in range(len(prompts))], prompts, batch, 1, bucket)
+    if batch % LEAVES or len(prompts) < 2:
+        return alone
+    tokens: list[int] = [0] * (batch // LEAVES)
+    beds: list[list[list[int]]] = [[] for _ in tokens]
+    groups = _alike(prompts)
+    size = {id(g): len(rows.trunk_with_prompts([prompts[i] for i in g])[0].tokens) for g in groups}
+    for group in sorted(groups, key=lambda g: (-size[id(g)], g)):
+        room = [b for b, bed in enumerate(beds) if sum(map(len, bed)) + len(group) <= LEAVES]
+        if not room:
+            return alone
+        best = min(room, key=lambda b: tokens[b])
+        beds[best].append(group)
+        tokens[best] += size[id(group)]
+    together = _planted(beds, prompts, batch // LEAVES, LEAVES, bucket)
+    return together if together.rows.tokens.size < alone.rows.tokens.size else alone
+
+
+def _alike(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Groups of at most LEAVES prompts that share at least half of the shorter one with the group's first."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(prompts)), key=lambda i: (list(prompts[i]), i), reverse=True):
+        newest = groups[-1] if groups else None
+        if newest and len(newest) < LEAVES:
+            shared = rows.common_prefix(prompts[newest[0]], prompts[i])
+            if 2 * shared >= min(len(prompts[newest[0]]), len(prompts[i])):
+                newest.append(i)
+                continue
+        groups.append([i])
+    return groups
+
+
+def _planted(beds: list[list[list[int]]], prompts: Sequence[Sequence[int]], b: int, m: int, bucket: int) -> Planted:
+    made = [[rows.trunk_with_prompts([prompts[i] for i in group]) for group in bed] for bed in beds]
+    longest = max(sum(len(row.tokens) for row, _ in bed) for bed in made)
+    length = -(-longest // bucket) * bucket
+    leaves, place = np.zeros((b, m), np.int32), [0] * len(prompts)
+    for r, (bed, parts) in enumerate(zip(beds, made, strict=True)):
+        start = number = 0
+        for group, (row, ends) in zip(bed, parts, strict=True):
+            for i, end in zip(group, ends, strict=True):
+                leaves[r, number], place[i] = start + end, r * m + number
+                number += 1
+            start += len(row.tokens)
+    packed = [rows.pack([row for row, _ in bed], length) for bed in made]
+    return Planted(rows.stack([*packed, *[rows.pack([], length)] * (b - len(packed))]), leaves, place)
 
 
 def pack_in_order(lengths: Sequence[int], order: Sequence[int], row_length: int) -> list[Row]:
