@@ -203,7 +203,7 @@ def bench(
     work: Workload, job: Job, how: Execution, micro_rows: int | None, trace: Path | None, peak: float
 ) -> dict[str, Any]:
     """Measure one job: its figure with what it costs and how far from ``peak`` (FLOP/s of a large product) it is."""
-    dtype = jnp.dtype(work.dtype)
+    dtype, how = jnp.dtype(work.dtype), how._replace(layout=job.layout)
     rng = np.random.default_rng(0)
     example, extra = job.batch(rng)
     micro = micro_rows or example.tokens.shape[0]
@@ -267,7 +267,7 @@ def build(
     targets = max(int((w != 0).sum()) for w in np.split(example.weight, rows_in_batch // share))
     tx = optimiser(job.settings, job.steps + job.warmup)
     compute = None if job.lora is not None else dtype
-    step = make_step(definition, job.loss, tx, micro_rows, targets, how._replace(layout=job.layout), compute)
+    step = make_step(definition, job.loss, tx, micro_rows, targets, how, compute)
     return step, jax.eval_shape(tx.init, trained) if _abstract(trained) else tx.init(trained)
 
 
@@ -279,14 +279,14 @@ def compile_for(
     work: Workload, job: Job, how: Execution, micro_rows: int | None, topology: str, tensor: int
 ) -> dict[str, Any]:
     """Compile a job's step for TPUs that are not at hand: whether it does, in which time, and what a chip must hold."""
-    dtype = jnp.dtype(work.dtype)
+    dtype, how = jnp.dtype(work.dtype), how._replace(layout=job.layout)
     example, extra = job.batch(np.random.default_rng(0))
     definition, make = parts(work.architecture, job.lora, dtype)
     trained, frozen = jax.eval_shape(make)
     mesh = topology_mesh(topology, tensor)
     with jax.set_mesh(mesh):
         micro = micro_rows or example.tokens.shape[0]
-        step, opt_state = build(definition, job, trained, example, micro, how._replace(attention="splash"), dtype)
+        step, opt_state = build(definition, job, trained, example, micro, how, dtype)
         arguments = (placed(trained, mesh), placed(opt_state, mesh), placed(frozen, mesh))
         began = time.perf_counter()
         compiled = step.lower(*arguments, placed_batch(example, mesh), placed_batch(extra, mesh)).compile()
@@ -299,7 +299,7 @@ def compile_for(
         "compile_s": round(time.perf_counter() - began, 1),
         **planned(compiled),
         "kernels": compiled.as_text().count('custom_call_target="tpu_custom_call"'),
-        "attention": "splash",
+        "attention": how.attention,
         "remat": how.remat,
         "micro_rows": micro,
     }
@@ -320,10 +320,13 @@ def parts(
 
 
 def memory(compiled: Any) -> dict[str, float]:
-    """Peak memory in GiB: of the device where it can tell, else what the compiler laid out, and the process' own peak."""
+    """Memory in GiB: the step's by the compiler's layout, and the process' peak so far, earlier jobs and set-up included.
+
+    The latter is the device's where it can tell (``device_peak_gib``), else the resident memory (``process_peak_gib``).
+    """
     stats = jax.local_devices()[0].memory_stats()
     if stats is not None and "peak_bytes_in_use" in stats:
-        return {"mem_gib": round(stats["peak_bytes_in_use"] / GIB, 2)}
+        return planned(compiled) | {"device_peak_gib": round(stats["peak_bytes_in_use"] / GIB, 2)}
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return planned(compiled) | {"process_peak_gib": round(resident / GIB, 2)}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import os
 import sys
@@ -129,7 +130,10 @@ def export(args: argparse.Namespace, config: Config) -> None:
 
 
 def bench(args: argparse.Namespace, config: Config) -> None:
-    """Measure the training steps on this machine: one JSON line for each, with random weights and a workload file's sizes."""
+    """Measure the training steps on this machine: one JSON line for each, with random weights and a workload file's sizes.
+
+    Of the settings below only model.attention and model.remat count: the workload file says the rest.
+    """
     import json
 
     import jax.numpy as jnp
@@ -143,11 +147,17 @@ def bench(args: argparse.Namespace, config: Config) -> None:
             raise InputError(f"--tasks {task}: no such task; allowed: {', '.join(b.TASKS)}")
     work = b.read_workload(args.workload, args.profile)
     dtype = jnp.dtype(work.dtype)
-    how = choose_execution(config.model.attention, config.model.remat, dtype)
     if args.topology is not None:
+        if args.compare or args.trace:
+            raise InputError("--topology runs nothing: leave out --compare and --trace")
+        how = choose_execution(config.model.attention, config.model.remat, dtype, "tpu")
         for job in b.jobs(work, tasks, naive=False):
-            print(json.dumps(b.compile_for(work, job, how, args.micro_rows, args.topology, args.tensor)), flush=True)
+            made = b.compile_for(work, job, how, args.micro_rows, args.topology, args.tensor or 1)
+            print(json.dumps(made), flush=True)
         return
+    if args.tensor:
+        raise InputError("--tensor needs --topology: this machine's devices are not divided")
+    how = choose_execution(config.model.attention, config.model.remat, dtype)
     peak = b.measured_peak(dtype)
     for job in b.jobs(work, tasks, naive=args.compare == "naive"):
         trace = args.trace and args.trace / f"{job.task}-{job.variant}".replace(", ", "-")
@@ -191,6 +201,8 @@ def _fail(error: BaseException) -> NoReturn:
             "esjax: error: the disk is full; free some space and run the same command again, it continues",
             file=sys.stderr,
         )
+        with contextlib.suppress(OSError):  # what is printed may lie on the full disk, too
+            sys.stdout.flush()
         sys.stderr.flush()
         os._exit(2)  # the libraries' exit handlers would write to the full disk again, and say so at length
     raise error
@@ -320,7 +332,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         ),
         (
             "--tensor",
-            {"type": int, "default": 1, "metavar": "N", "help": "with --topology: devices that share a layer"},
+            {"type": int, "metavar": "N", "help": "with --topology: devices that share a layer"},
         ),
         ("--trace", {"type": Path, "metavar": "DIR", "help": "write a profiler trace of one step of each job"}),
     )

@@ -14,11 +14,12 @@ import pytest
 
 from esjax import bench, rows
 from esjax.cli import main
-from esjax.config import InputError, LoraSettings, SftSettings
+from esjax.config import InputError, LoraSettings
 from esjax.model.attention import PLATFORMS, choose_path
 from esjax.model.decoder import Execution
 from esjax.model.families import Architecture
 from esjax.model.lora import lora_from
+from esjax.model.weights import choose_execution
 from esjax.train.losses import sft_loss
 
 WORKLOAD = "bundled:configs/workload.json"
@@ -52,6 +53,9 @@ def test_one_line_for_each_job(capsys: pytest.CaptureFixture[str], tmp_path: Pat
         (["--profile", "huge"], "no profile 'huge'"),
         (["--workload", "/absent.json"], "/absent.json: cannot be read"),
         (["--profile", "tiny", "--micro-rows", "3"], "--micro-rows 3: it must divide the 2 rows of the dpo step"),
+        (["--topology", "v5e:2x2", "--compare", "naive"], "--topology runs nothing: leave out --compare and --trace"),
+        (["--tensor", "2"], "--tensor needs --topology"),
+        (["--topology", "v5e:2x2", "--model.attention", "pallas"], "model.attention=pallas does not run on tpu"),
         (["--model.attention", "splash"], "model.attention=splash does not run on cpu: choose auto, dense, chunked"),
         (["--model.remat", "offload"], "model.remat=offload needs a device with memory of its own"),
     ],
@@ -117,7 +121,7 @@ def test_three_times_the_vocabulary_costs_its_embedding_and_no_more() -> None:
         arch = replace(work.architecture, vocab=vocab)
         definition, make = bench.parts(arch, job.lora, FLOAT32)
         trained, frozen = jax.eval_shape(make)
-        how = Execution("chunked", remat="full")
+        how = choose_execution("chunked", "full", FLOAT32)
         step, opt_state = bench.build(definition, job, trained, example, 4, how, FLOAT32)
         return float(bench.planned(step.lower(trained, opt_state, frozen, example, extra).compile())["mem_gib"])
 
@@ -143,4 +147,3 @@ def test_the_figure_is_of_the_settings() -> None:
     moved, _, metrics = step(trained, opt_state, frozen, example, extra)
     assert {x.dtype for x in jax.tree.leaves(moved)} == {FLOAT32}
     assert float(metrics["loss"]) == pytest.approx(np.log(work.architecture.vocab), rel=0.05)
-    assert isinstance(jobs[1].settings, SftSettings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -143,12 +144,24 @@ def trunks(pairs: list[dict[str, Any]], encoder: Encoder, settings: DpoSettings)
 
 def _broken_by_template(pairs: list[dict[str, Any]], prompts: list[list[int]]) -> int:
     """How many prompts begin another one as messages, but not as tokens."""
-    longer: dict[str, list[int]] = {}  # the beginnings of all prompts, and the tokens of one that goes on
+    digests: list[bytes] = []  # of each whole prompt
+    longer: dict[bytes, list[int]] = {}  # digests of the beginnings of all prompts, and the tokens of one that goes on
     for pair, ids in zip(pairs, prompts, strict=True):
-        for n in range(1, len(pair["prompt"])):
-            longer.setdefault(json.dumps(pair["prompt"][:n]), ids)
-    goes_on = [longer.get(json.dumps(pair["prompt"])) for pair in pairs]
-    return sum(whole is not None and whole[: len(ids)] != ids for whole, ids in zip(goes_on, prompts, strict=True))
+        *beginnings, whole = _beginnings(pair["prompt"])
+        digests.append(whole)
+        for digest in beginnings:
+            longer.setdefault(digest, ids)
+    goes_on = [longer.get(digest) for digest in digests]
+    return sum(more is not None and more[: len(ids)] != ids for more, ids in zip(goes_on, prompts, strict=True))
+
+
+def _beginnings(messages: list[Message]) -> list[bytes]:
+    """A digest of the first message, the first two, ..., all of them."""
+    running, out = hashlib.sha256(), []
+    for message in messages:
+        running.update(json.dumps([message["role"], message["content"]]).encode())
+        out.append(running.digest())
+    return out
 
 
 def length_ratio(pairs: list[dict[str, Any]]) -> float:

@@ -147,17 +147,17 @@ def write_references(lab: Lab, adapter: Adapter, pairs: list[Row], path: Path, l
     """Write pairs with the log-probs of both replies under the model that DPO starts from; those of one trunk together."""
     c = lab.config.dpo
     scorer = Scorer(lab.backbone, c.row_length, c.micro_rows)
-    ordered = [pairs[i] for t in trunks(pairs, lab.encoder, c) for i in t.members]
+    shared = trunks(pairs, lab.encoder, c)
+    order = [(t, p) for t, trunk in enumerate(shared) for p in range(len(trunk.members))]  # trunk and place on it
     batch = 8 * c.micro_rows
 
     def work(start: int, stop: int) -> list[Row]:
-        part = ordered[start:stop]
-        shared = trunks(part, lab.encoder, c)
-        out = [p.copy() for p in part]
-        for trunk, branches in zip(shared, scorer.score(adapter, [t.rows for t in shared]), strict=True):
-            sums = [float(x.sum()) for x in branches]
-            for i, chosen, rejected in zip(trunk.members, sums[::2], sums[1::2], strict=True):
-                out[i]["reference"] = {"chosen": chosen, "rejected": rejected}
+        needed = sorted({t for t, _ in order[start:stop]})
+        scored = dict(zip(needed, scorer.score(adapter, [shared[t].rows for t in needed]), strict=True))
+        out = []
+        for t, p in order[start:stop]:
+            chosen, rejected = (float(x.sum()) for x in scored[t][2 * p : 2 * p + 2])
+            out.append(pairs[shared[t].members[p]] | {"reference": {"chosen": chosen, "rejected": rejected}})
         return out
 
     append_in_batches(path, len(pairs), batch, work, label)

@@ -18,17 +18,18 @@ from esjax.model.head import target_logprobs
 from esjax.model.layers import Block, Lora, attend_cached, rms_norm, rope_at
 from esjax.rows import Layout, Rows
 
+Remat = Literal["none", "dots", "offload", "full"]
+
 
 class Execution(NamedTuple):
     """How to compute, never what: all values give the same numbers to rounding. Static."""
 
     attention: Path = "dense"
     layout: Layout = "branched"  # what the rows hold at most; simpler rows take a shorter way
-    remat: Literal["none", "dots", "offload", "full"] = "none"
+    remat: Remat = "none"
+    logits: int = 1 << 26  # entries of the head's logits that exist at once on a device: 256 MiB in float32
     interpret: bool = False  # kernels run on the host, for tests
-    unroll: bool = (
-        False  # layers one after the other instead of in a loop, so that the compiler counts every one's FLOPs
-    )
+    unroll: bool = False  # no loops over layers and chunks, so that the compiler counts every pass
 
 
 class Cache(NamedTuple):
@@ -115,7 +116,7 @@ class Decoder(nnx.Module):
 LAYER_INPUT = "layer_input"
 
 
-def rematerialised(layer: Callable[..., Any], remat: str) -> Callable[..., Any]:
+def rematerialised(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
     """A scanned layer under a rematerialisation policy: what the forward pass keeps for the backward pass.
 
     none keeps everything; dots keeps the products of the linear layers and recomputes the rest; full keeps a layer's input
@@ -138,7 +139,7 @@ def rematerialised(layer: Callable[..., Any], remat: str) -> Callable[..., Any]:
     return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 
-def token_logprobs(model: Decoder, rows: Rows, targets: int, how: Execution, chunk: int | None = None) -> Array:
+def token_logprobs(model: Decoder, rows: Rows, targets: int, how: Execution) -> Array:
     """Log-probability of each target token, float32 [B, T]: entry i is for token i + 1; 0 where weight is 0.
 
     The one primitive of SFT, DPO and scoring. The head runs only where weight != 0, in chunks, so that [B, T, V] logits
@@ -147,7 +148,6 @@ def token_logprobs(model: Decoder, rows: Rows, targets: int, how: Execution, chu
     Args:
         rows: [B, T].
         targets: at least the number of nonzero weights in each device's share of the batch; static, so that shapes are.
-        chunk: for the head, see ``target_logprobs``.
     """
     b, t = rows.tokens.shape
     groups = batch_groups()
@@ -158,8 +158,9 @@ def token_logprobs(model: Decoder, rows: Rows, targets: int, how: Execution, chu
     index = jax.vmap(lambda w: jnp.nonzero(w, size=size, fill_value=last)[0])(wanted)
     following = jnp.roll(rows.tokens, -1, axis=1).reshape(groups, -1)
     x = jnp.take_along_axis(hidden, index[..., None], axis=1)
-    chunk = size if how.unroll else chunk
-    logprobs = target_logprobs(x, model.head_weight, jnp.take_along_axis(following, index, axis=1), chunk)
+    head = model.head_weight
+    logits = size * len(head) if how.unroll else how.logits
+    logprobs = target_logprobs(x, head, jnp.take_along_axis(following, index, axis=1), logits)
     logprobs = jnp.where(jnp.take_along_axis(wanted, index, axis=1), logprobs, 0.0)
     flat = jax.vmap(lambda i, values: jnp.zeros(last + 1, jnp.float32).at[i].add(values))(index, logprobs)
     return flat.reshape(b, t)

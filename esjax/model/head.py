@@ -11,11 +11,8 @@ from jax import Array
 
 from esjax.mesh import constrain
 
-LOGITS = 1 << 26  # entries of one chunk's logits on an accelerator: 256 MiB in float32
-LOGITS_CPU = 1 << 24  # on a CPU large chunks gain nothing
 
-
-def target_logprobs(x: Array, head: Array, token: Array, chunk: int | None = None) -> Array:
+def target_logprobs(x: Array, head: Array, token: Array, logits: int) -> Array:
     """log softmax(x head^T)[token] in float32: x [G, n, D], head [V, D], token int32 [G, n] -> [G, n].
 
     Neither pass holds more logits than those of one chunk of tokens, and the size of a chunk falls as V grows. Since the
@@ -25,11 +22,10 @@ def target_logprobs(x: Array, head: Array, token: Array, chunk: int | None = Non
 
     Args:
         x: G is the number of devices that the batch is split over; each computes its own n tokens.
-        chunk: tokens of a group at a time; None takes what LOGITS allows.
+        logits: most entries of one chunk's logits on one device (a chunk has at least one token).
     """
     (groups, n), v = token.shape, head.shape[0]
-    entries = LOGITS_CPU if jax.default_backend() == "cpu" else LOGITS
-    count = -(-n // (max(8, entries // v) if chunk is None else chunk))
+    count = -(-n // max(1, logits // v))
     size = -(-n // count)
 
     def split(a: Array) -> Array:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from flax import nnx
 from esjax.config import InputError
 from esjax.hub.shards import ShardReader
 from esjax.model.attention import choose_path
-from esjax.model.decoder import Decoder, Execution
+from esjax.model.decoder import Decoder, Execution, Remat
 from esjax.model.families import Architecture, ignorable, key_table, read_architecture
 from esjax.model.layers import Lora
 from esjax.model.lora import Adapter, flatten, merge_kernel, unflatten
@@ -56,18 +55,19 @@ def compute_dtype(name: str) -> jnp.dtype:
     return jnp.dtype(name)
 
 
-def choose_execution(attention: str, remat: Any, dtype: jnp.dtype) -> Execution:
-    """How to compute on this machine. Raises InputError for what it cannot do."""
-    platform = jax.default_backend()
+def choose_execution(attention: str, remat: Remat, dtype: jnp.dtype, platform: str | None = None) -> Execution:
+    """How to compute on a platform (cpu, gpu or tpu; this machine's when left out). Raises InputError for what it cannot do."""
+    platform = platform or jax.default_backend()
     if remat == "offload" and platform == "cpu":
         raise InputError(
             "model.remat=offload needs a device with memory of its own: choose none, dots or full on a CPU"
         )
-    return Execution(choose_path(attention, platform, dtype), remat=remat)
+    how = Execution(choose_path(attention, platform, dtype), remat=remat)
+    return how._replace(logits=1 << 24) if platform == "cpu" else how  # large chunks gain nothing on a CPU
 
 
 def load_backbone(
-    folder: Path, lora: Lora | None, dtype: jnp.dtype, attention: str = "auto", remat: str = "full"
+    folder: Path, lora: Lora | None, dtype: jnp.dtype, attention: str = "auto", remat: Remat = "full"
 ) -> Backbone:
     """Read a Hugging Face folder, one stacked parameter at a time.
 

@@ -75,6 +75,7 @@ def decode(
     """
     model = bind(definition, adapter, base)
     (b, t), m = prompts.tokens.shape, leaves.shape[1]
+    how = how._replace(layout="causal" if m == 1 else "branched")  # one prompt a row, or any
     slots = t + max_tokens * m  # the n-th new tokens of a row's leaves lie beside each other
     hidden, cache = model.prefill(prompts, slots, how)
     keys = jax.vmap(jax.random.key)(seeds.reshape(-1))

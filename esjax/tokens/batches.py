@@ -13,6 +13,8 @@ from esjax.rows import Rows
 
 Row = list[int]  # indices of the examples packed into one row
 LEAVES = 4  # prompts that one row grows
+SAVING = 0.25  # share of a batch's prompt tokens that must be saved: a row of several prompts costs more at every step
+Group = tuple[list[int], Rows, list[int]]  # which prompts, their row, and where in it each one ends
 OPEN_ROWS = 64  # an example is offered to so many of the newest rows, so that packing stays linear
 
 
@@ -51,25 +53,22 @@ class Planted(NamedTuple):
 def plant(prompts: Sequence[Sequence[int]], batch: int, bucket: int) -> Planted:
     """Lay out at most ``batch`` prompts so that what they begin with together is computed once, where that pays.
 
-    Either a row for each prompt, or rows of LEAVES prompts, whichever has fewer tokens to compute; in both B * M is
+    Either a row for each prompt, or rows of LEAVES prompts when sharing saves SAVING of the tokens; in both B * M is
     ``batch`` (which need be no multiple of LEAVES for the first). T is a multiple of ``bucket``.
     """
-    alone = _planted([[[i]] for i in range(len(prompts))], prompts, batch, 1, bucket)
-    if batch % LEAVES or len(prompts) < 2:
-        return alone
-    tokens: list[int] = [0] * (batch // LEAVES)
-    beds: list[list[list[int]]] = [[] for _ in tokens]
-    groups = _alike(prompts)
-    size = {id(g): len(rows.trunk_with_prompts([prompts[i] for i in g])[0].tokens) for g in groups}
-    for group in sorted(groups, key=lambda g: (-size[id(g)], g)):
-        room = [b for b, bed in enumerate(beds) if sum(map(len, bed)) + len(group) <= LEAVES]
-        if not room:
-            return alone
-        best = min(room, key=lambda b: tokens[b])
-        beds[best].append(group)
-        tokens[best] += size[id(group)]
-    together = _planted(beds, prompts, batch // LEAVES, LEAVES, bucket)
-    return together if together.rows.tokens.size < alone.rows.tokens.size else alone
+    groups = [(g, *rows.trunk_with_prompts([prompts[i] for i in g])) for g in _alike(prompts)]
+    shared = sum(len(row.tokens) for _, row, _ in groups)
+    beds: list[list[Group]] = [[] for _ in range(batch // LEAVES)]
+    if batch % LEAVES == 0 and shared <= (1 - SAVING) * sum(map(len, prompts)):
+        for group in sorted(groups, key=lambda g: (-len(g[1].tokens), g[0])):
+            room = [bed for bed in beds if sum(len(g[0]) for g in bed) + len(group[0]) <= LEAVES]
+            if not room:
+                break
+            min(room, key=_tokens).append(group)
+        else:
+            return _planted(beds, len(prompts), bucket)
+    alone: list[list[Group]] = [[([i], *rows.trunk_with_prompts([p]))] for i, p in enumerate(prompts)]
+    return _planted([*alone, *[[] for _ in range(batch - len(prompts))]], len(prompts), bucket)
 
 
 def _alike(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -86,20 +85,23 @@ def _alike(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     return groups
 
 
-def _planted(beds: list[list[list[int]]], prompts: Sequence[Sequence[int]], b: int, m: int, bucket: int) -> Planted:
-    made = [[rows.trunk_with_prompts([prompts[i] for i in group]) for group in bed] for bed in beds]
-    longest = max(sum(len(row.tokens) for row, _ in bed) for bed in made)
-    length = -(-longest // bucket) * bucket
-    leaves, place = np.zeros((b, m), np.int32), [0] * len(prompts)
-    for r, (bed, parts) in enumerate(zip(beds, made, strict=True)):
+def _tokens(bed: list[Group]) -> int:
+    return sum(len(row.tokens) for _, row, _ in bed)
+
+
+def _planted(beds: list[list[Group]], prompts: int, bucket: int) -> Planted:
+    m = max(sum(len(g[0]) for g in bed) for bed in beds)
+    m = 1 if m == 1 else LEAVES
+    leaves, place = np.zeros((len(beds), m), np.int32), [0] * prompts
+    for r, bed in enumerate(beds):
         start = number = 0
-        for group, (row, ends) in zip(bed, parts, strict=True):
-            for i, end in zip(group, ends, strict=True):
+        for members, row, ends in bed:
+            for i, end in zip(members, ends, strict=True):
                 leaves[r, number], place[i] = start + end, r * m + number
                 number += 1
             start += len(row.tokens)
-    packed = [rows.pack([row for row, _ in bed], length) for bed in made]
-    return Planted(rows.stack([*packed, *[rows.pack([], length)] * (b - len(packed))]), leaves, place)
+    length = -(-max(map(_tokens, beds)) // bucket) * bucket
+    return Planted(rows.stack([rows.pack([row for _, row, _ in bed], length) for bed in beds]), leaves, place)
 
 
 def pack_in_order(lengths: Sequence[int], order: Sequence[int], row_length: int) -> list[Row]:
