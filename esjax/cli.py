@@ -65,38 +65,72 @@ def dpo(args: argparse.Namespace, config: Config) -> None:
 
 
 def sample(args: argparse.Namespace, config: Config) -> None:
-    """Answer prompts: JSON Lines {"id", "messages"} to {"id", "text", "token_ids", "logprobs", "finish_reason"}."""
+    """Answer prompts: JSON Lines {"id", "messages"} to {"id", "text", "token_ids", "logprobs", "finish_reason"}.
+
+    With --num-samples a prompt has several answers, one line each, numbered as "sample" from 0.
+    """
     from esjax.corpus.sources import check_messages
     from esjax.evolve.lab import open_model
-    from esjax.runlog import append_in_batches, read_jsonl
-    from esjax.sample.generate import Generator, row_seed
+    from esjax.runlog import gather, read_jsonl, say
+    from esjax.sample.constrain import START, Field, compile_template
+    from esjax.sample.generate import Completion, Request, row_seed
 
+    count = args.num_samples
+    if count < 1:
+        raise InputError(f"--num-samples {count}: at least 1")
     asked = read_jsonl(args.prompts, ("id", "messages"))
     if not asked:
         raise InputError(f"{args.prompts}: empty; expected one JSON object a line with id and messages")
     chats = [
         check_messages(r["messages"], f"{args.prompts}, row {i}", last="user") for i, r in enumerate(asked, start=1)
     ]
+    pattern = _pattern(args)
     _fresh(args.out)
     lab, adapter = open_model(args.model, config)
+    how, most = config.reply, config.reply.max_tokens
+    form = None
+    if pattern is not None:
+        form = compile_template([Field(pattern, most - 1)], lab.tokenizer, lab.backbone.arch.vocab)
     prompts = [lab.tokenizer.prompt(lab.encoder.with_system(chat)) for chat in chats]
-    generator = Generator(lab.backbone, min(config.reply.batch, len(prompts)), lab.tokenizer.end_of_turn)
+    generator = lab.generator
+    generator.lanes = min(how.batch, count * len(prompts))
 
-    def answer(start: int, stop: int) -> list[dict[str, object]]:
-        seeds = [row_seed(config.seed, "sample", r["id"]) for r in asked[start:stop]]
-        made = generator.generate(adapter, prompts[start:stop], seeds, config.reply, config.reply.max_tokens)
-        return [
-            {
-                "id": r["id"],
-                "text": lab.tokenizer.decode(m.token_ids),
-                "token_ids": m.token_ids,
-                "logprobs": m.logprobs,
-                "finish_reason": m.finish,
+    def answer(missing: list[int], add: Callable[..., None]) -> None:
+        requests = []
+        for i in missing:
+            n, k = divmod(i, count)
+            seed = row_seed(config.seed, "sample", asked[n]["id"], *([k] if k else []))
+            requests.append(Request(i, prompts[n], seed, how, most, START if form else 0))
+
+        def done(request: Request, made: Completion) -> tuple[()]:
+            n, k = divmod(request.key, count)
+            row = {
+                "id": asked[n]["id"],
+                **({"sample": k} if count > 1 else {}),
+                "text": lab.tokenizer.decode(made.token_ids),
+                "token_ids": made.token_ids,
+                "logprobs": made.logprobs,
+                "finish_reason": made.finish,
             }
-            for r, m in zip(asked[start:stop], made, strict=True)
-        ]
+            add(request.key, row, len(made.token_ids))
+            return ()
 
-    append_in_batches(args.out, len(prompts), generator.batch, answer, "replies")
+        generator.work(adapter, generator.grouped(requests), done, form.automaton if form else None)
+
+    gather(args.out, count * len(prompts), "replies", answer)
+    say(f"  {generator.usage}")
+
+
+def _pattern(args: argparse.Namespace) -> str | None:
+    """The regular expression that replies must match, of --regex or --json-schema. Raises InputError."""
+    from esjax.configfile import read_text
+    from esjax.sample.constrain import schema_pattern
+
+    if args.regex is not None and args.json_schema is not None:
+        raise InputError("--regex and --json-schema: give one of them")
+    if args.json_schema is None:
+        return None if args.regex is None else str(args.regex)
+    return schema_pattern(read_text(str(args.json_schema)), f"--json-schema {args.json_schema}")
 
 
 def score(args: argparse.Namespace, config: Config) -> None:
@@ -306,7 +340,15 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         ("--pairs", need("FILE", "pairs.jsonl: prompt, chosen, rejected as message lists")),
         ("--model", start),
     )
-    command(sample, model, ("--prompts", need("FILE", "prompts.jsonl")), ("--out", need("FILE", "replies.jsonl")))
+    command(
+        sample,
+        model,
+        ("--prompts", need("FILE", "prompts.jsonl")),
+        ("--out", need("FILE", "replies.jsonl")),
+        ("--num-samples", {"type": int, "default": 1, "metavar": "N", "help": "answers to each prompt"}),
+        ("--regex", {"metavar": "PATTERN", "help": "a regular expression that every answer matches as a whole"}),
+        ("--json-schema", {"type": Path, "metavar": "FILE", "help": "a JSON schema that every answer obeys"}),
+    )
     command(score, model, ("--data", need("FILE", "chats.jsonl")), ("--out", need("FILE", "scores.jsonl")))
     which: dict[str, object] = {"required": True, "metavar": "mT", "help": "which model of the run: m0, m1, ..."}
     form: dict[str, object] = {

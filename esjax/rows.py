@@ -87,30 +87,13 @@ def trunk_with_replies(stem: Sequence[int], replies: Sequence[tuple[int, Sequenc
     return concatenate(parts)
 
 
-def trunk_with_prompts(prompts: Sequence[Sequence[int]]) -> tuple[Rows, list[int]]:
-    """Prompts that begin alike, to be continued: the longest is the trunk, what others have beyond it are branches.
-
-    Returns the row, without targets, and the row index of each prompt's last token.
-    """
-    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
-    stem = prompts[longest]
-    parts, leaves, length = [trunk(stem)], [len(stem) - 1] * len(prompts), len(stem)
-    for i, prompt in enumerate(prompts):
-        if i == longest:
-            continue
-        start = min(common_prefix(prompt, stem), len(prompt) - 1)  # the last token is its own, whatever is shared
-        own = trunk(prompt[start:])
-        n = len(own.tokens)
-        branch, limit = np.full(n, len(parts), np.int32), np.full(n, start, np.int32)
-        parts.append(own._replace(position=own.position + np.int32(start), branch=branch, limit=limit))
-        length += n
-        leaves[i] = length - 1
-    return concatenate(parts), leaves
-
-
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens two sequences begin with together."""
-    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    low, high = 0, min(len(a), len(b))
+    while low < high:  # bisection: comparing slices of lists is far quicker than a loop over tokens
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low
 
 
 def concatenate(parts: Sequence[Rows]) -> Rows:

@@ -119,67 +119,112 @@ def read_jsonl(path: Path, required: Iterable[str] = ()) -> list[dict[str, Any]]
     return rows
 
 
-def append_in_batches(
-    path: Path, total: int, batch: int, work: Callable[[int, int], list[dict[str, Any]]], label: str
-) -> list[dict[str, Any]]:
-    """Fill a JSON Lines file batch by batch so that a kill loses one batch at most.
+class Journal:
+    """A JSON Lines file whose rows are made in any order, so that a kill loses none that was made. A context manager.
 
-    ``work(start, stop)`` makes the rows of one batch and depends on nothing else. Lines gather in ``path.part``; whole
-    batches found there from a killed run are kept, anything after them is cut off. The file takes its name when full.
+    Lines ``[index, row]`` gather in ``path.part``, each written out at once; whole lines found there from a killed run are
+    kept. ``finish`` gives the file its name when all rows are there, in the order of their indices.
     """
-    if path.exists():
-        return read_jsonl(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    kept: list[bytes] = []
-    if part.exists():
-        kept = [line for line in part.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-        kept = kept[: len(kept) // batch * batch] if len(kept) < total else kept[:total]
-    with open(part, "ab") as f:
-        f.truncate(sum(map(len, kept)))
-        with progress(label, total, done=len(kept)) as advance:
-            for start in range(len(kept), total, batch):
-                stop = min(start + batch, total)
-                rows = work(start, stop)
-                if len(rows) != stop - start:
-                    raise AssertionError(f"{label}: {len(rows)} rows for {stop - start} inputs")
-                f.write("".join(map(json_line, rows)).encode())
-                f.flush()
-                advance(stop - start)
-        os.fsync(f.fileno())
-    os.replace(part, path)
-    return read_jsonl(path)
+
+    def __init__(self, path: Path, total: int) -> None:
+        self.path, self.total = path, total
+        self._part = path.with_name(path.name + ".part")
+        self.rows: dict[int, dict[str, Any]] = {}
+
+    def __enter__(self) -> Journal:
+        if self.path.exists():
+            self.rows = dict(enumerate(read_jsonl(self.path)))
+            return self
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = self._part.read_bytes().splitlines(keepends=True) if self._part.exists() else []
+        whole = [line for line in lines if line.endswith(b"\n")]  # a kill may have torn the last one
+        self.rows = dict(map(json.loads, whole))
+        self._file = open(self._part, "ab")  # closed in __exit__
+        self._file.truncate(sum(map(len, whole)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self.path.exists():
+            self._file.close()
+
+    @property
+    def missing(self) -> list[int]:
+        """Indices of the rows that are still to be made."""
+        return [i for i in range(self.total) if i not in self.rows]
+
+    def add(self, index: int, row: dict[str, Any]) -> None:
+        """Keep a row. Each index is given once."""
+        if index in self.rows or not 0 <= index < self.total:
+            raise AssertionError(f"{self.path}: row {index} of {self.total} is not wanted")
+        self.rows[index] = row
+        self._file.write((json.dumps([index, row], ensure_ascii=False) + "\n").encode())
+        self._file.flush()
+
+    def finish(self) -> list[dict[str, Any]]:
+        """Write the file, and return its rows."""
+        rows = [self.rows[i] for i in range(self.total)]
+        if not self.path.exists():
+            write_jsonl(self.path, rows)
+            self._file.close()
+            self._part.unlink()
+        return rows
+
+
+def gather(
+    path: Path, total: int, label: str, work: Callable[[list[int], Callable[..., None]], None]
+) -> list[dict[str, Any]]:
+    """Fill a JSON Lines file: ``work(missing, add)`` makes the missing rows and calls ``add(index, row, tokens=0)``."""
+    with Journal(path, total) as journal:
+        if journal.missing:
+            with progress(label, total, done=len(journal.rows)) as advance:
+
+                def add(index: int, row: dict[str, Any], tokens: int = 0) -> None:
+                    journal.add(index, row)
+                    advance(1, tokens)
+
+                work(journal.missing, add)
+        return journal.finish()
 
 
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.2f}/s" if task.speed else "-/s")
+        tokens = task.fields["tokens"]
+        more = f", {tokens / task.elapsed:.0f} tokens/s" if tokens and task.elapsed else ""
+        return Text((f"{task.speed:.2f}/s" if task.speed else "-/s") + more)
 
 
 @contextmanager
-def progress(label: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr with count, rate and time left; yields ``advance(n)``. Without a terminal: two lines."""
+def progress(label: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
+    """A progress bar on stderr with count, rate and time left; yields ``advance(n, tokens=0)``. Without a terminal: lines.
+
+    Where tokens are told, their rate is shown as well.
+    """
     columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
     start = time.monotonic()
-    count = 0
+    count = drawn = 0
     last = start
 
-    def advance(n: int) -> None:
-        nonlocal count, last
+    def rates(seconds: float) -> str:
+        per_second = f"{count / max(seconds, 1e-9):.2f}/s"
+        return per_second + (f", {drawn / max(seconds, 1e-9):.0f} tokens/s" if drawn else "")
+
+    def advance(n: int, tokens: int = 0) -> None:
+        nonlocal count, drawn, last
         count += n
-        bar.advance(task, n)
+        drawn += tokens
+        bar.update(task, advance=n, tokens=drawn)
         now = time.monotonic()
-        if not console.is_terminal and now - last > 15:  # a log file gets a line every 15 s instead of a bar
-            rate = count / (now - start)
-            say(f"  {label}: {done + count}/{total}, {rate:.2f}/s, {(total - done - count) / rate:.0f} s left")
+        if not console.is_terminal and now - last > 15 and count:  # a log file gets a line every 15 s instead of a bar
+            left = (total - done - count) * (now - start) / count
+            say(f"  {label}: {done + count}/{total}, {rates(now - start)}, {left:.0f} s left")
             last = now
 
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(label, total=total, completed=done)
+        task = bar.add_task(label, total=total, completed=done, tokens=0)
         yield advance
     seconds = time.monotonic() - start
     if count:
-        say(f"  {label}: {count} in {seconds:.1f} s ({count / max(seconds, 1e-9):.2f}/s)")
+        say(f"  {label}: {count} in {seconds:.1f} s ({rates(seconds)})")
 
 
 class Metrics:

@@ -20,18 +20,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from oracles import BARE, Ours, model_of, perturbed, real_dialogues, torch_logits, torch_logprobs, torch_model, worst
+from oracles import (
+    BARE,
+    Ours,
+    model_of,
+    perturbed,
+    random_adapter,
+    real_dialogues,
+    torch_logits,
+    torch_logprobs,
+    torch_model,
+    worst,
+)
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-import esjax.sample.generate as generate
 from esjax.config import InputError, SamplingSettings
+from esjax.model.cached import Seen, empty_cache, lay_out, load, step
 from esjax.model.decoder import token_logprobs
 from esjax.model.families import Llama3Rope, architecture, read_architecture
 from esjax.model.layers import Lora
 from esjax.model.weights import Backbone, bind, load_backbone
 from esjax.rows import Rows, pack, prompt_with_replies, stack, trunk
 from esjax.sample.generate import Generator
-from esjax.tokens.batches import Planted, plant
+from esjax.sample.rowbook import Placed, Run, together, windows
 from esjax.tokens.encode import Encoder
 from esjax.tokens.tokenizer import ChatTokenizer
 
@@ -106,11 +117,10 @@ def test_greedy_continuations_in_one_batch_are_transformers_token_for_token(
     assert [len(t) for t in ours] == [64] * 4
     assert ours == theirs
 
-    def early(*arguments: Any) -> Planted:
-        planted = plant(*arguments)
-        return planted._replace(leaves=planted.leaves - 1)  # the prompt's last token is not seen
+    def without_the_last(self: Placed) -> tuple[int, int, int, int]:
+        return (self.trunk.start, self.trunk.start + self.seen - 1, 0, 0) if self.trunk else (0, 0, 0, 0)
 
-    monkeypatch.setattr(generate, "plant", early)
+    monkeypatch.setattr(Placed, "spans", property(without_the_last))
     assert continued() != theirs
 
 
@@ -202,17 +212,17 @@ def test_imported_logits_agree(pair: Pair) -> None:
     assert worst(pair.ours.sequence(tokens, LENGTH, base=wrong.base), torch_logits(pair.torch, tokens)) > 1e-3
 
 
-def test_packed_prefill_agrees(pair: Pair) -> None:
+def test_packed_rows_agree(pair: Pair) -> None:
     length = sum(map(len, sequences())) + 3
     rows = stack([pack([trunk(tokens) for tokens in sequences()], length)])
     model = model_of(pair.backbone)
 
     @jax.jit
-    def prefill(rows: Rows) -> jax.Array:
-        return model.logits(model.prefill(rows, length + 3, pair.backbone.execution)[0])
+    def forward(rows: Rows) -> jax.Array:
+        return model.logits(model(rows, pair.backbone.execution))
 
-    logits = np.asarray(prefill(rows))[0]
-    leaky = np.asarray(prefill(rows._replace(segment=np.ones_like(rows.segment))))[0]
+    logits = np.asarray(forward(rows))[0]
+    leaky = np.asarray(forward(rows._replace(segment=np.ones_like(rows.segment))))[0]
     start = 0
     for tokens in sequences():
         theirs, mine = torch_logits(pair.torch, tokens), slice(start, start + len(tokens))
@@ -222,34 +232,64 @@ def test_packed_prefill_agrees(pair: Pair) -> None:
         start += len(tokens)
 
 
-def test_cached_decoding_agrees(pair: Pair) -> None:
-    whole, prompt = sequences(), 5
-    rows = stack([pack([trunk(tokens[:prompt])], 8) for tokens in whole])
-    model = model_of(pair.backbone)
-    count = max(map(len, whole)) - prompt
-    _, cache = jax.jit(lambda rows: model.prefill(rows, 8 + count, pair.backbone.execution))(rows)
-    filled = np.concatenate([rows.segment > 0, np.zeros((3, count), bool)], axis=1)
+@pytest.mark.parametrize("attention", ["chunked", "dense"])
+def test_cached_decoding_agrees(pair: Pair, attention: Any) -> None:
+    """A trunk, a branch that leaves it and a second trunk in one row of two lanes, each token fed on its own afterwards."""
+    stem, other, _ = sequences()
+    branch = [*stem[:20], *other[:12]]
+    whole = [stem, branch]
+    arch, how = pair.backbone.arch, pair.backbone.execution._replace(attention=attention)
+    weights = jax.jit(lambda base: lay_out(bind(pair.backbone.definition, BARE, base), merge=True))(pair.backbone.base)
+    loading = jax.jit(lambda cache, chunk: load(arch, weights, cache, chunk, how))
+    runs = [Run(3, stem[:25], 0, (3, 3)), Run(40, branch[20:27], 20, (3, 23)), Run(60, other, 0, (60, 60))]
+    chunks = windows(0, runs, 32, 160)
+    cache = loading(empty_cache(arch, 1, 2, 160, 64, jnp.dtype("float32")), together(chunks, 4))
 
     @jax.jit
-    def step(token: Any, position: Any, cache: Any, slot: Any, mask: Any) -> Any:
-        x, cache = model.step(token[:, None], position[:, None], cache, slot, mask[:, None])
-        return model.logits(x[:, 0]), cache
+    def following(token: Any, position: Any, seen: Any, clock: Any, cache: Any) -> Any:
+        x, cache = step(arch, weights, cache, token, position, seen, clock, how)
+        return x @ weights.head.T, cache
 
-    def following(position_error: int, cache: Any) -> np.ndarray:
+    def decoded(error: int, cache: Any) -> np.ndarray:
         logits = []
-        for n in range(count):
-            token = np.asarray([tokens[prompt + n] if prompt + n < len(tokens) else 0 for tokens in whole], np.int32)
-            position = np.full(3, prompt + n + position_error, np.int32)
-            mask = filled | ((np.arange(8 + count) >= 8) & (np.arange(8 + count) <= 8 + n))
-            out, cache = step(token, position, cache, np.int32(8 + n), mask)
+        at = np.asarray([[25, 27]], np.int32)
+        for n in range(5):
+            token = np.asarray([[t[p + n] for t, p in zip(whole, at[0], strict=True)]], np.int32)
+            ends = np.asarray([[28, 23]], np.int32) - error
+            own = np.asarray([[0, 40]], np.int32), np.asarray([[0, 47]], np.int32)
+            fed = np.full((1, 2), n + 1, np.int32)
+            seen = Seen(np.full((1, 2), 3, np.int32), ends, *own, fed)
+            out, cache = following(token, at + n, seen, np.int32(62 + n), cache)  # the ring's end is met on the way
             logits.append(np.asarray(out))
         return np.stack(logits, axis=1)
 
-    logits, shifted = following(0, cache), following(1, cache)
-    for i, tokens in enumerate(whole):
-        theirs = torch_logits(pair.torch, tokens)[prompt:]
-        assert worst(logits[i, : len(theirs)], theirs) <= 1e-3
-        assert worst(shifted[i, : len(theirs)], theirs) > 1e-3  # a position off by one would not do
+    logits, blind = decoded(0, cache), decoded(1, cache)
+    for i, (tokens, start) in enumerate(zip(whole, (25, 27), strict=True)):
+        theirs = torch_logits(pair.torch, tokens)[start : start + 5]
+        assert worst(logits[i], theirs) <= 1e-3
+        assert worst(blind[i], theirs) > 1e-3  # a trunk token that is not seen would not do
+
+
+def test_adapters_merged_and_apart_are_the_decoders(tiny: Backbone) -> None:
+    """Laid out for decoding, base + adapter computes what the stacked decoder computes; without its adapter it does not."""
+    adapter = random_adapter(tiny, 5)
+    tokens = np.random.default_rng(1).integers(2, tiny.arch.vocab, 40).tolist()
+    expected = Ours(tiny).sequence(tokens, 40, adapter)[-1]
+
+    def last(adapter: Any, merge: bool) -> np.ndarray:
+        weights = lay_out(bind(tiny.definition, adapter, tiny.base), merge)
+        assert (weights.layers[0].qkv.adapter is None) == merge
+        cache = empty_cache(tiny.arch, 1, 1, 64, 8, jnp.dtype("float32"))
+        chunk = together(windows(0, [Run(0, tokens[:-1], 0, (0, 0))], 64, 64), 1)
+        cache = load(tiny.arch, weights, cache, chunk, tiny.execution)
+        one = np.ones((1, 1), np.int32)
+        seen = Seen(0 * one, 39 * one, 0 * one, 0 * one, one)
+        x, _ = step(tiny.arch, weights, cache, tokens[-1] * one, 39 * one, seen, jnp.int32(0), tiny.execution)
+        return np.asarray(x @ weights.head.T)[0]
+
+    for merge in (True, False):
+        assert worst(last(adapter, merge), expected) <= 1e-4
+        assert worst(last(tiny.fresh_adapter(0), merge), expected) > 1e-2
 
 
 def test_rotary_scaling_acts(pair: Pair) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,8 @@ from esjax.eval.metrics import distinct, mean_words
 from esjax.evolve.filters import REPLY_REASONS, Filters
 from esjax.evolve.lab import Lab, adapter_folder
 from esjax.evolve.pairs import Context, contexts
-from esjax.runlog import RunDir, append_in_batches, bundled_hash, progress, sha256, write_text
-from esjax.sample.generate import Generator, row_seed
+from esjax.runlog import RunDir, bundled_hash, gather, progress, sha256, write_text
+from esjax.sample.generate import Completion, Request, row_seed
 from esjax.sample.score import Scorer
 
 
@@ -25,15 +26,11 @@ def compare(lab: Lab, run: RunDir) -> list[dict[str, Any]]:
     pool = contexts(lab.test, lab.encoder, c.data.window - c.reply.max_tokens)
     count = min(c.reply.max_contexts or len(pool), len(pool))
     asked = [pool[i * len(pool) // count] for i in range(count)]
-    asked.sort(key=lambda x: (sum(len(m["content"]) for m in x.messages), x.id))
-    generator = Generator(lab.backbone, c.reply.batch, lab.tokenizer.end_of_turn)
     filters = Filters.load(c.filters)
-    return [_model(lab, run, t, asked, generator, filters) for t in range(c.evolve.rounds + 1)]
+    return [_model(lab, run, t, asked, filters) for t in range(c.evolve.rounds + 1)]
 
 
-def _model(
-    lab: Lab, run: RunDir, t: int, asked: list[Context], generator: Generator, filters: Filters
-) -> dict[str, Any]:
+def _model(lab: Lab, run: RunDir, t: int, asked: list[Context], filters: Filters) -> dict[str, Any]:
     c, folder = lab.config, adapter_folder(run.path, t)
     predictions, scores = run.path / "eval" / f"m{t}.jsonl", run.path / "eval" / f"m{t}.scores.json"
 
@@ -44,25 +41,29 @@ def _model(
         with progress(f"m{t} reference scoring", len(rows)) as advance:
             logprobs = np.concatenate([x for branches in scorer.score(adapter, rows, advance) for x in branches])
 
-        def answer(start: int, stop: int) -> list[dict[str, Any]]:
-            part = asked[start:stop]
+        def answer(missing: list[int], add: Callable[..., None]) -> None:
             # The same seeds for every model: differences in the table are the models', not the draws'.
-            seeds = [row_seed(c.seed, "eval", x.id) for x in part]
-            made = generator.generate(
-                adapter, [lab.tokenizer.prompt(x.messages) for x in part], seeds, c.reply, c.reply.max_tokens
-            )
-            return [
-                {
+            prompts = {i: lab.tokenizer.prompt(asked[i].messages) for i in missing}
+            requests = [
+                Request(i, p, row_seed(c.seed, "eval", asked[i].id), c.reply, c.reply.max_tokens)
+                for i, p in prompts.items()
+            ]
+
+            def done(request: Request, made: Completion) -> tuple[()]:
+                x = asked[request.key]
+                row = {
                     "id": x.id,
                     "messages": x.messages,
                     "reference": x.reference,
-                    "prediction": lab.tokenizer.decode(m.token_ids).strip(),
-                    "finish_reason": m.finish,
+                    "prediction": lab.tokenizer.decode(made.token_ids).strip(),
+                    "finish_reason": made.finish,
                 }
-                for x, m in zip(part, made, strict=True)
-            ]
+                add(request.key, row, len(made.token_ids))
+                return ()
 
-        replies = append_in_batches(predictions, len(asked), c.reply.batch, answer, f"m{t} replies")
+            lab.generator.work(adapter, lab.generator.grouped(requests), done)
+
+        replies = gather(predictions, len(asked), f"m{t} replies", answer)
         texts = [r["prediction"] for r in replies]
         faults = Counter(filters.reply_fault(r["messages"], r["prediction"], r["finish_reason"]) for r in replies)
         row = {

@@ -18,6 +18,7 @@ from esjax.hub.fetch import resolve, weights_file
 from esjax.model.lora import Adapter, load_adapter, lora_from, read_lora
 from esjax.model.weights import Backbone, compute_dtype, load_backbone
 from esjax.runlog import say, sha256
+from esjax.sample.generate import Generator
 from esjax.tokens.encode import Encoder
 from esjax.tokens.tokenizer import ChatTokenizer
 
@@ -57,6 +58,11 @@ class Lab:
     @cached_property
     def test(self) -> list[Dialogue]:
         return read_dialogues(self.config.data.format, self.config.data.test)
+
+    @cached_property
+    def generator(self) -> Generator:
+        """The one sampler of the run, so that all rounds and the closing table share its programs."""
+        return Generator(self.backbone, self.config.evolve.batch, self.tokenizer.end_of_turn)
 
     @cached_property
     def weights_hash(self) -> str:

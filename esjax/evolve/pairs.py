@@ -28,6 +28,7 @@ class Context:
     id: str  # DIALOGUE/TURN
     messages: list[Message]
     reference: str  # the corpus' own answer
+    tokens: int  # of the prompt
 
 
 def contexts(dialogues: list[Dialogue], encoder: Encoder, room: int) -> list[Context]:
@@ -40,7 +41,8 @@ def contexts(dialogues: list[Dialogue], encoder: Encoder, room: int) -> list[Con
         for turn in dialogue.supporter_turns():
             fitted = encoder.prompt(encoder.context(dialogue, turn), room)
             if fitted is not None:
-                out.append(Context(f"{dialogue.id}/{turn}", fitted[0], dialogue.turns[turn].text))
+                messages, ids = fitted
+                out.append(Context(f"{dialogue.id}/{turn}", messages, dialogue.turns[turn].text, len(ids)))
     if not out:
         raise InputError(
             f"no context of {len(dialogues)} dialogues fits {room} tokens; raise data.window or evolve.context_tokens"
@@ -49,11 +51,11 @@ def contexts(dialogues: list[Dialogue], encoder: Encoder, room: int) -> list[Con
 
 
 def draw(pool: list[Context], count: int | None, seed: tuple[int, ...]) -> list[Context]:
-    """``count`` contexts without replacement (all when None), ordered by length so that batches hold similar ones."""
+    """``count`` contexts without replacement (all when None), in the order of the corpus."""
     if count is not None and count < len(pool):
         chosen = np.random.default_rng(seed).choice(len(pool), count, replace=False)
         pool = [pool[i] for i in sorted(chosen)]
-    return sorted(pool, key=lambda c: (sum(len(m["content"]) for m in c.messages), c.id))
+    return pool
 
 
 def sift(

@@ -16,7 +16,7 @@ from esjax.evolve.lab import Lab, adapter_folder
 from esjax.evolve.pairs import Trunk, read_pairs, trunks
 from esjax.model.lora import Adapter, save_adapter
 from esjax.rows import Rows
-from esjax.runlog import RunDir, RunError, append_in_batches, bundled_hash, replacing, say, sha256
+from esjax.runlog import RunDir, RunError, bundled_hash, gather, replacing, say, sha256
 from esjax.sample.generate import row_seed
 from esjax.sample.score import Scorer
 from esjax.train.loop import Phase, train
@@ -151,16 +151,17 @@ def write_references(lab: Lab, adapter: Adapter, pairs: list[Row], path: Path, l
     order = [(t, p) for t, trunk in enumerate(shared) for p in range(len(trunk.members))]  # trunk and place on it
     batch = 8 * c.micro_rows
 
-    def work(start: int, stop: int) -> list[Row]:
-        needed = sorted({t for t, _ in order[start:stop]})
-        scored = dict(zip(needed, scorer.score(adapter, [shared[t].rows for t in needed]), strict=True))
-        out = []
-        for t, p in order[start:stop]:
-            chosen, rejected = (float(x.sum()) for x in scored[t][2 * p : 2 * p + 2])
-            out.append(pairs[shared[t].members[p]] | {"reference": {"chosen": chosen, "rejected": rejected}})
-        return out
+    def work(missing: list[int], add: Callable[..., None]) -> None:
+        for start in range(0, len(missing), batch):
+            part = missing[start : start + batch]
+            needed = sorted({order[i][0] for i in part})
+            scored = dict(zip(needed, scorer.score(adapter, [shared[t].rows for t in needed]), strict=True))
+            for i in part:
+                t, p = order[i]
+                chosen, rejected = (float(x.sum()) for x in scored[t][2 * p : 2 * p + 2])
+                add(i, pairs[shared[t].members[p]] | {"reference": {"chosen": chosen, "rejected": rejected}})
 
-    append_in_batches(path, len(pairs), batch, work, label)
+    gather(path, len(pairs), label, work)
 
 
 def score_pairs(lab: Lab, run: RunDir, source: Path, start: Adapter, start_hash: str) -> Path:

@@ -11,7 +11,7 @@ from jinja2 import meta
 from esjax.config import Config, InputError
 from esjax.configfile import read_text
 from esjax.corpus.dialogue import Message
-from esjax.sample.constrain import Automaton, Field, compile_template
+from esjax.sample.constrain import Field, Template, compile_template
 from esjax.tokens.tokenizer import ChatTokenizer
 
 # name in the files -> label and opening words of its line. The opening is given, so that a small model describes the seeker
@@ -24,8 +24,8 @@ FIELDS = {
 REST = r" [a-z][^\n]*[.!?]"  # what follows the opening: one line, which ends a sentence
 
 
-def automaton(tokenizer: ChatTokenizer, field_tokens: int, vocab: int) -> tuple[Automaton, int]:
-    """The constraint under which reflections are sampled, and the most tokens that one takes."""
+def form(tokenizer: ChatTokenizer, field_tokens: int, vocab: int) -> Template:
+    """The constraint under which reflections are sampled."""
     parts: list[str | Field] = []
     for i, (label, opening) in enumerate(FIELDS.values()):
         parts += [("\n" if i else "") + f"{label} {opening}", Field(REST, field_tokens)]
@@ -43,9 +43,11 @@ def parse(text: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Instructions:
-    """The principles and the two templates. Each prompt is C_n with a request appended to the seeker's last message.
+    """The principles I and the two templates.
 
-    So all three prompts of a context begin with the same tokens, up to the end of what the seeker wrote.
+    The principles stand in the system message, and a request is appended to the seeker's last message. So all the
+    reflections and refinements of a dialogue's turns begin with the same tokens, up to the end of what the seeker wrote
+    there, and share one trunk.
     """
 
     principles: str
@@ -57,17 +59,25 @@ class Instructions:
         """Read the files of ``config.prompts``. Raises InputError naming a file with a broken template."""
         return cls(
             read_text(config.prompts.principles),
-            _template(config.prompts.reflect, ("principles",)),
-            _template(config.prompts.refine, ("principles", "draft", *FIELDS)),
+            _template(config.prompts.reflect, ()),
+            _template(config.prompts.refine, ("draft", *FIELDS)),
         )
 
     def reflection_prompt(self, context: list[Message]) -> list[Message]:
         """(I, C_n)."""
-        return _append(context, self.reflect.render(principles=self.principles))
+        return self._ask(context, self.reflect.render())
 
     def refinement_prompt(self, context: list[Message], reflection: dict[str, str], draft: str) -> list[Message]:
         """(I, C_n, u, s, y)."""
-        return _append(context, self.refine.render(principles=self.principles, draft=draft, **reflection))
+        return self._ask(context, self.refine.render(draft=draft, **reflection))
+
+    def _ask(self, context: list[Message], request: str) -> list[Message]:
+        system, rest = (
+            ("", context) if context[0]["role"] != "system" else (context[0]["content"] + "\n\n", context[1:])
+        )
+        last = rest[-1]
+        asked: Message = {"role": last["role"], "content": f"{last['content']}\n\n{request}"}
+        return [{"role": "system", "content": system + self.principles}, *rest[:-1], asked]
 
 
 def _template(path: str, names: tuple[str, ...]) -> jinja2.Template:
@@ -82,10 +92,5 @@ def _template(path: str, names: tuple[str, ...]) -> jinja2.Template:
     except InputError:
         raise
     except Exception as e:  # a template can raise anything
-        raise InputError(f"{path}: broken template ({e}); the variables are {', '.join(names)}") from e
+        raise InputError(f"{path}: broken template ({e}); the variables are: {', '.join(names) or 'none'}") from e
     return template
-
-
-def _append(context: list[Message], request: str) -> list[Message]:
-    last = context[-1]
-    return [*context[:-1], {"role": last["role"], "content": f"{last['content']}\n\n{request}"}]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from contextlib import ExitStack
 from functools import cached_property
+from itertools import chain, zip_longest
 from typing import Any
 
 from esjax.config import SamplingSettings
@@ -13,45 +14,40 @@ from esjax.evolve.filters import Filters
 from esjax.evolve.lab import Lab, adapter_folder
 from esjax.evolve.pairs import Context, contexts, draw, length_ratio, sift
 from esjax.evolve.phases import counted, dpo, sft, write_references
-from esjax.evolve.reflect import Instructions, automaton, parse
+from esjax.evolve.reflect import Instructions, form, parse
 from esjax.model.lora import Adapter
 from esjax.rows import prompt_with_replies
-from esjax.runlog import RunDir, RunError, append_in_batches, bundled_hash, read_jsonl, say, sha256, write_jsonl
-from esjax.sample.constrain import Automaton
-from esjax.sample.generate import Generator, row_seed
+from esjax.runlog import Journal, RunDir, RunError, bundled_hash, progress, read_jsonl, say, sha256, write_jsonl
+from esjax.sample.constrain import START, Template
+from esjax.sample.generate import Completion, Generator, Request, Usage, row_seed
 
 Row = dict[str, Any]
+KINDS = ("drafts", "reflections", "refinements")
 
 
 def evolve(lab: Lab, run: RunDir) -> None:
     """Phase 1, then all rounds of phase 2. Stages that the manifest calls done are skipped."""
     sft(lab, run)
-    generator = Generator(lab.backbone, lab.config.evolve.batch, lab.tokenizer.end_of_turn)
     for t in range(1, lab.config.evolve.rounds + 1):
-        Round(lab, run, generator, t).improve()
+        Round(lab, run, t).improve()
 
 
 class Round:
     """Round t of phase 2: M_(t-1) drafts, reflects and refines; DPO towards its refinements gives M_t."""
 
-    def __init__(self, lab: Lab, run: RunDir, generator: Generator, t: int) -> None:
-        self.lab, self.run, self.generator, self.t = lab, run, generator, t
+    def __init__(self, lab: Lab, run: RunDir, t: int) -> None:
+        self.lab, self.run, self.t = lab, run, t
         self.config = lab.config
         self.before = adapter_folder(run.path, t - 1)
         self.teacher = {"model": f"m{t - 1}", "adapter_sha256": sha256(self.before)}
         self.instructions, self.filters = Instructions.load(lab.config), Filters.load(lab.config.filters)
-        names = ("drafts", "reflections", "refinements", "pairs", "dropped")
+        names = (*KINDS, "pairs", "dropped")
         self.files = {name: run.path / f"round{t}" / f"{name}.jsonl" for name in names}
 
     @cached_property
     def adapter(self) -> Adapter:
         """M_(t-1)'s adapter, read once, and only when a stage of this round has work to do."""
         return self.lab.adapter(self.before)
-
-    @cached_property
-    def constraint(self) -> tuple[Automaton, int]:
-        """The form of reflections, and the most tokens that one takes; compiled when first needed."""
-        return automaton(self.lab.tokenizer, self.config.evolve.reflection.field_tokens, self.lab.backbone.arch.vocab)
 
     def improve(self) -> None:
         """All stages of the round, in order."""
@@ -62,72 +58,32 @@ class Round:
         cut = counted(self.lab.encoder.counts)
         say(f"round {self.t}: {len(chosen)} of {len(pool)} contexts{', of all ' + cut if cut else ''}")
 
-        self._generate("drafts", len(chosen), [c.data.train, prompts.system], lambda i, j: self._drafts(chosen[i:j]))
-        drafts = read_jsonl(self.files["drafts"])
-        asked = [prompts.reflect, prompts.principles]
-        self._generate("reflections", len(drafts), asked, lambda i, j: self._reflections(drafts[i:j]), after="drafts")
-        both = list(zip(drafts, read_jsonl(self.files["reflections"]), strict=True))
-        asked = [prompts.refine, prompts.principles]
-        self._generate("refinements", len(both), asked, lambda i, j: self._refinements(both[i:j]), after="reflections")
+        read = [c.data.train, prompts.system, prompts.principles, prompts.reflect, prompts.refine]
+        inputs = self.teacher | {path: bundled_hash(path) for path in read}
+        made = [self.files[name] for name in KINDS]
+        self.run.stage(f"round{self.t}/replies", made, inputs, lambda: self._replies(chosen, pool))
 
-        inputs = {name: sha256(self.files[name]) for name in ("drafts", "reflections", "refinements")}
+        inputs = {name: sha256(self.files[name]) for name in KINDS}
         inputs |= {path: bundled_hash(path) for path in (c.filters.crisis_patterns, c.filters.scaffolding_patterns)}
         outputs = [self.files["pairs"], self.files["dropped"]]
         self.run.stage(f"round{self.t}/pairs", outputs, self.teacher | inputs, self._pairs)
         dpo(self.lab, self.run, self.files["pairs"], f"round{self.t}/dpo", lambda: self.adapter)
 
-    def _generate(
-        self, name: str, total: int, read: list[str], batch: Callable[[int, int], list[Row]], after: str | None = None
-    ) -> None:
-        """One generation stage: rows ``batch(start, stop)`` gather in the stage's file."""
-
-        def work() -> Row:
-            rows = append_in_batches(self.files[name], total, self.config.evolve.batch, batch, f"round {self.t} {name}")
-            return {
-                "rows": len(rows),
-                "tokens": sum(r["num_tokens"] for r in rows),
-                "programs": self.generator.programs,
-            }
-
-        inputs = self.teacher | {path: bundled_hash(path) for path in read}
-        if after is not None:
-            inputs[after] = sha256(self.files[after])
-        self.run.stage(f"round{self.t}/{name}", [self.files[name]], inputs, work)
-
-    def _drafts(self, part: list[Context]) -> list[Row]:
-        replies = self._reply([x.id for x in part], [x.messages for x in part], "draft", self.config.evolve.draft)
-        return [{"id": x.id, "prompt": x.messages, **reply} for x, reply in zip(part, replies, strict=True)]
-
-    def _reflections(self, drafts: list[Row]) -> list[Row]:
-        prompts = [self.lab.tokenizer.prompt(self.instructions.reflection_prompt(d["prompt"])) for d in drafts]
-        seeds = [row_seed(self.config.seed, f"round{self.t}/reflection", d["id"]) for d in drafts]
-        table, most = self.constraint
-        made = self.generator.generate(self.adapter, prompts, seeds, self.config.evolve.reflection, most, table)
-        return [
-            {
-                "id": d["id"],
-                "reflection": parse(self.lab.tokenizer.decode(m.token_ids)),
-                "num_tokens": len(m.token_ids),
-                "seed": seed,
-            }
-            for d, m, seed in zip(drafts, made, seeds, strict=True)
-        ]
-
-    def _refinements(self, both: list[tuple[Row, Row]]) -> list[Row]:
-        asked = [self.instructions.refinement_prompt(d["prompt"], r["reflection"], d["text"]) for d, r in both]
-        ids = [d["id"] for d, _ in both]
-        replies = self._reply(ids, asked, "refinement", self.config.evolve.refinement)
-        return [{"id": i, **reply} for i, reply in zip(ids, replies, strict=True)]
-
-    def _reply(self, ids: list[str], chats: list[list[Message]], stage: str, how: SamplingSettings) -> list[Row]:
-        seeds = [row_seed(self.config.seed, f"round{self.t}/{stage}", i) for i in ids]
-        prompts = [self.lab.tokenizer.prompt(chat) for chat in chats]
-        made = self.generator.generate(self.adapter, prompts, seeds, how, how.max_tokens)
-        texts = [self.lab.tokenizer.decode(m.token_ids).strip() for m in made]
-        return [
-            {"text": text, "finish_reason": m.finish, "num_tokens": len(m.token_ids), "seed": seed}
-            for text, m, seed in zip(texts, made, seeds, strict=True)
-        ]
+    def _replies(self, chosen: list[Context], pool: list[Context]) -> Row:
+        """Draft, reflect on and refine every context, all in one stream of work."""
+        generator = self.lab.generator
+        generator.usage = Usage()
+        with ExitStack() as stack:
+            journals = {name: stack.enter_context(Journal(self.files[name], len(chosen))) for name in KINDS}
+            done = sum(len(j.rows) for j in journals.values())
+            advance = stack.enter_context(progress(f"round {self.t} replies", len(KINDS) * len(chosen), done))
+            if done < len(KINDS) * len(chosen):
+                _Replies(self, chosen, generator, journals, advance).make(max(x.tokens for x in pool))
+            for journal in journals.values():
+                journal.finish()
+        if generator.usage.steps:
+            say(f"  {generator.usage}; {generator.programs} programs so far")
+        return {"contexts": len(chosen)}
 
     def _pairs(self) -> Row:
         """Filter, then score the kept pairs under M_(t-1): the reference of this round's DPO."""
@@ -148,3 +104,97 @@ class Round:
             )
         write_references(self.lab, self.adapter, kept, self.files["pairs"], f"round {self.t} scoring")
         return {"kept": len(kept), "dropped": dict(reasons), "length_ratio": round(length_ratio(kept), 4)}
+
+
+class _Replies:
+    """A round's three replies to each context: drafts and reflections at once, refinements as soon as they can be."""
+
+    def __init__(
+        self, round_: Round, chosen: list[Context], generator: Generator, journals: dict[str, Journal], advance: Any
+    ) -> None:
+        self.round, self.chosen, self.generator, self.advance = round_, chosen, generator, advance
+        self.drafts, self.reflections, self.refinements = (journals[name] for name in KINDS)
+        self.lab, self.settings = round_.lab, round_.config.evolve
+        vocab = self.lab.backbone.arch.vocab
+        self.form: Template = form(self.lab.tokenizer, self.settings.reflection.field_tokens, vocab)
+        self.group_of: dict[int, int] = {}  # context -> the group of contexts that are refined together
+        self.left: Counter[int] = Counter()  # drafts and reflections that a group still waits for
+        self.members: list[list[int]] = []
+
+    def make(self, longest: int) -> None:
+        """All that is missing; ``longest`` is the longest context's size in tokens."""
+        drafts = [self._draft(i) for i in self.drafts.missing]
+        reflections = [self._reflection(i) for i in self.reflections.missing]
+        self._fix_shapes(longest)
+        plain = self.generator.grouped(drafts)
+        asked = self.generator.grouped(reflections)
+        # Contexts whose prompts share a trunk are refined together; those that are ready already, at once.
+        self.members = [[r.key[1] for r in group] for group in asked]
+        known = {i for group in self.members for i in group}
+        self.members += [[i] for i in self.refinements.missing if i not in known]
+        for number, members in enumerate(self.members):
+            for i in members:
+                self.group_of[i] = number
+                self.left[number] += (i not in self.drafts.rows) + (i not in self.reflections.rows)
+        ready = [g for number in range(len(self.members)) if not self.left[number] and (g := self._refinements(number))]
+        both = chain.from_iterable(zip_longest(plain, asked, fillvalue=[]))
+        groups = [*ready, *(group for group in both if group)]
+        self.generator.work(self.round.adapter, groups, self._done, self.form.automaton, more_may_follow=True)
+
+    def _fix_shapes(self, longest: int) -> None:
+        """Rows that hold the longest context with the principles and the requests of a few refinements, for all rounds."""
+        tokenizer, s, ask = self.lab.tokenizer, self.settings, self.round.instructions
+        empty: list[Message] = [{"role": "user", "content": "."}]
+        blank = {"profile": "", "emotional_state": "", "situation": ""}
+        bare = len(tokenizer.prompt(empty))
+        reflect = len(tokenizer.prompt(ask.reflection_prompt(empty))) - bare
+        refine = len(tokenizer.prompt(ask.refinement_prompt(empty, blank, ""))) - bare
+        drawn = s.draft.max_tokens + len(self.form.opening) + self.form.max_tokens
+        most = max(
+            s.draft.max_tokens, s.refinement.max_tokens, self.form.max_tokens, self.round.config.reply.max_tokens
+        )
+        self.generator.fix_shapes(longest + reflect, max(reflect + len(self.form.opening), refine + drawn), most)
+
+    def _done(self, request: Request, made: Completion) -> list[list[Request]]:
+        kind, i = request.key
+        row: Row = {"id": self.chosen[i].id}
+        if kind == "reflection":
+            text = self.lab.tokenizer.decode([*self.form.opening, *made.token_ids])
+            row |= {"reflection": parse(text), "num_tokens": len(made.token_ids), "seed": request.seed}
+            self.reflections.add(i, row)
+        else:
+            if kind == "draft":
+                row["prompt"] = self.chosen[i].messages
+            text = self.lab.tokenizer.decode(made.token_ids).strip()
+            row |= {"text": text, "finish_reason": made.finish, "num_tokens": len(made.token_ids), "seed": request.seed}
+            (self.drafts if kind == "draft" else self.refinements).add(i, row)
+        self.advance(1, len(made.token_ids))
+        if kind == "refinement":
+            return []
+        number = self.group_of[i]
+        self.left[number] -= 1
+        refinements = [] if self.left[number] else self._refinements(number)
+        return [refinements] if refinements else []
+
+    def _draft(self, i: int) -> Request:
+        return self._request("draft", i, self.chosen[i].messages, self.settings.draft)
+
+    def _reflection(self, i: int) -> Request:
+        prompt = self.lab.tokenizer.prompt(self.round.instructions.reflection_prompt(self.chosen[i].messages))
+        seed = self._seed("reflection", i)
+        most, how = self.form.max_tokens, self.settings.reflection
+        return Request(("reflection", i), [*prompt, *self.form.opening], seed, how, most, START)
+
+    def _refinements(self, number: int) -> list[Request]:
+        """The requests of a group of contexts whose drafts and reflections are there."""
+        ask = self.round.instructions.refinement_prompt
+        wanted = [i for i in self.members[number] if i not in self.refinements.rows]
+        drafts, reflections = self.drafts.rows, self.reflections.rows
+        chats = [ask(self.chosen[i].messages, reflections[i]["reflection"], drafts[i]["text"]) for i in wanted]
+        return [self._request("refinement", i, c, self.settings.refinement) for i, c in zip(wanted, chats, strict=True)]
+
+    def _request(self, kind: str, i: int, chat: list[Message], how: SamplingSettings) -> Request:
+        return Request((kind, i), self.lab.tokenizer.prompt(chat), self._seed(kind, i), how, how.max_tokens)
+
+    def _seed(self, kind: str, i: int) -> int:
+        return row_seed(self.round.config.seed, f"round{self.round.t}/{kind}", self.chosen[i].id)

@@ -1,4 +1,4 @@
-"""The decoder: embedding, scanned layers, final norm; with and without a key/value cache."""
+"""The decoder: embedding, scanned layers, final norm. cached.py is its other form, with a cache of keys and values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from esjax.mesh import batch_groups, constrain
 from esjax.model.attention import Path, attention
 from esjax.model.families import Architecture
 from esjax.model.head import target_logprobs
-from esjax.model.layers import Block, Lora, attend_cached, rms_norm, rope_at
+from esjax.model.layers import Block, Lora, rms_norm, rope_at
 from esjax.rows import Layout, Rows
 
 Remat = Literal["none", "dots", "offload", "full"]
@@ -30,13 +30,6 @@ class Execution(NamedTuple):
     logits: int = 1 << 26  # entries of the head's logits that exist at once on a device: 256 MiB in float32
     interpret: bool = False  # kernels run on the host, for tests
     unroll: bool = False  # no loops over layers and chunks, so that the compiler counts every pass
-
-
-class Cache(NamedTuple):
-    """Keys and values of all layers for S slots."""
-
-    k: Array  # [L, B, K, H, S], transposed for decoding
-    v: Array  # [L, B, K, S, H]
 
 
 class Decoder(nnx.Module):
@@ -54,54 +47,18 @@ class Decoder(nnx.Module):
 
     def __call__(self, rows: Rows, how: Execution) -> Array:
         """Final hidden states [B, T, D] of rows [B, T]."""
-        return self._run(rows, how, keep_cache=False)[0]
-
-    def prefill(self, rows: Rows, slots: int, how: Execution) -> tuple[Array, Cache]:
-        """Hidden states [B, T, D], and the cache of the T tokens in the first of ``slots`` slots."""
-        x, kv = self._run(rows, how, keep_cache=True)
-        k_LxBxTxKxH, v_LxBxTxKxH = kv
-        room = slots - rows.tokens.shape[1]
-        k = jnp.pad(k_LxBxTxKxH.transpose(0, 1, 3, 4, 2), ((0, 0), (0, 0), (0, 0), (0, 0), (0, room)))
-        v = jnp.pad(v_LxBxTxKxH.transpose(0, 1, 3, 2, 4), ((0, 0), (0, 0), (0, 0), (0, room), (0, 0)))
-        return x, Cache(k, v)
-
-    def _run(self, rows: Rows, how: Execution, keep_cache: bool) -> tuple[Array, Any]:
         attend = attention(how.attention, rows, how.layout, how.interpret)
         rope = rope_at(self.arch, rows.position)
         definition, stacked = nnx.split(self.layers)
 
-        def layer(x: Array, state: nnx.State) -> tuple[Array, tuple[Array, Array] | None]:
+        def layer(x: Array, state: nnx.State) -> tuple[Array, None]:
             x = checkpoint_name(constrain(x, "batch", None, None), LAYER_INPUT)
             block = nnx.merge(definition, state)
-            q, k, v = block.qkv(x, rope)
-            return block.rest(x, attend(q, k, v)), ((k, v) if keep_cache else None)
+            return block.rest(x, attend(*block.qkv(x, rope))), None
 
         embed = constrain(self.embed[...], "vocab", None)
-        x, kv = jax.lax.scan(rematerialised(layer, how.remat), embed[rows.tokens], stacked, unroll=how.unroll)
-        return rms_norm(x, self.norm[...], self.arch.norm_eps), kv
-
-    def step(self, token: Array, position: Array, cache: Cache, slot: Array, mask: Array) -> tuple[Array, Cache]:
-        """Decode one token for each of M branches a row: tokens and positions [B, M], seeing the slots in mask [B, M, S].
-
-        They are written to the M cache slots from ``slot`` on. Returns hidden states [B, M, D] and the cache.
-        """
-        rope = rope_at(self.arch, position)
-        definition, stacked = nnx.split(self.layers)
-        zero = jnp.zeros((), slot.dtype)
-
-        def layer(carry: tuple[Array, Cache], xs: tuple[Array, nnx.State]) -> tuple[tuple[Array, Cache], None]:
-            x, (k, v) = carry
-            index, state = xs
-            block = nnx.merge(definition, state)
-            q, k_BxMxKxH, v_BxMxKxH = block.qkv(x, rope)
-            k_new, v_new = k_BxMxKxH.transpose(0, 2, 3, 1).astype(k.dtype), v_BxMxKxH.swapaxes(1, 2).astype(v.dtype)
-            k = jax.lax.dynamic_update_slice(k, k_new[None], (index, zero, zero, zero, slot))
-            v = jax.lax.dynamic_update_slice(v, v_new[None], (index, zero, zero, slot, zero))
-            return (block.rest(x, attend_cached(q, k[index], v[index], mask)), Cache(k, v)), None
-
-        layers = jnp.arange(self.arch.layers, dtype=slot.dtype)
-        (x, cache), _ = jax.lax.scan(layer, (self.embed[...][token], cache), (layers, stacked))
-        return rms_norm(x, self.norm[...], self.arch.norm_eps), cache
+        x, _ = jax.lax.scan(rematerialised(layer, how.remat), embed[rows.tokens], stacked, unroll=how.unroll)
+        return rms_norm(x, self.norm[...], self.arch.norm_eps)
 
     @property
     def head_weight(self) -> Array:

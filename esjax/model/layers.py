@@ -150,21 +150,6 @@ def rotate(x: Array, rope: Rope) -> Array:
     return jnp.concatenate([a * rope.cos - b * rope.sin, b * rope.cos + a * rope.sin], axis=-1).astype(x.dtype)
 
 
-def attend_cached(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """M query tokens a row against the row's cache, which is read once for all of them.
-
-    q [B, M, N, H], k [B, K, H, S], v [B, K, S, H], mask [B, M, S] -> [B, M, N, H]. Keys lie transposed in the cache so that
-    both products read memory in order.
-    """
-    b, m, n, h = q.shape
-    kv = k.shape[1]
-    q_BxKxQxH = (q * h**-0.5).reshape(b, m, kv, n // kv, h).swapaxes(1, 2).reshape(b, kv, -1, h)
-    scores = jnp.einsum("bkqh,bkhs->bkqs", q_BxKxQxH, k).astype(jnp.float32).reshape(b, kv, m, n // kv, -1)
-    p = jax.nn.softmax(jnp.where(mask[:, None, :, None], scores, -1e30), axis=-1).astype(v.dtype)
-    out = jnp.einsum("bkqs,bksh->bkqh", p.reshape(b, kv, m * n // kv, -1), v)
-    return out.reshape(b, kv, m, n // kv, h).swapaxes(1, 2).reshape(b, m, n, h)
-
-
 class Block(nnx.Module):
     """One pre-norm decoder layer: grouped-query attention, then a gated MLP. Arrays are stacked [L, ...]."""
 

@@ -1,7 +1,7 @@
-"""The decoding program: one prefill, one ``lax.while_loop``; what the user may change between runs is traced.
+"""The decoding loop: lanes draw until they stop, then take the next waiting leaf of their row, without the host.
 
-Temperature, top-p, top-k, seeds, stop tokens and the automaton's table are arguments, so changing them compiles nothing.
-Every leaf draws from its own key, folded with the token's number: its text does not depend on its neighbours.
+Everything the user may change between runs is traced: temperature, top-p, top-k, seeds, stop tokens, the constraint. Each
+reply has its own key, folded with the token's number, so its text depends neither on its neighbours nor on its lane.
 """
 
 from __future__ import annotations
@@ -10,186 +10,233 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import Array
 
-from esjax.model.attention import Spans, sees, spans
-from esjax.model.decoder import Cache, Decoder, Execution
-from esjax.model.lora import Adapter
-from esjax.model.weights import bind
-from esjax.rows import Rows
+from esjax.model.cached import Cache, Seen, Weights, step
+from esjax.model.decoder import Execution
+from esjax.model.families import Architecture
 from esjax.sample.constrain import Automaton
 
 
 class Draw(NamedTuple):
-    """How tokens are drawn; arrays of fixed shape, so that a change compiles nothing."""
+    """How tokens are drawn, one entry a reply."""
 
     temperature: Any  # float32; 0 is greedy
     top_p: Any  # float32 in (0, 1]
     top_k: Any  # int32; 0 is all
-    stop: Any  # int32 [n], tokens that end a row; -1 entries never match
 
 
-class Trace(NamedTuple):
-    """What decoding returns."""
+class Leaf(NamedTuple):
+    """A prompt that waits to be continued, or is: arrays [R, Q] of those waiting in a row, [R, M] of those in its lanes.
 
-    tokens: Array  # int32 [B * M, N], the stop token included; 0 after it
-    logprobs: Array  # float32 [B * M, N], under the model's own distribution (temperature 1, nothing cut off)
-    length: Array  # int32 [B * M], tokens drawn
-    stopped: Array  # bool [B * M], whether a stop token ended the row
+    Its row holds all of the prompt but the last token, which is the first to be fed.
+    """
+
+    uid: Any  # int32, whose reply it is; -1 in a lane that has nothing to do
+    trunk_start: Any  # int32, the slots of its row that it sees: a part of a trunk ...
+    trunk_end: Any
+    own_start: Any  # ... and a branch of its own (empty where start and end are equal)
+    own_end: Any
+    token: Any  # int32, to be fed next: the prompt's last token, later the newest drawn
+    position: Any  # int32, that token's
+    seed: Any  # uint32
+    most: Any  # int32, most tokens to draw
+    draw: Draw
+    state: Any  # int32, of the constraint; 0 is free
 
 
-class State(NamedTuple):
-    """The loop's state."""
+class Lanes(NamedTuple):
+    """What the loop carries from call to call."""
 
-    drawn: Array  # int32, tokens drawn so far by every live leaf
-    token: Array  # int32 [B * M], the newest token
-    alive: Array  # bool [B * M]
-    trace: Trace
-    automaton: Array  # int32 [B * M], state of the constraint
-    used: Array  # int32 [B * M], tokens spent in the current part of the constraint's template
+    leaf: Leaf  # [R, M]
+    drawn: Array  # int32 [R, M], tokens drawn so far
+    used: Array  # int32 [R, M], tokens spent in the current part of the constraint
+    clock: Array  # int32, steps ever made: where in the ring the next one writes
+
+
+class Log(NamedTuple):
+    """What one call drew, [K, R, M]; entries of idle lanes have uid -1."""
+
+    uid: Array  # int32
+    token: Array  # int32
+    logprob: Array  # float32, under the model's own distribution (temperature 1, nothing cut off)
+    stopped: Array  # bool, a stop token
+
+
+class Called(NamedTuple):
+    """What one call of the loop returns."""
+
+    lanes: Lanes
     cache: Cache
+    started: Array  # int32 [R], how many of each row's waiting leaves were taken
+    steps: Array  # int32, steps made, of K at most
+    log: Log
 
 
-def decode(
-    definition: nnx.GraphDef[Decoder],
-    adapter: Adapter,
-    base: nnx.State,
-    prompts: Rows,
-    leaves: Array,
-    seeds: Array,
-    live: Array,
-    draw: Draw,
-    constraint: Automaton | None,
-    max_tokens: int,
+def idle_lanes(rows: int, lanes: int) -> Lanes:
+    """Lanes [R, M] with nothing to do."""
+    zero, one = jnp.zeros((rows, lanes), jnp.int32), jnp.ones((rows, lanes), jnp.float32)
+    draw = Draw(one, one, zero)
+    leaf = Leaf(zero - 1, zero, zero, zero, zero, zero, zero, zero.astype(jnp.uint32), zero, draw, zero)
+    return Lanes(leaf, zero, zero, jnp.int32(0))
+
+
+def run(
+    arch: Architecture,
+    weights: Weights,
+    cache: Cache,
+    lanes: Lanes,
+    waiting: Leaf,
+    count: Array,
+    stop: Array,
+    constraint: Automaton,
+    patience: Array,
+    steps: int,
     how: Execution,
-) -> Trace:
-    """Grow each row at its M leaves. Results are [B * M, ...], row by row.
+) -> Called:
+    """Draw until all leaves are done, ``steps`` steps are made, or ``patience`` lanes have nothing left to do.
 
     Args:
-        prompts: rows [B, T]: trunks with branches, or several segments; what they share is computed and cached once.
-        leaves: int32 [B, M], the row index of each prompt's last token.
-        seeds: uint32 [B, M], one a leaf.
-        live: bool [B, M], false for leaves that only fill the batch.
-        max_tokens: N, static.
+        waiting: [R, Q], in the order in which they are taken; row r's first ``count[r]`` are meant.
+        stop: int32 [n], tokens that end a reply; -1 entries never match.
+        steps: K, static.
     """
-    model = bind(definition, adapter, base)
-    (b, t), m = prompts.tokens.shape, leaves.shape[1]
-    how = how._replace(layout="causal" if m == 1 else "branched")  # one prompt a row, or any
-    slots = t + max_tokens * m  # the n-th new tokens of a row's leaves lie beside each other
-    hidden, cache = model.prefill(prompts, slots, how)
-    keys = jax.vmap(jax.random.key)(seeds.reshape(-1))
-    own = Spans(*(jnp.take_along_axis(x, leaves, axis=1) for x in spans(prompts)))
-    index = jnp.arange(t)
-    prompt_mask = jax.vmap(lambda s, leaf: sees(s, leaf, index))(own, leaves)
-    prompt_mask = jnp.pad(prompt_mask, ((0, 0), (0, 0), (0, max_tokens * m)))
-    leaf_position = jnp.take_along_axis(prompts.position, leaves, axis=1)
-    slot = jnp.arange(slots)
-    new_of_leaf = (slot >= t) & ((slot - t) % m == jnp.arange(m)[:, None])  # [M, S]
+    r, m = lanes.drawn.shape
 
-    def pick(x: Array, state: State) -> State:
-        """Draw the next token from hidden states [B * M, D] and record it."""
-        logits = model.logits(x)
-        allowed, chosen_next = logits, None
-        if constraint is not None:
-            chosen_next = constraint.next[state.automaton].astype(jnp.int32)
-            allowed = jnp.where(_within_budget(constraint, state, chosen_next), logits, -jnp.inf)
-        uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, state.drawn)))(keys)
-        token = draw_token(allowed, uniform, draw)
+    def idle(lanes: Lanes, started: Array) -> Array:
+        """How many lanes have nothing to do now and nothing that waits for them."""
+        without = jnp.sum(lanes.leaf.uid < 0, axis=1)
+        return jnp.sum(jnp.maximum(without - (count - started), 0))
+
+    def go_on(state: Called) -> Array:
+        unemployed = idle(state.lanes, state.started)
+        return (state.steps < steps) & (unemployed < jnp.minimum(patience, r * m))
+
+    def advance(state: Called) -> Called:
+        lanes, started = _take(state.lanes, waiting, count, state.started)
+        leaf = lanes.leaf
+        busy = leaf.uid >= 0
+        fed = jnp.where(busy, lanes.drawn + 1, 1)
+        seen = Seen(leaf.trunk_start, leaf.trunk_end, leaf.own_start, leaf.own_end, fed)
+        x, cache = step(arch, weights, state.cache, leaf.token, leaf.position, seen, lanes.clock, how)
+        logits = jnp.einsum("bd,vd->bv", x, weights.head, preferred_element_type=jnp.float32)
+        flat: Leaf = jax.tree.map(lambda a: a.reshape(-1), leaf)
+        drawn, used = lanes.drawn.reshape(-1), lanes.used.reshape(-1)
+        allowed = jnp.where(permitted(constraint, flat.state, used), logits, -jnp.inf)
+        token = draw_token(allowed, lambda: noise(flat.seed, drawn, logits.shape[1]), flat.draw)
         logprob = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
-        token, logprob = jnp.where(state.alive, token, 0), jnp.where(state.alive, logprob, 0.0)
-        stop = state.alive & jnp.any(token[:, None] == draw.stop, axis=1)
-        trace = state.trace
-        trace = Trace(
-            trace.tokens.at[:, state.drawn].set(token),
-            trace.logprobs.at[:, state.drawn].set(logprob),
-            trace.length + state.alive,
-            trace.stopped | stop,
+        following = jnp.maximum(constraint.next[flat.state, token].astype(jnp.int32), 0)
+        stays = constraint.part[following] == constraint.part[flat.state]
+        token, logprob, following, used = (
+            x.reshape(r, m) for x in (token, logprob, following, jnp.where(stays, used + 1, 1))
         )
-        automaton, used = state.automaton, state.used
-        if constraint is not None and chosen_next is not None:
-            automaton = jnp.maximum(jnp.take_along_axis(chosen_next, token[:, None], axis=1)[:, 0], 0)
-            used = jnp.where(constraint.part[automaton] == constraint.part[state.automaton], used + 1, 1)
-        return State(state.drawn + 1, token, state.alive & ~stop, trace, automaton, used, state.cache)
+        stopped = busy & jnp.any(token[..., None] == stop, axis=-1)
+        over = stopped | (lanes.drawn + 1 >= leaf.most)
+        log = Log(leaf.uid, token, logprob, stopped)
+        log = jax.tree.map(
+            lambda all, now: jax.lax.dynamic_update_index_in_dim(all, now, state.steps, 0), state.log, log
+        )
+        leaf = leaf._replace(
+            uid=jnp.where(over, -1, leaf.uid), token=token, position=leaf.position + 1, state=following
+        )
+        lanes = Lanes(leaf, lanes.drawn + 1, used, lanes.clock + 1)
+        return Called(lanes, cache, started, state.steps + 1, log)
 
-    def advance(state: State) -> State:
-        at = t + (state.drawn - 1) * m
-        mask = prompt_mask | (new_of_leaf & (slot < at + m))
-        token = state.token.reshape(b, m)
-        x, cache = model.step(token, leaf_position + state.drawn, state.cache, at, mask)
-        return pick(x.reshape(b * m, -1), state._replace(cache=cache))
-
-    zeros = jnp.zeros(b * m, jnp.int32)
-    empty = Trace(
-        jnp.zeros((b * m, max_tokens), jnp.int32), jnp.zeros((b * m, max_tokens)), zeros, jnp.zeros(b * m, bool)
-    )
-    at_leaves = jnp.take_along_axis(hidden, leaves[..., None], axis=1).reshape(b * m, -1)
-    first = pick(at_leaves, State(jnp.int32(0), zeros, live.reshape(-1), empty, zeros, zeros, cache))
-    return jax.lax.while_loop(lambda s: (s.drawn < max_tokens) & jnp.any(s.alive), advance, first).trace
+    blank = jnp.full((steps, r, m), -1, jnp.int32)
+    log = Log(blank, blank, blank.astype(jnp.float32), blank > 0)
+    return jax.lax.while_loop(go_on, advance, Called(lanes, cache, jnp.zeros(r, jnp.int32), jnp.int32(0), log))
 
 
-def _within_budget(constraint: Automaton, state: State, following: Array) -> Array:
-    """Which tokens [B, V] are allowed: those with a next state that leaves the part, or from where it can still be closed."""
-    here = state.automaton
-    stays = constraint.part[following] == constraint.part[here][:, None]
-    spent = jnp.where(stays, state.used[:, None] + 1, 1)
-    return (following >= 0) & (spent + constraint.close[following] <= constraint.budget[following])
+def _take(lanes: Lanes, waiting: Leaf, count: Array, started: Array) -> tuple[Lanes, Array]:
+    """Lanes with nothing to do take their row's next waiting leaves, in order."""
+    free = lanes.leaf.uid < 0
+    place = started[:, None] + jnp.cumsum(free, axis=1) - 1
+    takes = free & (place < count[:, None])
+    place = jnp.clip(place, 0, waiting.uid.shape[1] - 1)
+
+    def choose(old: Array, offered: Array) -> Array:
+        return jnp.where(takes, jnp.take_along_axis(offered, place, axis=1), old)
+
+    leaf = jax.tree.map(choose, lanes.leaf, waiting)
+    drawn, used = (jnp.where(takes, 0, x) for x in (lanes.drawn, lanes.used))
+    return lanes._replace(leaf=leaf, drawn=drawn, used=used), started + takes.sum(axis=1)
 
 
-def draw_token(logits: Array, uniform: Array, draw: Draw) -> Array:
-    """Draw one token a row from float32 logits [B, V], given uniform numbers [B] in [0, 1).
+def permitted(constraint: Automaton, state: Array, used: Array) -> Array:
+    """Which tokens [B, V] may follow: those that leave their part, where it is long enough, or from where it can be closed."""
+    cost = constraint.cost[state]
+    left = constraint.most[state] - used
+    return jnp.where(cost < 0, (used >= constraint.least[state])[:, None], cost <= left[:, None])
 
-    Top-k, then top-p, on the probabilities at the given temperature. Both keep the tokens above a threshold, which is
-    found by bisection over the float's bits instead of sorting the vocabulary; tokens that tie with the threshold stay.
+
+def noise(seed: Array, number: Array, vocab: int) -> Array:
+    """Exponential variates [B, V] for the ``number``-th token of the replies with these seeds [B]."""
+
+    def one(seed: Array, number: Array) -> Array:
+        return jax.random.exponential(jax.random.fold_in(jax.random.key(seed), number), (vocab,), jnp.float32)
+
+    return jax.vmap(one)(seed, number)
+
+
+def draw_token(logits: Array, noise: Any, draw: Draw) -> Array:
+    """Draw one token a row from float32 logits [B, V]: top-k, then top-p, of the probabilities at each row's temperature.
+
+    The token is the argmax of p / e, where ``noise()`` gives exponential variates e [B, V]: a race that each token wins with
+    its probability (the Gumbel-max trick), and that rounding disturbs only where two tokens are neck and neck; with the
+    inverse of the cumulative distribution, every token of a long tail could tip it.
+
+    Top-p needs neither a sort nor a search: a winner belongs to the nucleus exactly when the tokens above it have less than
+    top-p together; if it does not, no token as unlikely does, and the race is decided among the others. That is exact, and
+    two or three rounds do. Tokens that tie with the least likely one of the nucleus, or of the top k, belong to it.
     """
+    hot = draw.temperature > 0
 
-    def sample() -> Array:
-        x = logits / draw.temperature
-        p = jnp.exp(x - jnp.max(x, axis=-1, keepdims=True))  # unnormalised, most likely = 1
+    def race() -> Array:
+        scaled = logits / jnp.where(hot, draw.temperature, 1.0)[:, None]
+        p = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))  # unnormalised, most likely = 1
+        p = jax.lax.cond(jnp.any(draw.top_k > 0), lambda p: _top_k(p, draw.top_k), lambda p: p, p)
+        speed = p / jnp.maximum(noise(), 1e-30)
+        enough = draw.top_p * jnp.sum(p, axis=-1)
 
-        def keep(p: Array, enough: Array, measure: Array) -> Array:
-            return jnp.where(p >= _threshold(p, enough, measure), p, 0.0)
+        def decide(pivot: Array) -> tuple[Array, Array, Array]:
+            winner = _argmax(jnp.where(p > pivot[:, None], speed, -1.0))
+            level = jnp.take_along_axis(p, winner[:, None], axis=1)
+            above = jnp.sum(jnp.where(p > level, p, 0.0), axis=-1)
+            return winner, level[:, 0], (above < enough) | (draw.top_p >= 1) | ~hot
 
-        p = jax.lax.cond(
-            draw.top_k > 0, lambda p: keep(p, draw.top_k.astype(jnp.float32), jnp.ones_like(p)), lambda p: p, p
-        )
-        total = jnp.sum(p, axis=-1, keepdims=True)
-        p = jax.lax.cond(draw.top_p < 1, lambda p: keep(p, draw.top_p * total, p), lambda p: p, p)
-        return _inverse_cdf(p, uniform)
+        def again(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            winner, pivot, good = state
+            other, level, better = decide(pivot)
+            return jnp.where(good, winner, other), jnp.where(good, pivot, level), good | better
 
-    return jax.lax.cond(draw.temperature > 0, sample, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32))
+        first = decide(jnp.full(len(p), -1.0))
+        winner, _, _ = jax.lax.while_loop(lambda s: ~jnp.all(s[2]), again, first)
+        return jnp.where(hot, winner, _argmax(logits))
+
+    return jax.lax.cond(jnp.any(hot), race, lambda: _argmax(logits))
 
 
-def _threshold(p: Array, enough: Array, measure: Array) -> Array:
-    """The largest threshold [B, 1] at which the ``measure`` [B, V] of the tokens with p >= threshold is still ``enough``.
+def _argmax(x: Array) -> Array:
+    """Index of the first maximum [B]; two plain reductions, which vectorise where XLA's own argmax does not."""
+    top = jnp.max(x, axis=-1, keepdims=True)
+    index = jnp.where(x >= top, jnp.arange(x.shape[-1], dtype=jnp.int32), x.shape[-1])
+    return jnp.minimum(jnp.min(index, axis=-1), x.shape[-1] - 1)
 
-    Positive floats are ordered as their bits are, so bisection over the bits is exact after 31 halvings.
+
+def _top_k(p: Array, k: Array) -> Array:
+    """p [B, V] with 0 for all but the k [B] most likely (all where k is 0), by bisection over the bits of p.
+
+    Positive floats are ordered as their bits are, so 31 halvings find the exact threshold.
     """
     bits = jax.lax.bitcast_convert_type(p, jnp.int32)
 
     def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds  # enough at low, not enough at high
+        low, high = bounds  # at least k tokens at low, fewer at high
         middle = low + (high - low) // 2
-        ok = jnp.sum(jnp.where(bits >= middle, measure, 0.0), axis=-1, keepdims=True) >= enough
-        return jnp.where(ok, middle, low), jnp.where(ok, high, middle)
+        enough = jnp.sum(bits >= middle[:, None], axis=-1) >= k
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
-    low = jnp.zeros((p.shape[0], 1), jnp.int32)
-    high = jnp.full((p.shape[0], 1), 0x3F800001, jnp.int32)  # just above 1.0, the largest p
+    low = jnp.zeros(len(p), jnp.int32)
+    high = jnp.full(len(p), 0x3F800001, jnp.int32)  # just above 1.0, the largest p
     low, _ = jax.lax.fori_loop(0, 31, halve, (low, high))
-    return jax.lax.bitcast_convert_type(low, jnp.float32)
-
-
-def _inverse_cdf(p: Array, uniform: Array, block: int = 256) -> Array:
-    """The token at which the cumulative sum of unnormalised p [B, V] passes uniform * total: first the block, then within."""
-    b, v = p.shape
-    blocks = jnp.pad(p, ((0, 0), (0, -v % block))).reshape(b, -1, block)
-    sums = jnp.sum(blocks, axis=-1)
-    mass = jnp.cumsum(sums, axis=-1)
-    goal = uniform[:, None] * mass[:, -1:]
-    which = jnp.argmax((mass > goal) & (sums > 0), axis=-1)
-    inside = jnp.take_along_axis(blocks, which[:, None, None], axis=1)[:, 0]
-    before = jnp.where(which > 0, jnp.take_along_axis(mass, jnp.maximum(which - 1, 0)[:, None], axis=1)[:, 0], 0.0)
-    within = jnp.cumsum(inside, axis=-1)
-    # Rounding may put the goal past the block's own sum; its last token with any mass is then the answer.
-    goal = jnp.clip(goal[:, 0] - before, 0.0, within[:, -1] * (1 - 1e-6))
-    return (which * block + jnp.argmax((within > goal[:, None]) & (inside > 0), axis=-1)).astype(jnp.int32)
+    return jnp.where((bits >= low[:, None]) | (k <= 0)[:, None], p, 0.0)

@@ -1,24 +1,32 @@
-"""Generate continuations of prompts in batches of fixed shapes."""
+"""Generate continuations of prompts: rows and lanes of fixed shapes, kept busy until all is done."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from typing import Literal, Protocol
 
 import jax
 import numpy as np
 
 from esjax.config import InputError
+from esjax.model.cached import Cache, Chunk, Weights, empty_cache, lay_out, load
 from esjax.model.lora import Adapter
-from esjax.model.weights import Backbone
-from esjax.sample.constrain import Automaton
-from esjax.sample.decode import Draw, decode
-from esjax.tokens.batches import plant
+from esjax.model.weights import Backbone, bind
+from esjax.rows import common_prefix
+from esjax.sample.constrain import START, Automaton, free
+from esjax.sample.decode import Draw, Lanes, Leaf, Log, idle_lanes, run
+from esjax.sample.rowbook import Group, Placed, Request, RowBook, together, windows
+from esjax.tokens.batches import alike
 
-BUCKET = 128  # prompts are padded to a multiple of this, so that a run compiles a handful of programs
+BUCKET = 128  # rows have a multiple of so many slots, so that a run compiles a handful of programs
+STEPS = 128  # most steps between two looks of the host
+SHARED_LANES = 2  # lanes that read a row together, where prompts share trunks
 
 
 class DrawSettings(Protocol):
@@ -41,18 +49,69 @@ class Completion:
     finish: Literal["stop", "length"]
 
 
-class Generator:
-    """Samples from base + adapter, ``batch`` prompts at a time."""
+@dataclass
+class Usage:
+    """What generating cost."""
 
-    def __init__(self, backbone: Backbone, batch: int, end_of_turn: int) -> None:
-        self.backbone, self.batch, self.end_of_turn = backbone, batch, end_of_turn
-        program = partial(decode, backbone.definition, how=backbone.execution)
-        self._program = jax.jit(program, static_argnames="max_tokens")
+    replies: int = 0
+    tokens: int = 0  # drawn
+    steps: int = 0
+    lane_steps: int = 0  # steps times lanes
+    prompt_tokens: int = 0  # of all prompts
+    computed_tokens: int = 0  # of those, what was not shared
+    loaded_tokens: int = 0  # with the padding of chunks
+    load_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+    @property
+    def occupancy(self) -> float:
+        """Share of the lanes' steps that drew a token."""
+        return self.tokens / self.lane_steps if self.lane_steps else 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"lanes busy {self.occupancy:.0%}; {self.computed_tokens} of {self.prompt_tokens} prompt tokens computed, "
+            f"the others shared; {self.load_seconds:.1f} s prefill, {self.decode_seconds:.1f} s decoding"
+        )
+
+
+Done = Callable[[Request, Completion], Iterable[list[Request]]]
+
+
+@dataclass
+class Generator:
+    """Samples from base + adapter with ``lanes`` replies under way at once, ``shared`` lanes on a row.
+
+    Shapes are fixed by what is first asked for, and only ever grow: ``slots`` of a row and ``new`` tokens of a lane may be
+    given to begin with. ``clocked`` waits for each load, so that its time can be told from decoding's.
+    """
+
+    backbone: Backbone
+    lanes: int
+    end_of_turn: int
+    shared: int = 0  # 0: decided by the first prompts
+    slots: int = 0
+    new: int = 0
+    clocked: bool = False
+    usage: Usage = field(default_factory=Usage)
+
+    def __post_init__(self) -> None:
+        backbone = self.backbone
+        cpu = jax.default_backend() == "cpu"
+        self._windows, self._width = (2, 64) if cpu else (8, 128)  # of one load: more tokens are hardly faster
+        self._how = backbone.execution
+        arch = backbone.arch
+        merge = backbone.dtype.itemsize == 4  # exact to rounding in float32, and a little faster; see lay_out
+        self._lay_out = jax.jit(lambda adapter, base: lay_out(bind(backbone.definition, adapter, base), merge))
+        self._load = jax.jit(partial(load, arch, how=self._how), donate_argnums=1)
+        self._run = jax.jit(partial(run, arch, how=self._how), donate_argnums=1, static_argnames="steps")
+        self._free = free(arch.vocab)
 
     @property
     def programs(self) -> int:
         """How many programs were compiled so far."""
-        return int(self._program._cache_size())  # type: ignore[attr-defined]
+        made = (self._lay_out, self._load, self._run)
+        return sum(p._cache_size() for p in made)  # type: ignore[attr-defined]
 
     def generate(
         self,
@@ -63,45 +122,239 @@ class Generator:
         max_tokens: int,
         constraint: Automaton | None = None,
     ) -> list[Completion]:
-        """Continue each prompt with its own seed; at most ``batch`` prompts. Raises InputError when one is too long."""
-        if len(prompts) > self.batch:
-            raise ValueError(f"{len(prompts)} prompts for a batch of {self.batch}")
-        longest = max(map(len, prompts))
-        most = self.backbone.arch.max_positions
-        if longest + max_tokens > most:
-            raise InputError(
-                f"a prompt of {longest} tokens and {max_tokens} new ones exceed the model's {most} positions; shorten data.window"
-            )
-        planted = plant(prompts, self.batch, BUCKET)
-        live, all_seeds = np.zeros(self.batch, bool), np.zeros(self.batch, np.uint32)
-        live[planted.place], all_seeds[planted.place] = True, seeds
-        shape = planted.leaves.shape
-        draw = Draw(
-            np.float32(how.temperature),
-            np.float32(how.top_p),
-            np.int32(how.top_k),
-            np.asarray([self.end_of_turn], np.int32),
-        )
-        trace = self._program(
-            adapter,
-            self.backbone.base,
-            planted.rows,
-            planted.leaves,
-            all_seeds.reshape(shape),
-            live.reshape(shape),
-            draw,
-            constraint,
-            max_tokens=max_tokens,
-        )
-        tokens, logprobs, lengths, stopped = (np.asarray(x)[planted.place] for x in trace)
-        return [
-            Completion(
-                tokens[i, :n].tolist(),
-                [round(float(x), 6) for x in logprobs[i, :n]],
-                "stop" if stopped[i] else "length",
-            )
-            for i, n in enumerate(lengths)
+        """Continue each prompt with its own seed, all under one constraint. Raises InputError when one is too long."""
+        state = 0 if constraint is None else START
+        requests = [
+            Request(i, p, s, how, max_tokens, state) for i, (p, s) in enumerate(zip(prompts, seeds, strict=True))
         ]
+        out: dict[int, Completion] = {}
+
+        def done(request: Request, completion: Completion) -> tuple[()]:
+            out[request.key] = completion
+            return ()
+
+        self.work(adapter, self.grouped(requests), done, constraint)
+        return [out[i] for i in range(len(prompts))]
+
+    def grouped(self, requests: Sequence[Request]) -> list[list[Request]]:
+        """Requests whose prompts begin alike, together; in groups small enough that all rows have work to the end."""
+        rows = max(1, self.lanes // SHARED_LANES)
+        most = max(SHARED_LANES, -(-len(requests) // (2 * rows)))
+        return [[requests[i] for i in group] for group in alike([r.prompt for r in requests], most)]
+
+    def work(
+        self,
+        adapter: Adapter,
+        groups: Sequence[list[Request]],
+        done: Done,
+        constraint: Automaton | None = None,
+        more_may_follow: bool = False,
+    ) -> None:
+        """Answer all requests, and those that ``done`` answers a finished one with.
+
+        Args:
+            groups: requests of one group share a row, so their prompts should begin alike; groups are begun in this order.
+            done: told every request and its completion, in the order in which they end; returns groups to be begun next.
+            constraint: what requests with a state other than 0 obey.
+            more_may_follow: whether ``done`` ever returns any.
+
+        Raises InputError when a prompt and its new tokens exceed the model's positions.
+        """
+        if not groups:
+            return
+        for request in (r for g in groups for r in g):
+            self._check(request)
+        self._fit(groups)
+        weights = self._lay_out(adapter, self.backbone.base)
+        session = _Session(self, weights, constraint or self._free, done, more_may_follow)
+        session.backlog.extend(map(Group.of, groups))
+        session.finish_all()
+
+    def _check(self, request: Request) -> None:
+        longest, most = len(request.prompt), self.backbone.arch.max_positions
+        if longest + request.max_tokens > most:
+            raise InputError(
+                f"a prompt of {longest} tokens and {request.max_tokens} new ones exceed the model's {most} positions; "
+                "shorten data.window"
+            )
+
+    def fix_shapes(self, longest: int, branch: int, new: int) -> None:
+        """Make room for what is to come: the longest prompt, what others have beyond it, and the longest reply, in tokens."""
+        if not self.shared:
+            self.shared = SHARED_LANES if self.lanes % SHARED_LANES == 0 else 1
+        room = max(longest + branch * (self.shared + 1), self._width)
+        self.slots = max(self.slots, -(-room // BUCKET) * BUCKET)
+        self.new = max(self.new, new)
+
+    def _fit(self, groups: Sequence[list[Request]]) -> None:
+        """Shapes that hold these groups."""
+        if not self.shared:
+            sharing = sum(map(len, groups)) >= 2 * len(groups) and self.lanes % SHARED_LANES == 0
+            self.shared = SHARED_LANES if sharing else 1
+        longest = max(len(r.prompt) for g in groups for r in g)
+        if max(longest, self._width) > self.slots:
+            beyond = (len(r.prompt) - common_prefix(r.prompt, g[0].prompt) for g in groups for r in g[1:])
+            self.fix_shapes(longest, max(beyond, default=0), 0)
+        self.new = max(self.new, max(r.max_tokens for g in groups for r in g))
+
+
+class _Session:
+    """One call of ``work``: the cache, the lanes and what each of them does."""
+
+    def __init__(
+        self, owner: Generator, weights: Weights, constraint: Automaton, done: Done, more_may_follow: bool
+    ) -> None:
+        self.owner, self.weights, self.done, self.more_may_follow = owner, weights, done, more_may_follow
+        self.constraint = jax.device_put(constraint)
+        self.stop = np.asarray([owner.end_of_turn], np.int32)
+        self.backlog: deque[Group] = deque()
+        self.uids = count()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Empty rows and lanes of the owner's present shapes."""
+        o = self.owner
+        rows = o.lanes // o.shared
+        self.books = [RowBook(o.slots) for _ in range(rows)]
+        self.cache: Cache = empty_cache(o.backbone.arch, rows, o.shared, o.slots, o.new, o.backbone.dtype)
+        self.lanes: Lanes = idle_lanes(rows, o.shared)
+
+    def finish_all(self) -> None:
+        """Until nothing is left to do."""
+        while True:
+            loads = self._hand_out()
+            self._compute(loads)
+            if not any(b.waiting or b.running for b in self.books):
+                if not self.backlog and not any(b.groups for b in self.books):
+                    return
+                self._grow()
+                continue
+            self._decode()
+
+    def _hand_out(self) -> list[Chunk]:
+        """Give groups to rows that run out of work, and place what waits there. Returns what must be computed."""
+        m = self.owner.shared
+        while self.backlog:
+            row = min(self.books, key=lambda b: b.outstanding)
+            if row.outstanding >= 2 * m:
+                break
+            row.groups.append(self._best_for(row))
+        trunks: list[Chunk] = []
+        branches: list[Chunk] = []
+        for number, book in enumerate(self.books):
+            for runs, out in zip(book.place(2 * m, self.uids), (trunks, branches), strict=True):
+                out += windows(number, runs, self.owner._width, self.owner.slots)
+        return [*trunks, *branches]
+
+    def _best_for(self, row: RowBook) -> Group:
+        """The first group, or a near one whose beginning lies in this row already."""
+        for group in list(self.backlog)[: 4 * len(self.books)]:
+            prompt = group.pending[0].prompt
+            if 2 * row.overlap(prompt) >= len(prompt):
+                self.backlog.remove(group)
+                return group
+        return self.backlog.popleft()
+
+    def _compute(self, chunks: list[Chunk]) -> None:
+        usage, size = self.owner.usage, self.owner._windows
+        began = time.perf_counter()
+        for start in range(0, len(chunks), size):
+            part = together(chunks[start : start + size], size)
+            self.cache = self.owner._load(self.weights, self.cache, part)
+            usage.loaded_tokens += part.tokens.size
+            usage.computed_tokens += int(part.valid.sum())
+        if self.owner.clocked:
+            jax.block_until_ready(self.cache)
+        usage.load_seconds += time.perf_counter() - began
+
+    def _decode(self) -> None:
+        """Let the lanes draw, and take in what they drew."""
+        began = time.perf_counter()
+        m, total = self.owner.shared, self.owner.lanes
+        waiting, counts = self._waiting(4 * m)
+        unemployed = sum(max(0, m - len(b.running) - len(b.waiting)) for b in self.books)
+        more = self.more_may_follow or self.backlog or any(b.groups for b in self.books)
+        patience = np.int32(unemployed + max(1, total // 8) if more else total)
+        made = self.owner._run(
+            self.weights, self.cache, self.lanes, waiting, counts, self.stop, self.constraint, patience, steps=STEPS
+        )
+        self.lanes, self.cache = made.lanes, made.cache
+        started, steps, log = jax.device_get((made.started, made.steps, made.log))
+        usage = self.owner.usage
+        usage.steps += int(steps)
+        usage.lane_steps += int(steps) * total
+        for book, n in zip(self.books, started, strict=True):
+            for _ in range(int(n)):
+                placed = book.waiting.popleft()
+                book.running[placed.uid] = placed
+        self._take_in(Log(*(x[: int(steps)] for x in log)))
+        usage.decode_seconds += time.perf_counter() - began
+
+    def _waiting(self, most: int) -> tuple[Leaf, np.ndarray]:
+        """What waits, as arrays [R, Q]."""
+        shape = (len(self.books), most)
+        table = jax.tree.map(lambda x: np.zeros(shape, x.dtype), self.lanes.leaf)
+        counts = np.asarray([min(len(b.waiting), most) for b in self.books], np.int32)
+        for r, book in enumerate(self.books):
+            for q, placed in enumerate(list(book.waiting)[:most]):
+                request = placed.request
+                draw = Draw(request.how.temperature, request.how.top_p, request.how.top_k)
+                last = len(request.prompt) - 1
+                entry = Leaf(
+                    placed.uid,
+                    *placed.spans,
+                    request.prompt[last],
+                    last,
+                    request.seed,
+                    request.max_tokens,
+                    draw,
+                    request.state,
+                )
+                for array, value in zip(jax.tree.leaves(table), jax.tree.leaves(entry), strict=True):
+                    array[r, q] = value
+        return table, counts
+
+    def _take_in(self, log: Log) -> None:
+        """Add what was drawn to the replies; those that ended are handed on."""
+        row = np.broadcast_to(np.arange(len(self.books))[:, None], log.uid.shape)
+        live = log.uid >= 0
+        order = np.argsort(np.asarray(log.uid)[live], kind="stable")  # by reply, and in order of time within each
+        drawn = (log.uid, row, log.token, log.logprob, log.stopped)
+        uid, row, token, logprob, stopped = (np.asarray(x)[live][order] for x in drawn)
+        cuts = np.flatnonzero(np.diff(uid, prepend=-1))
+        ended: list[tuple[Placed, bool]] = []
+        for start, stop in zip(cuts, [*cuts[1:], len(uid)], strict=True):
+            book = self.books[row[start]]
+            placed = book.running[int(uid[start])]
+            placed.tokens += token[start:stop].tolist()
+            placed.logprobs += logprob[start:stop].tolist()
+            finished = bool(stopped[stop - 1])
+            if finished or len(placed.tokens) == placed.request.max_tokens:
+                ended.append((book.finish(placed.uid), finished))
+        self.owner.usage.tokens += len(uid)
+        followers: list[Group] = []
+        for placed, finished in ended:
+            request = placed.request
+            self.owner.usage.replies += 1
+            self.owner.usage.prompt_tokens += len(request.prompt)
+            logprobs = [round(x, 6) for x in placed.logprobs]
+            completion = Completion(placed.tokens, logprobs, "stop" if finished else "length")
+            for group in self.done(request, completion):
+                for follower in group:
+                    self.owner._check(follower)
+                followers.append(Group.of(group))
+        self.backlog.extendleft(reversed(followers))
+
+    def _grow(self) -> None:
+        """Some prompt fits no empty row: begin again with longer rows. Nothing is under way."""
+        left = [*(g for b in self.books for g in b.groups), *self.backlog]
+        self.owner._fit([list(g.pending) for g in left])
+        if self.owner.slots == self.books[0].slots:
+            self.owner.slots += BUCKET
+        for group in left:
+            group.trunk = None
+        self._begin()
+        self.backlog = deque(left)
 
 
 def row_seed(*parts: object) -> int:

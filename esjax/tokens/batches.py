@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -12,9 +11,6 @@ from esjax.config import InputError
 from esjax.rows import Rows
 
 Row = list[int]  # indices of the examples packed into one row
-LEAVES = 4  # prompts that one row grows
-SAVING = 0.25  # share of a batch's prompt tokens that must be saved: a row of several prompts costs more at every step
-Group = tuple[list[int], Rows, list[int]]  # which prompts, their row, and where in it each one ends
 OPEN_ROWS = 64  # an example is offered to so many of the newest rows, so that packing stays linear
 
 
@@ -42,66 +38,38 @@ def share_trunks(prompts: Sequence[Sequence[int]], sizes: Sequence[int], room: i
     return sorted(sorted(group) for group in groups)
 
 
-class Planted(NamedTuple):
-    """Prompts as rows to grow."""
+def alike(prompts: Sequence[Sequence[int]], most: int) -> list[list[int]]:
+    """Group prompts that begin alike, so that what they share need be computed once. Returns indices.
 
-    rows: Rows  # [B, T]
-    leaves: np.ndarray  # int32 [B, M], row index of each prompt's last token; 0 where there is none
-    place: list[int]  # of each prompt, in leaves.reshape(-1)
-
-
-def plant(prompts: Sequence[Sequence[int]], batch: int, bucket: int) -> Planted:
-    """Lay out at most ``batch`` prompts so that what they begin with together is computed once, where that pays.
-
-    Either a row for each prompt, or rows of LEAVES prompts when sharing saves SAVING of the tokens; in both B * M is
-    ``batch`` (which need be no multiple of LEAVES for the first). T is a multiple of ``bucket``.
+    Every member of a group shares at least half of its own tokens with the group's longest prompt, which comes first; no
+    group has more than ``most`` members. Groups come in the order of their work, the largest first.
     """
-    groups = [(g, *rows.trunk_with_prompts([prompts[i] for i in g])) for g in _alike(prompts)]
-    shared = sum(len(row.tokens) for _, row, _ in groups)
-    beds: list[list[Group]] = [[] for _ in range(batch // LEAVES)]
-    if batch % LEAVES == 0 and shared <= (1 - SAVING) * sum(map(len, prompts)):
-        for group in sorted(groups, key=lambda g: (-len(g[1].tokens), g[0])):
-            room = [bed for bed in beds if sum(len(g[0]) for g in bed) + len(group[0]) <= LEAVES]
-            if not room:
-                break
-            min(room, key=_tokens).append(group)
-        else:
-            return _planted(beds, len(prompts), bucket)
-    alone: list[list[Group]] = [[([i], *rows.trunk_with_prompts([p]))] for i, p in enumerate(prompts)]
-    return _planted([*alone, *[[] for _ in range(batch - len(prompts))]], len(prompts), bucket)
-
-
-def _alike(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Groups of at most LEAVES prompts that share at least half of the shorter one with the group's first."""
     groups: list[list[int]] = []
-    for i in sorted(range(len(prompts)), key=lambda i: (list(prompts[i]), i), reverse=True):
-        newest = groups[-1] if groups else None
-        if newest and len(newest) < LEAVES:
-            shared = rows.common_prefix(prompts[newest[0]], prompts[i])
-            if 2 * shared >= min(len(prompts[newest[0]]), len(prompts[i])):
-                newest.append(i)
+    # In lexicographic order prompts that begin alike stand together; whatever does not fit a group's longest goes round again.
+    left = sorted(range(len(prompts)), key=lambda i: (list(prompts[i]), i))
+    while left:
+        later: list[int] = []
+        cluster: list[int] = []
+        for i in [*left, None]:
+            if i is not None and (not cluster or _shares_half(prompts[i], prompts[cluster[-1]])):
+                cluster.append(i)
                 continue
-        groups.append([i])
-    return groups
+            longest = max(cluster, key=lambda j: len(prompts[j]))
+            members = [j for j in cluster if _mostly_of(prompts[j], prompts[longest])]
+            later += sorted(set(cluster) - set(members))
+            members.sort(key=lambda j: (-len(prompts[j]), j))
+            groups += [members[n : n + most] for n in range(0, len(members), most)]
+            cluster = [] if i is None else [i]
+        left = sorted(later, key=lambda i: (list(prompts[i]), i))
+    return sorted(groups, key=lambda g: (-len(g), -len(prompts[g[0]]), g))
 
 
-def _tokens(bed: list[Group]) -> int:
-    return sum(len(row.tokens) for _, row, _ in bed)
+def _shares_half(a: Sequence[int], b: Sequence[int]) -> bool:
+    return 2 * rows.common_prefix(a, b) >= min(len(a), len(b))
 
 
-def _planted(beds: list[list[Group]], prompts: int, bucket: int) -> Planted:
-    m = max(sum(len(g[0]) for g in bed) for bed in beds)
-    m = 1 if m == 1 else LEAVES
-    leaves, place = np.zeros((len(beds), m), np.int32), [0] * prompts
-    for r, bed in enumerate(beds):
-        start = number = 0
-        for members, row, ends in bed:
-            for i, end in zip(members, ends, strict=True):
-                leaves[r, number], place[i] = start + end, r * m + number
-                number += 1
-            start += len(row.tokens)
-    length = -(-max(map(_tokens, beds)) // bucket) * bucket
-    return Planted(rows.stack([rows.pack([row for _, row, _ in bed], length) for bed in beds]), leaves, place)
+def _mostly_of(prompt: Sequence[int], trunk: Sequence[int]) -> bool:
+    return 2 * rows.common_prefix(prompt, trunk) >= len(prompt)
 
 
 def pack_in_order(lengths: Sequence[int], order: Sequence[int], row_length: int) -> list[Row]:

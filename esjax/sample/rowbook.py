@@ -1,0 +1,217 @@
+"""Which prompts lie in which slots of which row: allocation, prefixes that are still there, and what must be computed.
+
+A row's slots hold *pieces*: trunks, and the branches that prompts have beyond a trunk. A piece that nobody needs any more
+stays until its slots are wanted, so a later prompt that begins like it finds its beginning computed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from esjax.model.cached import Chunk
+from esjax.rows import common_prefix
+
+
+class Request(NamedTuple):
+    """A prompt to be continued."""
+
+    key: Any  # whose it is; handed back with the reply
+    prompt: list[int]  # token ids, one at least
+    seed: int
+    how: Any  # DrawSettings
+    max_tokens: int
+    state: int = 0  # of the constraint
+
+
+@dataclass(eq=False)
+class Piece:
+    """Tokens computed in slots [start, start + len(tokens)) of a row."""
+
+    start: int
+    tokens: list[int]
+    users: int = 0  # replies that still need it
+    last_use: int = 0
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.tokens)
+
+
+@dataclass(eq=False)
+class Placed:
+    """A request whose prompt lies in a row, but for the last token: it sees ``seen`` tokens of a trunk and all of its own."""
+
+    request: Request
+    trunk: Piece | None
+    seen: int
+    own: Piece | None
+    uid: int
+    tokens: list[int] = field(default_factory=list)  # drawn so far
+    logprobs: list[float] = field(default_factory=list)
+
+    @property
+    def spans(self) -> tuple[int, int, int, int]:
+        """Slots that it sees: trunk_start, trunk_end, own_start, own_end."""
+        start = self.trunk.start if self.trunk else 0
+        own = (self.own.start, self.own.stop) if self.own else (0, 0)
+        return start, start + self.seen, *own
+
+
+@dataclass(eq=False)
+class Group:
+    """Requests that are placed in one row, because their prompts begin alike. The first one's prompt is the trunk."""
+
+    pending: deque[Request]
+    trunk: Piece | None = None
+
+    @classmethod
+    def of(cls, requests: Iterable[Request]) -> Group:
+        """The longest prompt first."""
+        return cls(deque(sorted(requests, key=lambda r: -len(r.prompt))))
+
+
+class Run(NamedTuple):
+    """Tokens to be computed in successive slots of a row."""
+
+    slot: int
+    tokens: list[int]
+    position: int  # of the first
+    trunk: tuple[int, int]  # slots of the trunk that all of them see
+
+
+class RowBook:
+    """One row of ``slots`` slots: what lies in it, who waits for its lanes, who is in them."""
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        self.pieces: list[Piece] = []
+        self.groups: deque[Group] = deque()  # with pending requests
+        self.waiting: deque[Placed] = deque()
+        self.running: dict[int, Placed] = {}
+        self._time = 0
+
+    @property
+    def outstanding(self) -> int:
+        """Requests that were given to this row and are not done."""
+        return len(self.waiting) + len(self.running) + sum(len(g.pending) for g in self.groups)
+
+    def overlap(self, prompt: Sequence[int]) -> int:
+        """How many tokens of a prompt's beginning lie here already."""
+        return max((common_prefix(p.tokens, prompt) for p in self.pieces), default=0)
+
+    def place(self, most_waiting: int, uids: Iterable[int]) -> list[list[Run]]:
+        """Place pending requests until ``most_waiting`` wait. Returns what to compute: trunks first, then branches."""
+        trunks: list[Run] = []
+        branches: list[Run] = []
+        numbers = iter(uids)
+        while self.groups and len(self.waiting) < most_waiting:
+            group = self.groups[0]
+            if group.trunk is None and not self._open(group, trunks):
+                break
+            if not self._place_one(group, branches, numbers):
+                break
+            if not group.pending:
+                self.groups.popleft()
+                if group.trunk is not None:
+                    group.trunk.users -= 1
+        return [trunks, branches]
+
+    def finish(self, uid: int) -> Placed:
+        """A running request is done; what it needed may be given up."""
+        placed = self.running.pop(uid)
+        for piece in (placed.trunk, placed.own):
+            if piece is not None:
+                piece.users -= 1
+        return placed
+
+    def _open(self, group: Group, trunks: list[Run]) -> bool:
+        """Give the group a trunk: a piece that is there, or a new one. False where there is no room."""
+        prompt = group.pending[0].prompt[:-1]
+        if not prompt:
+            return True
+        best = max(self.pieces, key=lambda p: common_prefix(p.tokens, prompt), default=None)
+        if best is None or 2 * common_prefix(best.tokens, prompt) < len(prompt):
+            best = self._allocate(prompt)
+            if best is None:
+                return False
+            trunks.append(Run(best.start, prompt, 0, (best.start, best.start)))
+        group.trunk = best
+        self._use(best)  # until none of the group is pending
+        return True
+
+    def _place_one(self, group: Group, branches: list[Run], uids: Any) -> bool:
+        request, trunk = group.pending[0], group.trunk
+        known = request.prompt[:-1]
+        seen = common_prefix(trunk.tokens, known) if trunk else 0
+        own = None
+        if seen < len(known):
+            own = self._allocate(known[seen:])
+            if own is None:
+                return False
+            start = trunk.start if trunk else 0
+            branches.append(Run(own.start, own.tokens, seen, (start, start + seen)))
+            self._use(own)
+        if trunk is not None:
+            self._use(trunk)
+        self.waiting.append(Placed(group.pending.popleft(), trunk, seen, own, next(uids)))
+        return True
+
+    def _use(self, piece: Piece) -> None:
+        self._time += 1
+        piece.users += 1
+        piece.last_use = self._time
+
+    def _allocate(self, tokens: list[int]) -> Piece | None:
+        """Slots for these tokens, of which nothing is needed any more; least recently used pieces go first."""
+        best: tuple[tuple[int, int], int] | None = None
+        for start in sorted({0, *(p.stop for p in self.pieces)}):
+            stop = start + len(tokens)
+            if stop > self.slots:
+                continue
+            hit = [p for p in self.pieces if p.start < stop and start < p.stop]
+            if any(p.users for p in hit):
+                continue
+            cost = max((p.last_use for p in hit), default=0), start
+            if best is None or cost < best[0]:
+                best = cost, start
+        if best is None:
+            return None
+        piece = Piece(best[1], tokens)
+        self.pieces = [p for p in self.pieces if p.stop <= piece.start or piece.stop <= p.start]
+        self.pieces.append(piece)
+        return piece
+
+
+def windows(row: int, runs: Sequence[Run], width: int, slots: int) -> list[Chunk]:
+    """Chunks of one row [C], C = ``width``, that compute the runs; runs that lie beside each other share chunks."""
+    tokens = {}
+    for run in runs:
+        for i, token in enumerate(run.tokens):
+            tokens[run.slot + i] = token, run.position + i, *run.trunk, run.slot
+    out: list[Chunk] = []
+    todo = sorted(tokens)
+    while todo:
+        start = min(todo[0], slots - width)
+        here = [s for s in todo if s < start + width]
+        todo = todo[len(here) :]
+        table = np.zeros((5, width), np.int32)
+        valid = np.zeros(width, bool)
+        index = np.asarray(here) - start
+        table[:, index] = np.asarray([tokens[s] for s in here], np.int32).T
+        valid[index] = True
+        own = table[4]
+        own[~valid] = start + np.flatnonzero(~valid)  # what is not valid sees itself
+        out.append(Chunk(np.int32(row), np.int32(start), table[0], table[1], valid, table[2], table[3], own))
+    return out
+
+
+def together(chunks: Sequence[Chunk], count: int) -> Chunk:
+    """Chunks of one row each as one of P = ``count`` rows, filled up with chunks that write nothing."""
+    first = chunks[0]
+    empty = first._replace(valid=np.zeros_like(first.valid))
+    return Chunk(*(np.stack(x) for x in zip(*chunks, *[empty] * (count - len(chunks)), strict=True)))
