@@ -20,13 +20,16 @@ def evolve(args: argparse.Namespace, config: Config) -> None:
     from esjax.eval.compare import compare, table
     from esjax.evolve import rounds
     from esjax.evolve.lab import Lab
-    from esjax.runlog import RunDir
+    from esjax.programs import summary
+    from esjax.runlog import RunDir, say
 
     with RunDir(args.run_dir, config) as run:
         lab = Lab.open(config)
         _ = lab.train, lab.valid, lab.test  # a broken corpus file is reported now, not after hours
         rounds.evolve(lab, run)
-        _print(table(compare(lab, run)))
+        rows = compare(lab, run)
+        say(summary())
+        _print(table(rows))
 
 
 def sft(args: argparse.Namespace, config: Config) -> None:

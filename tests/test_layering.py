@@ -17,6 +17,7 @@ RANKS = {
     "rows": 0,
     "mesh": 1,
     "runlog": 1,
+    "programs": 1,
     "corpus": 2,
     "hub": 2,
     "tokens": 3,

@@ -82,7 +82,7 @@ class Round:
             for journal in journals.values():
                 journal.finish()
         if generator.usage.steps:
-            say(f"  {generator.usage}; {generator.programs} programs so far")
+            say(f"  {generator.usage}")
         return {"contexts": len(chosen)}
 
     def _pairs(self) -> Row:

@@ -96,7 +96,7 @@ def rematerialised(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any
     return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 
-def token_logprobs(model: Decoder, rows: Rows, targets: int, how: Execution) -> Array:
+def token_logprobs(model: Decoder, rows: Rows, targets: int | None, how: Execution) -> Array:
     """Log-probability of each target token, float32 [B, T]: entry i is for token i + 1; 0 where weight is 0.
 
     The one primitive of SFT, DPO and scoring. The head runs only where weight != 0, in chunks, so that [B, T, V] logits
@@ -105,19 +105,21 @@ def token_logprobs(model: Decoder, rows: Rows, targets: int, how: Execution) -> 
     Args:
         rows: [B, T].
         targets: at least the number of nonzero weights in each device's share of the batch; static, so that shapes are.
+            None takes any number, skips what is not there as it goes, and has no gradient: for scoring.
     """
     b, t = rows.tokens.shape
     groups = batch_groups()
     hidden = model(rows, how).reshape(groups, b // groups * t, -1)
     wanted = (rows.weight != 0).reshape(groups, -1)
     last = wanted.shape[1] - 1  # the last token of a row is never a target
-    size = min(targets, last + 1)
+    size = last + 1 if targets is None else min(targets, last + 1)
     index = jax.vmap(lambda w: jnp.nonzero(w, size=size, fill_value=last)[0])(wanted)
     following = jnp.roll(rows.tokens, -1, axis=1).reshape(groups, -1)
     x = jnp.take_along_axis(hidden, index[..., None], axis=1)
     head = model.head_weight
     logits = size * len(head) if how.unroll else how.logits
-    logprobs = target_logprobs(x, head, jnp.take_along_axis(following, index, axis=1), logits)
-    logprobs = jnp.where(jnp.take_along_axis(wanted, index, axis=1), logprobs, 0.0)
+    live = jnp.take_along_axis(wanted, index, axis=1)
+    token = jnp.take_along_axis(following, index, axis=1)
+    logprobs = jnp.where(live, target_logprobs(x, head, token, logits, live if targets is None else None), 0.0)
     flat = jax.vmap(lambda i, values: jnp.zeros(last + 1, jnp.float32).at[i].add(values))(index, logprobs)
     return flat.reshape(b, t)

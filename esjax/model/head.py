@@ -12,7 +12,7 @@ from jax import Array
 from esjax.mesh import constrain
 
 
-def target_logprobs(x: Array, head: Array, token: Array, logits: int) -> Array:
+def target_logprobs(x: Array, head: Array, token: Array, logits: int, live: Array | None = None) -> Array:
     """log softmax(x head^T)[token] in float32: x [G, n, D], head [V, D], token int32 [G, n] -> [G, n].
 
     Neither pass holds more logits than those of one chunk of tokens, and the size of a chunk falls as V grows. Since the
@@ -23,6 +23,7 @@ def target_logprobs(x: Array, head: Array, token: Array, logits: int) -> Array:
     Args:
         x: G is the number of devices that the batch is split over; each computes its own n tokens.
         logits: most entries of one chunk's logits on one device (a chunk has at least one token).
+        live: bool [G, n]; where given, chunks without a live token are skipped, and there is no gradient.
     """
     (groups, n), v = token.shape, head.shape[0]
     count = -(-n // max(1, logits // v))
@@ -33,7 +34,17 @@ def target_logprobs(x: Array, head: Array, token: Array, logits: int) -> Array:
         a = a.reshape(groups, count, size, *a.shape[2:]).swapaxes(0, 1)
         return constrain(a.reshape(count, groups * size, *a.shape[3:]), None, "batch", *[None] * (a.ndim - 3))
 
-    out = _logprobs(split(x), constrain(head, "vocab", None), split(token))
+    head = constrain(head, "vocab", None)
+    if live is None:
+        out = _logprobs(split(x), head, split(token))
+    else:
+        nothing = jnp.zeros(groups * size, jnp.float32)
+        out = jax.lax.map(
+            lambda part: jax.lax.cond(
+                jnp.any(part[2]), lambda x, t: _one_chunk(x, t, head)[0], lambda *_: nothing, *part[:2]
+            ),
+            (split(x), split(token), split(live)),
+        )
     return out.reshape(count, groups, size).swapaxes(0, 1).reshape(groups, -1)[:, :n]
 
 

@@ -137,7 +137,10 @@ def run(
             lambda all, now: jax.lax.dynamic_update_index_in_dim(all, now, state.steps, 0), state.log, log
         )
         leaf = leaf._replace(
-            uid=jnp.where(over, -1, leaf.uid), token=token, position=leaf.position + 1, state=following
+            uid=jnp.where(over, -1, leaf.uid),
+            token=token,
+            position=leaf.position + 1,
+            state=jnp.where(over | ~busy, 0, following),  # a lane with nothing to do is free to draw anything
         )
         lanes = Lanes(leaf, lanes.drawn + 1, used, lanes.clock + 1)
         return Called(lanes, cache, started, state.steps + 1, log)
@@ -202,7 +205,7 @@ def draw_token(logits: Array, noise: Any, draw: Draw) -> Array:
             winner = _argmax(jnp.where(p > pivot[:, None], speed, -1.0))
             level = jnp.take_along_axis(p, winner[:, None], axis=1)
             above = jnp.sum(jnp.where(p > level, p, 0.0), axis=-1)
-            return winner, level[:, 0], (above < enough) | (draw.top_p >= 1) | ~hot
+            return winner, level[:, 0], ~(above >= enough) | (draw.top_p >= 1) | ~hot
 
         def again(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             winner, pivot, good = state

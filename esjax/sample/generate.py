@@ -18,6 +18,7 @@ from esjax.config import InputError
 from esjax.model.cached import Cache, Chunk, Weights, empty_cache, lay_out, load
 from esjax.model.lora import Adapter
 from esjax.model.weights import Backbone, bind
+from esjax.programs import program
 from esjax.rows import common_prefix
 from esjax.sample.constrain import START, Automaton, free
 from esjax.sample.decode import Draw, Lanes, Leaf, Log, idle_lanes, run
@@ -102,16 +103,12 @@ class Generator:
         self._how = backbone.execution
         arch = backbone.arch
         merge = backbone.dtype.itemsize == 4  # exact to rounding in float32, and a little faster; see lay_out
-        self._lay_out = jax.jit(lambda adapter, base: lay_out(bind(backbone.definition, adapter, base), merge))
-        self._load = jax.jit(partial(load, arch, how=self._how), donate_argnums=1)
-        self._run = jax.jit(partial(run, arch, how=self._how), donate_argnums=1, static_argnames="steps")
-        self._free = free(arch.vocab)
-
-    @property
-    def programs(self) -> int:
-        """How many programs were compiled so far."""
-        made = (self._lay_out, self._load, self._run)
-        return sum(p._cache_size() for p in made)  # type: ignore[attr-defined]
+        self._lay_out = program(
+            "weights", lambda adapter, base: lay_out(bind(backbone.definition, adapter, base), merge)
+        )
+        self._load = program("prefill", partial(load, arch, how=self._how), donate_argnums=1)
+        self._run = program("decode", partial(run, arch, steps=STEPS, how=self._how), donate_argnums=1)
+        self._constraint = jax.device_put(free(arch.vocab))  # the latest: all have a state that allows everything
 
     def generate(
         self,
@@ -155,7 +152,7 @@ class Generator:
         Args:
             groups: requests of one group share a row, so their prompts should begin alike; groups are begun in this order.
             done: told every request and its completion, in the order in which they end; returns groups to be begun next.
-            constraint: what requests with a state other than 0 obey.
+            constraint: what requests with a state other than 0 obey; the one before stays where none is given.
             more_may_follow: whether ``done`` ever returns any.
 
         Raises InputError when a prompt and its new tokens exceed the model's positions.
@@ -166,7 +163,9 @@ class Generator:
             self._check(request)
         self._fit(groups)
         weights = self._lay_out(adapter, self.backbone.base)
-        session = _Session(self, weights, constraint or self._free, done, more_may_follow)
+        if constraint is not None:
+            self._constraint = jax.device_put(constraint)
+        session = _Session(self, weights, done, more_may_follow)
         session.backlog.extend(map(Group.of, groups))
         session.finish_all()
 
@@ -201,11 +200,8 @@ class Generator:
 class _Session:
     """One call of ``work``: the cache, the lanes and what each of them does."""
 
-    def __init__(
-        self, owner: Generator, weights: Weights, constraint: Automaton, done: Done, more_may_follow: bool
-    ) -> None:
+    def __init__(self, owner: Generator, weights: Weights, done: Done, more_may_follow: bool) -> None:
         self.owner, self.weights, self.done, self.more_may_follow = owner, weights, done, more_may_follow
-        self.constraint = jax.device_put(constraint)
         self.stop = np.asarray([owner.end_of_turn], np.int32)
         self.backlog: deque[Group] = deque()
         self.uids = count()
@@ -276,7 +272,7 @@ class _Session:
         more = self.more_may_follow or self.backlog or any(b.groups for b in self.books)
         patience = np.int32(unemployed + max(1, total // 8) if more else total)
         made = self.owner._run(
-            self.weights, self.cache, self.lanes, waiting, counts, self.stop, self.constraint, patience, steps=STEPS
+            self.weights, self.cache, self.lanes, waiting, counts, self.stop, self.owner._constraint, patience
         )
         self.lanes, self.cache = made.lanes, made.cache
         started, steps, log = jax.device_get((made.started, made.steps, made.log))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
-import jax
 import numpy as np
 from flax import nnx
 from jax import Array
@@ -13,10 +11,9 @@ from jax import Array
 from esjax.model.decoder import Decoder, Execution, token_logprobs
 from esjax.model.lora import Adapter
 from esjax.model.weights import Backbone, bind
+from esjax.programs import program
 from esjax.rows import Rows, layout
 from esjax.tokens.batches import in_order
-
-BUCKET = 128  # target counts are rounded up to a multiple of this, so that few programs are compiled
 
 
 class Scorer:
@@ -24,7 +21,6 @@ class Scorer:
 
     def __init__(self, backbone: Backbone, row_length: int, batch_rows: int) -> None:
         self.backbone, self.row_length, self.batch_rows = backbone, row_length, batch_rows
-        self._program = jax.jit(partial(_score, backbone.definition), static_argnames=("targets", "how"))
 
     def score(
         self, adapter: Adapter, examples: Sequence[Rows], advance: Callable[[int], None] = lambda n: None
@@ -36,9 +32,7 @@ class Scorer:
         out: list[list[np.ndarray]] = [[] for _ in examples]
         how = self.backbone.execution._replace(layout=layout(examples, packed=True), remat="none")
         for rows, packed in in_order(examples, self.row_length, self.batch_rows):
-            most = int((rows.weight != 0).sum())
-            targets = -(-most // BUCKET) * BUCKET
-            logprobs = np.asarray(self._program(adapter, self.backbone.base, rows, targets=targets, how=how))
+            logprobs = np.asarray(_SCORE(self.backbone.definition, how, adapter, self.backbone.base, rows))
             for r, members in enumerate(packed):
                 for segment, i in enumerate(members, start=1):
                     mine = (rows.segment[r] == segment) & (rows.weight[r] != 0)
@@ -48,7 +42,10 @@ class Scorer:
         return out
 
 
-def _score(
-    definition: nnx.GraphDef[Decoder], adapter: Adapter, base: nnx.State, rows: Rows, targets: int, how: Execution
-) -> Array:
-    return token_logprobs(bind(definition, adapter, base), rows, targets, how)
+def _score(definition: nnx.GraphDef[Decoder], how: Execution, adapter: Adapter, base: nnx.State, rows: Rows) -> Array:
+    return token_logprobs(bind(definition, adapter, base), rows, None, how)
+
+
+_SCORE = program(
+    "score", _score, static_argnums=(0, 1)
+)  # one for all scorers: rounds and models share its compilations

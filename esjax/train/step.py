@@ -6,7 +6,7 @@ What is trained is a part of the model's state: the adapter, or (in ``esjax benc
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jax import Array
 from esjax.mesh import constrain
 from esjax.model.decoder import Decoder, Execution, token_logprobs
 from esjax.model.weights import bind
+from esjax.programs import program
 from esjax.rows import Rows
 from esjax.train.losses import Loss, Totals
 
@@ -84,7 +85,7 @@ def make_step(
         updates, opt_state = optimiser.update(grads, opt_state, trained)
         return optax.apply_updates(trained, updates), opt_state, metrics
 
-    return jax.jit(step, donate_argnums=(0, 1))
+    return cast(Step, program("train", step, donate_argnums=(0, 1)))
 
 
 def _accumulated(
