@@ -167,7 +167,7 @@ def export(args: argparse.Namespace, config: Config) -> None:
 
 
 def bench(args: argparse.Namespace, config: Config) -> None:
-    """Measure the training steps on this machine: one JSON line for each, with random weights and a workload file's sizes.
+    """Measure sampling and training on this machine: one JSON line a job, with random weights and a workload file's sizes.
 
     Of the settings below only model.attention and model.remat count: the workload file says the rest.
     """
@@ -175,30 +175,42 @@ def bench(args: argparse.Namespace, config: Config) -> None:
 
     import jax.numpy as jnp
 
-    from esjax import bench as b
+    from esjax.bench import sampling, training
+    from esjax.bench.workload import TASKS, measured_bandwidth, measured_peak, read_workload
     from esjax.model.weights import choose_execution
 
     tasks = args.tasks.split(",")
     for task in tasks:
-        if task not in b.TASKS:
-            raise InputError(f"--tasks {task}: no such task; allowed: {', '.join(b.TASKS)}")
-    work = b.read_workload(args.workload, args.profile)
+        if task not in TASKS:
+            raise InputError(f"--tasks {task}: no such task; allowed: {', '.join(TASKS)}")
+    work = read_workload(args.workload, args.profile)
     dtype = jnp.dtype(work.dtype)
+    sampled = [task for task in tasks if task in ("sample", "round")]
+    trained = [task for task in tasks if task not in sampled]
+
+    def show(line: dict[str, object]) -> None:
+        print(json.dumps(line), flush=True)
+
     if args.topology is not None:
         if args.compare or args.trace:
             raise InputError("--topology runs nothing: leave out --compare and --trace")
         how = choose_execution(config.model.attention, config.model.remat, dtype, "tpu")
-        for job in b.jobs(work, tasks, naive=False):
-            made = b.compile_for(work, job, how, args.micro_rows, args.topology, args.tensor or 1)
-            print(json.dumps(made), flush=True)
+        for task in sampled:
+            show(sampling.compile_for(work, task, how, args.topology, args.tensor))
+        for job in training.jobs(work, trained, naive=False):
+            show(training.compile_for(work, job, how, args.micro_rows, args.topology, args.tensor or 1))
         return
     if args.tensor:
         raise InputError("--tensor needs --topology: this machine's devices are not divided")
     how = choose_execution(config.model.attention, config.model.remat, dtype)
-    peak = b.measured_peak(dtype)
-    for job in b.jobs(work, tasks, naive=args.compare == "naive"):
+    peak, naive = measured_peak(dtype), args.compare == "naive"
+    bandwidth = measured_bandwidth() if sampled else 0.0
+    for task in sampled:
+        for unshared in (False, True) if naive and task == "round" else (False,):
+            show(sampling.bench(work, task, how, peak, bandwidth, unshared))
+    for job in training.jobs(work, trained, naive):
         trace = args.trace and args.trace / f"{job.task}-{job.variant}".replace(", ", "-")
-        print(json.dumps(b.bench(work, job, how, args.micro_rows, trace, peak)), flush=True)
+        show(training.bench(work, job, how, args.micro_rows, trace, peak))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -368,8 +380,11 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
             {"default": "cpu", "metavar": "NAME", "help": "a profile of the workload file: gpu, cpu, tiny or 8b"},
         ),
         ("--workload", {"default": "bundled:configs/workload.json", "metavar": "FILE", "help": "sizes of the work"}),
-        ("--tasks", {"default": "dpo,sft", "metavar": "A,B", "help": "which of dpo and sft"}),
-        ("--compare", {"choices": ["naive"], "help": "measure the unshared form, one row a sequence, beside it"}),
+        (
+            "--tasks",
+            {"default": "sample,round,dpo,sft", "metavar": "A,B", "help": "which of sample, round, dpo and sft"},
+        ),
+        ("--compare", {"choices": ["naive"], "help": "measure the unshared form of round and dpo beside it"}),
         ("--micro-rows", {"type": int, "metavar": "N", "help": "rows computed at once; all when left out"}),
         (
             "--topology",
@@ -379,6 +394,9 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
             "--tensor",
             {"type": int, "metavar": "N", "help": "with --topology: devices that share a layer"},
         ),
-        ("--trace", {"type": Path, "metavar": "DIR", "help": "write a profiler trace of one step of each job"}),
+        (
+            "--trace",
+            {"type": Path, "metavar": "DIR", "help": "write a profiler trace of one training step of each job"},
+        ),
     )
     return parser, commands

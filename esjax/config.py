@@ -72,11 +72,12 @@ class PromptSettings(Settings):
     system: str = "bundled:prompts/system.txt"
     """System message of every dialogue in every phase and at inference; an empty file means none."""
     principles: str = "bundled:prompts/principles.txt"
-    """Human-written principles I of good support, inserted into the two prompts below."""
+    """Human-written principles I of good support; they follow the system message when the model reflects and refines."""
     reflect: str = "bundled:prompts/reflect.txt"
-    """Jinja template, appended to the seeker's last message, that asks for profile, emotional state and situation."""
+    """Text (a Jinja template without variables), appended to the seeker's last message: asks for the reflection."""
     refine: str = "bundled:prompts/refine.txt"
-    """Jinja template, appended to the seeker's last message, that asks for the refined reply."""
+    """Jinja template, appended to the seeker's last message, that asks for the refined reply; variables draft, profile,
+    emotional_state and situation."""
 
 
 class OptimSettings(Settings):
@@ -163,7 +164,7 @@ class EvolveSettings(Settings):
     context_tokens: int | None = Field(None, ge=16)
     """Longest context C_n in tokens (older turns are dropped and counted); null means what data.window leaves."""
     batch: int = Field(16, ge=1)
-    """Contexts decoded at once."""
+    """Replies under way at once (also for the closing table)."""
     draft: SamplingSettings = SamplingSettings()
     """The pre-refined reply, later `rejected`."""
     reflection: ReflectionSettings = ReflectionSettings()
@@ -195,7 +196,7 @@ class ReplySettings(SamplingSettings):
     """How a finished model answers: in the closing table and in `esjax sample`."""
 
     batch: int = Field(16, ge=1)
-    """Prompts decoded at once."""
+    """Replies under way at once in `esjax sample`."""
     max_contexts: int | None = Field(None, ge=1)
     """Contexts answered for the closing table, evenly spread over those of the test dialogues; null means all."""
 

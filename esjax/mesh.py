@@ -48,19 +48,27 @@ def sharding(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:
     return NamedSharding(mesh, spec(axes))
 
 
-def topology_mesh(name: str, tensor: int) -> Mesh:
-    """A mesh of the TPUs of a topology such as v5e:4x4, without one at hand: programs can be compiled for it, not run.
+def topology_devices(name: str) -> list[Any]:
+    """The TPUs of a topology such as v5e:4x4, without one at hand: programs can be compiled for them, not run.
 
-    All devices that ``tensor`` leaves go to fsdp. Raises InputError for an unknown topology or an indivisible number.
+    Raises InputError for an unknown topology.
     """
     # Nothing is run, so no TPU has to be asked for or kept from others.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
-        devices = topologies.get_topology_desc(name, platform="tpu").devices
+        return list(topologies.get_topology_desc(name, platform="tpu").devices)
     except Exception as e:  # every kind, from a missing libtpu to a name it does not know
         reason = " ".join(str(e).split())[:200]
         raise InputError(f"topology {name}: {reason}; give one like v5e:4x4, and install esjax's tpu extra") from e
+
+
+def topology_mesh(name: str, tensor: int) -> Mesh:
+    """A mesh of a topology's TPUs: all devices that ``tensor`` leaves go to fsdp.
+
+    Raises InputError for an unknown topology or an indivisible number.
+    """
+    devices = topology_devices(name)
     if len(devices) % tensor:
         raise InputError(f"topology {name} has {len(devices)} devices, which {tensor} does not divide")
     return make_mesh(devices, 1, len(devices) // tensor, tensor)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 _compiled: Counter[str] = Counter()
+_seconds: list[float] = []
 
 
 def program(name: str, function: Callable[..., Any], **how: Any) -> Any:
@@ -28,6 +29,11 @@ def compiled() -> Counter[str]:
     return Counter(_compiled)
 
 
+def seconds() -> float:
+    """How long that took."""
+    return sum(_seconds)
+
+
 def summary() -> str:
     """The same in words."""
     return f"{_compiled.total()} programs compiled: " + ", ".join(
@@ -39,6 +45,7 @@ def _count(event: str, duration_secs: float, **facts: Any) -> None:
     name = str(facts.get("fun_name", ""))
     if event == "/jax/core/compile/backend_compile_duration" and name.startswith("jit(esjax_"):
         _compiled[name[len("jit(esjax_") : -1]] += 1
+        _seconds.append(duration_secs)
 
 
 jax.monitoring.register_event_duration_secs_listener(_count)

@@ -134,6 +134,11 @@ class Journal:
     def __enter__(self) -> Journal:
         if self.path.exists():
             self.rows = dict(enumerate(read_jsonl(self.path)))
+            if len(self.rows) != self.total:
+                raise InputError(
+                    f"{self.path}: {len(self.rows)} rows instead of {self.total}; delete it to have it made again"
+                )
+            self._part.unlink(missing_ok=True)  # of a run that was killed between the name and the end
             return self
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = self._part.read_bytes().splitlines(keepends=True) if self._part.exists() else []
@@ -162,6 +167,8 @@ class Journal:
 
     def finish(self) -> list[dict[str, Any]]:
         """Write the file, and return its rows."""
+        if self.missing:
+            raise AssertionError(f"{self.path}: row {self.missing[0]} was not made")
         rows = [self.rows[i] for i in range(self.total)]
         if not self.path.exists():
             write_jsonl(self.path, rows)

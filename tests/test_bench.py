@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from esjax import bench, rows
+from esjax import rows
+from esjax.bench import training as bench
+from esjax.bench import workload as sizes
 from esjax.cli import main
 from esjax.config import InputError, LoraSettings
 from esjax.model.attention import PLATFORMS, choose_path
@@ -77,9 +79,9 @@ def test_a_workload_that_is_wrong_is_refused(tmp_path: Path) -> None:
     ):
         file.write_text(json.dumps({"tiny": good | change}))
         with pytest.raises(InputError, match=message):
-            bench.read_workload(str(file), "tiny")
+            sizes.read_workload(str(file), "tiny")
     file.write_text(json.dumps({"tiny": good | {"sample": {}, "round": {}}}))
-    assert bench.read_workload(str(file), "tiny").sft.length == 64
+    assert sizes.read_workload(str(file), "tiny").sft.length == 64
 
 
 def test_auto_attention() -> None:
@@ -113,17 +115,17 @@ def test_flops_by_formula_are_close_to_the_compilers() -> None:
 
 def test_three_times_the_vocabulary_costs_its_embedding_and_no_more() -> None:
     """SmolLM2's shape, a DPO step: from 49k to 152k words peak memory grows by the embedding and under 10%."""
-    work = bench.read_workload(WORKLOAD, "cpu")
+    work = sizes.read_workload(WORKLOAD, "cpu")
     (job,) = bench.jobs(work, ["dpo"], naive=False)
     example, extra = job.batch(np.random.default_rng(0))
 
     def peak(vocab: int) -> float:
         arch = replace(work.architecture, vocab=vocab)
-        definition, make = bench.parts(arch, job.lora, FLOAT32)
+        definition, make = sizes.parts(arch, job.lora, FLOAT32)
         trained, frozen = jax.eval_shape(make)
         how = choose_execution("chunked", "full", FLOAT32)
         step, opt_state = bench.build(definition, job, trained, example, 4, how, FLOAT32)
-        return float(bench.planned(step.lower(trained, opt_state, frozen, example, extra).compile())["mem_gib"])
+        return float(sizes.planned(step.lower(trained, opt_state, frozen, example, extra).compile())["mem_gib"])
 
     small, large = peak(49152), peak(152064)
     embedding = (152064 - 49152) * work.architecture.width * 4 / 2**30
@@ -135,8 +137,8 @@ def test_three_times_the_vocabulary_costs_its_embedding_and_no_more() -> None:
 
 def test_the_figure_is_of_the_settings() -> None:
     """All parameters train in float32 and compute in the workload's dtype."""
-    work = bench.read_workload(WORKLOAD, "tiny")
-    definition, make = bench.parts(work.architecture, None, BFLOAT16)
+    work = sizes.read_workload(WORKLOAD, "tiny")
+    definition, make = sizes.parts(work.architecture, None, BFLOAT16)
     trained, frozen = make()
     assert {x.dtype for x in jax.tree.leaves(trained)} == {FLOAT32}
     assert not jax.tree.leaves(frozen)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,14 @@ import numpy as np
 import pytest
 from conftest import sample_texts
 from flax import nnx
-from scipy.stats import chisquare
+from scipy.stats import chisquare, kstest
 
 from esjax.config import InputError
 from esjax.model.weights import Backbone, compute_dtype, load_backbone
+from esjax.programs import compiled
 from esjax.rows import prompt_with_replies
+from esjax.sample import decode
+from esjax.sample.constrain import Field, compile_template
 from esjax.sample.decode import Draw, draw_token
 from esjax.sample.generate import Completion, Generator, row_seed
 from esjax.sample.score import Scorer
@@ -25,8 +29,8 @@ from esjax.tokens.tokenizer import ChatTokenizer
 BARE: nnx.State = nnx.State({})  # no adapter
 NEW = 40  # tokens generated for a prompt; the tiny model ends some replies before and some not
 
-draw_jitted = jax.jit(draw_token)
-draw_at = jax.jit(jax.vmap(draw_token, in_axes=(None, 0, None)))  # one row [1, V], many uniforms [n, 1] -> [n, 1]
+draw_jitted = jax.jit(lambda logits, noise, draw: draw_token(logits, lambda: noise, draw))
+noise = jax.jit(decode.noise, static_argnums=2)
 
 
 @dataclass(frozen=True)
@@ -38,16 +42,25 @@ class How:
     top_k: int = 0
 
 
-def settings(how: How) -> Draw:
-    return Draw(
-        jnp.float32(how.temperature), jnp.float32(how.top_p), jnp.int32(how.top_k), jnp.asarray([-1], jnp.int32)
+def drawn(logits: np.ndarray, noise: Any, hows: How | Sequence[How]) -> list[int]:
+    """Tokens [B] drawn from logits [B, V] or [V] with noise [B, V]; one How for all, or one a row."""
+    each = [hows] * len(noise) if isinstance(hows, How) else hows
+    draw = Draw(
+        jnp.asarray([h.temperature for h in each], jnp.float32),
+        jnp.asarray([h.top_p for h in each], jnp.float32),
+        jnp.asarray([h.top_k for h in each], jnp.int32),
     )
+    return np.asarray(draw_jitted(jnp.broadcast_to(logits, noise.shape), noise, draw)).tolist()
 
 
-def drawn(logits: np.ndarray, uniform: np.ndarray, how: How) -> np.ndarray:
-    """Tokens [n] drawn from one row of logits [V] with uniform numbers [n]."""
-    u = jnp.asarray(uniform, jnp.float32)[:, None]
-    return np.asarray(draw_at(jnp.asarray(logits)[None], u, settings(how)))[:, 0]
+def pushed(vocab: int) -> np.ndarray:
+    """Noise [V, V] with which each token in turn wins any race that it may take part in."""
+    return np.where(np.eye(vocab, dtype=bool), 1e-20, 1.0).astype(np.float32)
+
+
+def some_noise(n: int, vocab: int, number: int = 0) -> jax.Array:
+    """Real noise [n, V] of seeds 0, 1, ..."""
+    return noise(jnp.arange(n, dtype=jnp.uint32), jnp.full(n, number), vocab)
 
 
 def truncated(logits: np.ndarray, how: How) -> np.ndarray:
@@ -76,20 +89,18 @@ def borderline(logits: np.ndarray, how: How) -> bool:
 
 def test_temperature_zero_is_greedy() -> None:
     logits = np.random.default_rng(0).normal(size=(64, 300)).astype(np.float32)
-    uniform = np.linspace(0, 0.999, 64, dtype=np.float32)
-    best = logits.argmax(axis=1)
+    best = logits.argmax(axis=1).tolist()
     for how in (How(0.0), How(0.0, top_p=0.3), How(0.0, top_k=5)):
-        assert np.asarray(draw_jitted(logits, uniform, settings(how))).tolist() == best.tolist()
-    assert np.asarray(draw_jitted(logits, uniform, settings(How(1.0)))).tolist() != best.tolist()
+        assert drawn(logits, some_noise(64, 300), how) == best
+    assert drawn(logits, some_noise(64, 300), How(1.0)) != best
 
 
 def test_top_k_of_one_and_a_tiny_nucleus_are_greedy() -> None:
     logits = np.random.default_rng(1).normal(size=(64, 300)).astype(np.float32)
-    uniform = np.linspace(0, 0.999, 64, dtype=np.float32)
     best = logits.argmax(axis=1).tolist()
-    assert np.asarray(draw_jitted(logits, uniform, settings(How(2.0, top_k=1)))).tolist() == best
-    assert np.asarray(draw_jitted(logits, uniform, settings(How(2.0, top_p=1e-4)))).tolist() == best
-    assert np.asarray(draw_jitted(logits, uniform, settings(How(2.0, top_k=2)))).tolist() != best
+    assert drawn(logits, some_noise(64, 300), How(2.0, top_k=1)) == best
+    assert drawn(logits, some_noise(64, 300), How(2.0, top_p=1e-4)) == best
+    assert drawn(logits, some_noise(64, 300), How(2.0, top_k=2)) != best
 
 
 HOWS = [
@@ -107,73 +118,69 @@ HOWS = [
 ]
 
 
+def members(logits: np.ndarray, how: How) -> set[int]:
+    """Which tokens are drawn when all noise is for them. Where a token is not, one of those is drawn."""
+    tokens = drawn(logits, pushed(len(logits)), how)
+    kept = {v for v, token in enumerate(tokens) if v == token}
+    assert set(tokens) == kept
+    return kept
+
+
 @pytest.mark.parametrize("how", HOWS, ids=str)
 @pytest.mark.parametrize("vocab", [40, 600])
 def test_exactly_the_oracles_tokens_are_kept(vocab: int, how: How) -> None:
-    """In the middle of a token's share of [0, 1) that token is drawn, and nowhere a token that the oracle drops."""
     tried = 0
-    grid = (np.arange(512) + 0.5) / 512
     for seed in range(25):
         logits = (np.random.default_rng(seed).normal(size=vocab) * 2).astype(np.float32)
         if how.top_p < 1 and borderline(logits, how):
             continue
         tried += 1
-        p = truncated(logits, how)
-        ends = np.cumsum(p)
-        kept = np.flatnonzero(p > 1e-5)
-        middle = ends[kept] - p[kept] / 2
-        uniform = np.resize(middle, vocab)  # one shape for all seeds, so that one program serves
-        assert drawn(logits, uniform, how)[: len(kept)].tolist() == kept.tolist()
-        everywhere = drawn(logits, np.resize(grid, max(vocab, 512)), how)
-        assert set(everywhere.tolist()) <= set(np.flatnonzero(p).tolist())
+        assert members(logits, how) == set(np.flatnonzero(truncated(logits, how)).tolist())
     assert tried > 15
 
 
 def test_the_oracle_tells_settings_apart() -> None:
     """Control: another setting keeps other tokens, and the drawn ones show it."""
     logits = (np.random.default_rng(0).normal(size=40) * 2).astype(np.float32)
-    grid = (np.arange(512) + 0.5) / 512
-    sets = {how: set(drawn(logits, grid, how).tolist()) for how in HOWS}
-    assert sets[How(1.0, top_k=7)] == set(np.flatnonzero(truncated(logits, How(1.0, top_k=7))).tolist())
+    sets = {how: members(logits, how) for how in HOWS}
     assert sets[How(1.0, top_k=7)] != set(np.flatnonzero(truncated(logits, How(1.0, top_k=8))).tolist())
+    assert sets[How(1.0, top_p=0.9)] != set(np.flatnonzero(truncated(logits, How(1.0, top_p=0.95))).tolist())
     assert not sets[How()] <= set(np.flatnonzero(truncated(logits, How(1.0, top_p=0.9))).tolist())
 
 
 def test_tokens_that_tie_with_the_threshold_stay() -> None:
     logits = np.log(np.asarray([0.4, 0.2, 0.2, 0.2], np.float32))
-    grid = (np.arange(512) + 0.5) / 512
-    assert set(drawn(logits, grid, How(1.0, top_k=2)).tolist()) == {0, 1, 2, 3}
-    assert set(drawn(logits, grid, How(1.0, top_k=1)).tolist()) == {0}
+    assert members(logits, How(1.0, top_k=2)) == {0, 1, 2, 3}
+    assert members(logits, How(1.0, top_p=0.5)) == {0, 1, 2, 3}
+    assert members(logits, How(1.0, top_k=1)) == members(logits, How(1.0, top_p=0.39)) == {0}
 
 
-def test_forbidden_tokens_do_not_count_for_top_k_and_top_p() -> None:
-    rng = np.random.default_rng(3)
-    logits = rng.normal(size=600).astype(np.float32)
-    logits[rng.random(600) < 0.9] = -np.inf
-    grid = (np.arange(600) + 0.5) / 600
-    for how in (How(), How(1.0, top_k=5), How(1.0, top_p=0.7)):
-        p = truncated(logits, how)
-        assert set(drawn(logits, grid, how).tolist()) <= set(np.flatnonzero(p).tolist())
-    assert len(set(drawn(logits, grid, How(1.0, top_k=5)).tolist())) == 5
-
-
-def test_a_token_without_probability_is_never_drawn() -> None:
-    """Not even where the uniform number meets the end of another token's share to the last bit: a constraint relies on it.
-
-    jax.random.uniform gives multiples of 2^-23; those next to the shares' ends are the ones where rounding can go wrong.
-    """
-    vocab, wrong = 1024, []
-    for seed in range(60):
+def test_forbidden_tokens_are_not_drawn_and_do_not_count() -> None:
+    """Not even if all noise is for them; and the rest is drawn as if they did not exist. A constraint relies on it."""
+    for seed in range(10):
         rng = np.random.default_rng(seed)
-        logits = (rng.normal(size=vocab) * 2).astype(np.float32)
-        forbidden = rng.random(vocab) < 0.9
+        logits = (rng.normal(size=600) * 2).astype(np.float32)
+        forbidden = rng.permutation(600) >= 60
         logits[forbidden] = -np.inf
-        ends = np.cumsum(truncated(logits, How()))[~forbidden]
-        near = np.clip(np.round(ends * 2**23)[:, None] + np.arange(-2, 3), 0, 2**23 - 1).ravel() / 2**23
-        uniform = np.resize(near, vocab).astype(np.float32)
-        tokens = np.asarray(draw_jitted(np.broadcast_to(logits, (vocab, vocab)), uniform, settings(How())))
-        wrong += [(seed, float(u), int(t)) for u, t in zip(uniform, tokens, strict=True) if forbidden[t]]
-    assert wrong == []
+        allowed = np.flatnonzero(~forbidden)
+        for how in (How(), How(0.3), How(1.0, top_k=5), How(1.0, top_p=0.7), How(0.9, top_p=0.9, top_k=20)):
+            kept = members(logits, how)
+            assert kept == {int(allowed[i]) for i in members(logits[allowed], how)}
+            assert not any(forbidden[list(kept)])
+            zero = np.where(forbidden, 0.0, 20.0).astype(np.float32)[None]
+            assert set(drawn(logits, zero, how)) <= kept
+    assert len(members(logits, How(1.0, top_k=5))) == 5
+
+
+def test_rows_of_one_batch_each_have_their_own_settings() -> None:
+    logits = (np.random.default_rng(2).normal(size=(66, 600)) * 2).astype(np.float32)
+    hows = [*HOWS[:-1], How(0.0)] * 6
+    e = some_noise(66, 600)
+    together = drawn(logits, e, hows)
+    alone = [drawn(logits[i : i + 1], e[i : i + 1], [how])[0] for i, how in enumerate(hows)]
+    assert together == alone
+    others = drawn(logits, e, [*hows[5:], *hows[:5]])  # control: the settings matter
+    assert sum(a != b for a, b in zip(together, others, strict=True)) > 10
 
 
 @pytest.mark.parametrize(
@@ -182,7 +189,7 @@ def test_a_token_without_probability_is_never_drawn() -> None:
 def test_frequencies_are_the_truncated_distributions(how: How) -> None:
     logits = (np.random.default_rng(5).normal(size=300) * 1.5).astype(np.float32)
     n = 10_000
-    tokens = drawn(logits, np.asarray(jax.random.uniform(jax.random.key(9), (n,))), how)
+    tokens = drawn(logits, some_noise(n, 300), how)
     p = truncated(logits, how)
     counts = np.bincount(tokens, minlength=300)
     assert counts[p == 0].sum() == 0
@@ -198,6 +205,58 @@ def test_frequencies_are_the_truncated_distributions(how: How) -> None:
     assert p_value(p) > 1e-3
     assert p_value(truncated(logits, replace(how, temperature=how.temperature * 1.4))) < 1e-6  # controls
     assert p_value(np.roll(p, 1)) < 1e-6
+
+
+def test_a_long_tail_wins_no_more_than_its_share() -> None:
+    """49,151 tokens of 1e-13 each are together drawn once in 10^8 times: noise of exactly 0 would let each of them win."""
+    vocab, each = 49_152, 250
+    logits = np.full(vocab, -30, np.float32)
+    logits[0] = 0
+    rare = 0
+    for number in range(8):
+        rare += sum(t != 0 for t in drawn(logits, some_noise(each, vocab, number), How()))
+    assert rare == 0
+    logits[1:] = -11  # control: together 45% of all
+    assert 0.35 < np.mean(np.asarray(drawn(logits, some_noise(each, vocab), How())) != 0) < 0.55
+
+
+def test_noise_depends_on_seed_and_number_alone() -> None:
+    seeds, numbers = np.asarray([7, 8, 7, 2**32 - 1], np.uint32), np.asarray([0, 0, 3, 3], np.int32)
+    batch = np.asarray(noise(seeds, numbers, 500))
+    for i in range(4):
+        assert (np.asarray(noise(seeds[i : i + 1], numbers[i : i + 1], 500))[0] == batch[i]).all()
+    turned = np.asarray(noise(seeds[::-1], numbers[::-1], 500))
+    assert (turned[::-1] == batch).all()
+    for a in range(4):
+        for b in range(a):
+            assert abs(np.corrcoef(batch[a], batch[b])[0, 1]) < 0.2
+            assert (batch[a] != batch[b]).mean() > 0.99
+
+
+def test_noise_is_exponential() -> None:
+    for number in (0, 1, 100):
+        x = np.asarray(some_noise(100, 1000, number), np.float64).ravel()
+        assert kstest(x, "expon").pvalue > 1e-3
+        assert kstest(x * 1.05, "expon").pvalue < 1e-6  # controls
+        assert kstest(np.sort(x)[: len(x) * 99 // 100], "expon").pvalue < 1e-6
+
+
+@pytest.mark.parametrize("how", [How(), How(0.8, top_p=0.9), How(1.0, top_k=50)], ids=str)
+def test_rounding_of_logits_disturbs_hardly_any_draw(how: How) -> None:
+    """Why tokens are drawn by a race: other shapes of a batch round otherwise, and should not change the text."""
+    rng = np.random.default_rng(6)
+    logits = (rng.normal(size=1000) * 2).astype(np.float32)
+
+    def changed(size: float) -> int:
+        other = logits + rng.normal(size=1000).astype(np.float32) * np.float32(size)
+        total = 0
+        for number in range(10):
+            e = some_noise(2000, 1000, number)
+            total += sum(a != b for a, b in zip(drawn(logits, e, how), drawn(other, e, how), strict=True))
+        return total
+
+    assert changed(1e-6) <= 5
+    assert changed(1e-2) > 20  # control
 
 
 # --- generation ------------------------------------------------------------------------------------------------------
@@ -225,11 +284,11 @@ def prompts(tokenizer: ChatTokenizer) -> list[list[int]]:
 
 @pytest.fixture(scope="session")
 def generator_of(backbone: Backbone, tokenizer: ChatTokenizer) -> Callable[[int], Generator]:
-    """One generator for each batch size, so that programs are compiled once."""
+    """One generator for each number of lanes, so that programs are compiled once."""
     made: dict[int, Generator] = {}
 
-    def get(batch: int) -> Generator:
-        return made.setdefault(batch, Generator(backbone, batch, tokenizer.end_of_turn))
+    def get(lanes: int) -> Generator:
+        return made.setdefault(lanes, Generator(backbone, lanes, tokenizer.end_of_turn))
 
     return get
 
@@ -244,7 +303,7 @@ def scorer(backbone: Backbone) -> Scorer:
 
 @pytest.fixture(scope="session")
 def eight(generator_of: Callable[[int], Generator], prompts: list[list[int]]) -> list[Completion]:
-    """The eight prompts answered in one batch."""
+    """The eight prompts answered at once."""
     return generator_of(8).generate(BARE, prompts, SEEDS, How(0.9, top_p=0.95), NEW)
 
 
@@ -262,24 +321,27 @@ def one_by_one(
 
 
 @pytest.mark.parametrize(
-    ("batch", "order"),
+    ("lanes", "order"),
     [
         (1, [[i] for i in range(8)]),
+        (1, [[0, 1, 2, 3, 4, 5, 6, 7]]),
+        (2, [[7, 3, 2, 6, 0, 1, 5, 4]]),
         (3, [[0, 1, 2], [3, 4, 5], [6, 7]]),
-        (3, [[7, 0], [5, 2, 6], [1], [4, 3]]),
+        (3, [[7, 0], [5, 2, 6, 1], [4, 3]]),
+        (3, [[6, 0, 7, 2, 4, 1, 3, 5]]),
         (8, [[7, 6, 5, 4, 3, 2, 1, 0]]),
         (8, [[3], [0, 1, 2, 4, 5, 6, 7]]),
     ],
 )
-def test_a_rows_tokens_depend_on_its_own_seed_alone(
+def test_a_replys_tokens_depend_on_its_own_seed_alone(
     generator_of: Callable[[int], Generator],
     prompts: list[list[int]],
     eight: list[Completion],
-    batch: int,
+    lanes: int,
     order: list[list[int]],
 ) -> None:
     expected = [m.token_ids for m in eight]
-    assert one_by_one(generator_of(batch), prompts, SEEDS, order) == expected
+    assert one_by_one(generator_of(lanes), prompts, SEEDS, order) == expected
 
 
 def test_another_seed_gives_another_text(
@@ -298,7 +360,7 @@ def test_a_long_neighbour_changes_nothing(
     prompts: list[list[int]],
     eight: list[Completion],
 ) -> None:
-    """A neighbour beyond the first bucket pads every row of the batch by another 128 slots."""
+    """A neighbour beyond the first bucket makes every row another 128 slots longer."""
     long = tokenizer.prompt([{"role": "user", "content": " ".join(sample_texts()[:4])}])
     assert 128 < len(long) <= 256
     got = generator_of(3).generate(
@@ -356,7 +418,7 @@ def test_stops_and_finish_reasons(
     assert {m.finish for m in made} == {"stop", "length"}
 
 
-def test_the_stop_token_is_what_ends_a_row(
+def test_the_stop_token_is_what_ends_a_reply(
     generator_of: Callable[[int], Generator],
     tokenizer: ChatTokenizer,
     prompts: list[list[int]],
@@ -364,7 +426,7 @@ def test_the_stop_token_is_what_ends_a_row(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     generator = generator_of(8)
-    programs = generator.programs
+    programs = compiled()
     monkeypatch.setattr(generator, "end_of_turn", -1)  # never drawn
     endless = generator.generate(BARE, prompts, SEEDS, How(0.9, top_p=0.95), NEW)
     assert {m.finish for m in endless} == {"length"}
@@ -376,20 +438,42 @@ def test_the_stop_token_is_what_ends_a_row(
     (early, *_) = generator.generate(BARE, prompts, SEEDS, How(0.9, top_p=0.95), NEW)
     assert early.finish == "stop"
     assert early.token_ids == endless[0].token_ids[: endless[0].token_ids.index(third) + 1]
-    assert generator.programs == programs  # stop tokens are traced, too
+    assert compiled() == programs  # stop tokens are traced, too
 
 
 def test_what_a_user_may_change_compiles_nothing_new(
-    generator_of: Callable[[int], Generator], prompts: list[list[int]], eight: list[Completion]
+    backbone: Backbone, tokenizer: ChatTokenizer, prompts: list[list[int]]
 ) -> None:
-    generator = generator_of(8)
-    before = generator.programs
+    generator = Generator(backbone, 8, tokenizer.end_of_turn)
+    letters = ("[a-z]", "[A-Z]")
+    words = [compile_template(["Say", Field(f" {x}+", 6), "."], tokenizer, backbone.arch.vocab) for x in letters]
+    assert words[0].automaton.next.shape == words[1].automaton.next.shape
+    seen = compiled()
+
+    def since() -> dict[str, int]:
+        nonlocal seen
+        before, seen = seen, compiled()
+        return dict(seen - before)
+
+    texts = [generator.generate(BARE, prompts, SEEDS, How(), NEW)]
+    assert since() == {"weights": 1, "prefill": 1, "decode": 1}
     for how in (How(0.0), How(0.3), How(1.7, top_p=0.5), How(1.0, top_k=3), How(0.7, top_p=0.9, top_k=40)):
-        generator.generate(BARE, prompts, SEEDS, how, NEW)
-    generator.generate(BARE, prompts[:3], [1, 2, 3], How(), NEW)
-    assert generator.programs == before >= 1
-    generator.generate(BARE, prompts, SEEDS, How(), 2)  # control: another shape is another program
-    assert generator.programs == before + 1
+        texts.append(generator.generate(BARE, prompts, SEEDS, how, NEW))
+    for word in words:
+        texts.append(generator.generate(BARE, prompts, SEEDS, How(), NEW, word.automaton))
+    generator.end_of_turn = 300
+    texts.append(generator.generate(BARE, prompts, SEEDS, How(), NEW))
+    texts.append(generator.generate(BARE, prompts, [s + 1 for s in SEEDS], How(), NEW))
+    texts.append(generator.generate(BARE, prompts, SEEDS, How(), 2))
+    different = {str([m.token_ids for m in made]) for made in texts}
+    assert len(different) == len(texts)  # each of these does change something
+    generator.generate(BARE, prompts[:1], [1], How(), NEW)
+    generator.generate(BARE, prompts * 5, range(40), How(), NEW)
+    assert since() == {}
+    generator.generate(BARE, prompts, SEEDS, How(), NEW + 1)  # controls: a longer ring, and other lanes
+    assert since() == {"prefill": 1, "decode": 1}
+    Generator(backbone, 4, tokenizer.end_of_turn).generate(BARE, prompts, SEEDS, How(), NEW)
+    assert since() == {"weights": 1, "prefill": 1, "decode": 1}
 
 
 def test_a_prompt_over_the_models_positions_is_refused(
@@ -412,13 +496,6 @@ def test_a_prompt_over_the_models_positions_is_refused(
         else:
             with pytest.raises(InputError, match="shorten data"):
                 generator.generate(BARE, prompts, SEEDS, How(0.9, top_p=0.95), NEW)
-
-
-def test_more_prompts_than_the_batch_are_an_error(
-    generator_of: Callable[[int], Generator], prompts: list[list[int]]
-) -> None:
-    with pytest.raises(ValueError, match="8 prompts for a batch of 3"):
-        generator_of(3).generate(BARE, prompts, SEEDS, How(), NEW)
 
 
 def test_row_seeds_are_fixed_and_differ_in_every_part() -> None:

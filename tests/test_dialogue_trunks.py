@@ -14,7 +14,7 @@ import pytest
 from oracles import random_adapter, real_dialogues
 
 from esjax import rows
-from esjax.bench import compiler_flops, model_flops, unshared_pairs
+from esjax.bench.training import compiler_flops, model_flops, unshared_pairs
 from esjax.config import DpoSettings, LoraSettings
 from esjax.evolve.pairs import Trunk, trunks
 from esjax.model.decoder import Execution

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from esjax.corpus.sources import read_dialogues
 from esjax.evolve.filters import REPLY_REASONS, Filters, repetition
 from esjax.evolve.pairs import sift
 from esjax.evolve.reflect import FIELDS, Instructions
+from esjax.rows import common_prefix
+from esjax.tokens.tokenizer import ChatTokenizer
 
 SEEKER = "My sister forgot my birthday again and I baked her a lemon cake only last month."
 CONTEXT: list[Message] = [
@@ -344,62 +347,146 @@ def prompted(tmp_path: Path, **texts: str) -> Instructions:
 REFLECTION = {name: f"<{name}>" for name in FIELDS}
 
 
-def test_shipped_prompts_append_their_request_to_the_seekers_last_message() -> None:
-    instructions = Instructions.load(load(None, []))
+@pytest.fixture(scope="session", params=["prompts", "prompts/brief"])
+def shipped(request: pytest.FixtureRequest) -> Instructions:
+    """Instructions that come with esjax: the long ones and the quickstart's."""
+    files = ((name, f"bundled:{request.param}/{name}.txt") for name in ("principles", "reflect", "refine"))
+    return Instructions.load(load(None, [word for name, path in files for word in (f"--prompts.{name}", path)]))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_folder: Path) -> ChatTokenizer:
+    return ChatTokenizer(tiny_folder)
+
+
+def test_shipped_prompts_append_their_request_to_the_seekers_last_message(shipped: Instructions) -> None:
     context = [*CONTEXT, {"role": "assistant", "content": "Oh."}, *chat("And you?")]
     before = [dict(m) for m in context]
     for made in (
-        instructions.reflection_prompt(context),
-        instructions.refinement_prompt(context, REFLECTION, "a {{ draft }} <b>"),
+        shipped.reflection_prompt(context),
+        shipped.refinement_prompt(context, REFLECTION, "a {{ draft }} <b>"),
     ):
-        assert made[:-1] == context[:-1]
+        assert made[0] == {"role": "system", "content": f"You are kind.\n\n{shipped.principles}"}
+        assert made[1:-1] == context[1:-1]
         assert made[-1]["role"] == "user"
         assert made[-1]["content"].startswith("And you?\n\n")
         assert len(made[-1]["content"]) > len("And you?\n\n") + 20
     assert context == before
-    refined = instructions.refinement_prompt(context, REFLECTION, "a {{ draft }} <b>")[-1]["content"]
+    refined = shipped.refinement_prompt(context, REFLECTION, "a {{ draft }} <b>")[-1]["content"]
     assert "a {{ draft }} <b>" in refined  # the model's words are data: not a template, not escaped
     assert all(value in refined for value in REFLECTION.values())
-    assert instructions.principles in refined
+    reflected = shipped.reflection_prompt(context)[-1]["content"]
+    assert not any(value in reflected for value in REFLECTION.values())
+
+
+def test_a_context_without_a_system_message_gets_one(shipped: Instructions) -> None:
+    for made in (
+        shipped.reflection_prompt(chat(SEEKER)),
+        shipped.refinement_prompt(chat(SEEKER), REFLECTION, "y"),
+    ):
+        assert made[0] == {"role": "system", "content": shipped.principles}
+        assert [m["role"] for m in made] == ["system", "user"]
+        assert made[-1]["content"].startswith(f"{SEEKER}\n\n")
+    with_one = shipped.reflection_prompt(CONTEXT)
+    assert [m["role"] for m in with_one] == ["system", "user"]  # control: there is never a second one
+    assert with_one[0] != shipped.reflection_prompt(chat(SEEKER))[0]
+
+
+def asked(instructions: Instructions, context: list[Message]) -> list[list[Message]]:
+    """A context's reflection prompt and two refinement prompts."""
+    return [
+        instructions.reflection_prompt(context),
+        instructions.refinement_prompt(context, REFLECTION, GOOD),
+        instructions.refinement_prompt(context, dict.fromkeys(REFLECTION, "They are."), OTHER),
+    ]
+
+
+@pytest.mark.parametrize("system", [None, "You are kind."])
+def test_a_dialogues_requests_share_their_tokens_up_to_the_seekers_words(
+    tokenizer: ChatTokenizer, shipped: Instructions, system: str | None
+) -> None:
+    """So they share one trunk: every prompt of a turn, and of all later turns, begins with the same tokens."""
+    given = [] if system is None else [{"role": "system", "content": system}]
+    head = {"role": "system", "content": shipped.principles if system is None else f"{system}\n\n{shipped.principles}"}
+    for dialogue in read_dialogues("sample", "bundled:data/sample/train.jsonl")[:5]:
+        turns = dialogue.supporter_turns()
+        assert len(turns) > 1
+        prompts = [[tokenizer.prompt(p) for p in asked(shipped, [*given, *dialogue.messages(turn)])] for turn in turns]
+        for n, turn in enumerate(turns):
+            whole = tokenizer.prompt([head, *dialogue.messages(turn)])
+            words = len(whole) - 1 - whole[::-1].index(tokenizer.end_of_turn)  # up to the end of the last message
+            for later in prompts[n:]:
+                assert all(p[:words] == whole[:words] for p in later)
+            # Controls: the requests follow there, earlier turns end before, and a draft's prompt begins otherwise.
+            assert tokenizer.end_of_turn not in {p[words] for p in prompts[n]}
+            assert {p[words] for later in prompts[n + 1 :] for p in later} <= {tokenizer.end_of_turn}
+            assert not any(p[:words] == whole[:words] for earlier in prompts[:n] for p in earlier)
+            draft = tokenizer.prompt([*given, *dialogue.messages(turn)])
+            assert common_prefix(draft, prompts[n][0]) < common_prefix(*prompts[n][:2])
+
+
+def test_the_principles_stand_in_the_system_message_alone(shipped: Instructions) -> None:
+    sentences = [x.strip() for x in re.split(r"[\n.;:]", shipped.principles) if len(x.split()) > 2]
+    assert len(sentences) > 2
+    for context in (CONTEXT, chat(SEEKER), [*CONTEXT, {"role": "assistant", "content": "Oh."}, *chat("And you?")]):
+        for made in asked(shipped, context):
+            assert made[0]["role"] == "system"
+            assert made[0]["content"].count(shipped.principles) == 1
+            assert {m["role"] for m in made[1:]} <= {"user", "assistant"}
+            assert not any(x in m["content"] for x in sentences for m in made[1:])
 
 
 def test_edited_templates_are_what_is_asked(tmp_path: Path) -> None:
     mine = prompted(
         tmp_path,
         principles="- be kind",
-        reflect="Think. {{ principles }}",
+        reflect="Think.",
         refine="{% if profile %}{{ profile|upper }}{% endif %} / {{ draft }}\n{{ emotional_state }} {{ situation }}",
     )
-    assert mine.reflection_prompt(CONTEXT)[-1]["content"] == f"{SEEKER}\n\nThink. - be kind"
-    assert mine.refinement_prompt(CONTEXT, REFLECTION, "y")[-1]["content"] == (
-        f"{SEEKER}\n\n<PROFILE> / y\n<emotional_state> <situation>"
-    )
-    other = prompted(tmp_path, reflect="Think!")
-    assert other.reflection_prompt(CONTEXT) != mine.reflection_prompt(CONTEXT)
+    assert mine.reflection_prompt(CONTEXT) == [
+        {"role": "system", "content": "You are kind.\n\n- be kind"},
+        {"role": "user", "content": f"{SEEKER}\n\nThink."},
+    ]
+    refinement = mine.refinement_prompt(CONTEXT, REFLECTION, "y")
+    assert refinement[0] == {"role": "system", "content": "You are kind.\n\n- be kind"}
+    assert refinement[-1]["content"] == f"{SEEKER}\n\n<PROFILE> / y\n<emotional_state> <situation>"
+    for edited in ({"reflect": "Think!"}, {"principles": "- be kinder"}):
+        other = prompted(tmp_path, **{"principles": "- be kind", "reflect": "Think.", **edited})
+        assert other.reflection_prompt(CONTEXT) != mine.reflection_prompt(CONTEXT)
 
 
-@pytest.mark.parametrize("name", ["reflect", "refine"])
+@pytest.mark.parametrize(("name", "known"), [("reflect", "none"), ("refine", f"draft, {', '.join(FIELDS)}")])
 @pytest.mark.parametrize(
     "text",
     [
         "{{ persona }}",
-        "{{ principles",
-        "{% if principles %}",
-        "{{ principles|shout }}",
-        "{% if principles == 'x' %}{{ persona }}{% endif %}",  # a misspelling that only some renderings meet
-        "{{ principles + 1 }}",
+        "{{ 'x'",
+        "{% if 1 %}",
+        "{{ 'x'|shout }}",
+        "{% if 'x' == 'y' %}{{ persona }}{% endif %}",  # a misspelling that only some renderings meet
+        "{{ 'x' + 1 }}",
+        "{{ principles }}",  # they stand in the system message
     ],
 )
-def test_a_broken_template_is_named_before_anything_is_made(tmp_path: Path, name: str, text: str) -> None:
+def test_a_broken_template_is_named_before_anything_is_made(tmp_path: Path, name: str, known: str, text: str) -> None:
     with pytest.raises(InputError) as e:
         prompted(tmp_path, **{name: text})
     assert str(tmp_path / f"{name}.txt") in str(e.value)
-    assert "principles" in str(e.value)
+    assert str(e.value).endswith(f"the variables are: {known}")
+    prompted(tmp_path, **{name: "{{ 'x' }}"})  # control: such a template is a good one
+
+
+@pytest.mark.parametrize("text", ["{{ draft", "{% if draft %}", "{{ draft|shout }}", "{{ draft + 1 }}"])
+def test_a_broken_use_of_a_known_variable_is_refused_too(tmp_path: Path, text: str) -> None:
+    with pytest.raises(InputError, match=r"refine\.txt: broken template"):
+        prompted(tmp_path, refine=text)
+    prompted(tmp_path, refine="{% if draft %}{{ draft|upper + '!' }}{% endif %}")
 
 
 @pytest.mark.parametrize("variable", ["draft", "profile"])
 def test_the_reflection_cannot_ask_for_what_comes_after_it(tmp_path: Path, variable: str) -> None:
     """The reflection's prompt knows neither: this must be said when the run starts, not after all drafts are made."""
     with pytest.raises(InputError) as e:
-        prompted(tmp_path, reflect=f"{{{{ principles }}}} {{{{ {variable} }}}}")
+        prompted(tmp_path, reflect=f"Think. {{{{ {variable} }}}}")
     assert str(tmp_path / "reflect.txt") in str(e.value)
+    prompted(tmp_path, refine=f"Think. {{{{ {variable} }}}}")  # control: the refinement can

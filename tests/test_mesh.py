@@ -21,7 +21,7 @@ STEP = """
 import contextlib, json, sys
 import jax, numpy as np, optax
 from esjax import rows
-from esjax.bench import parts
+from esjax.bench.workload import parts
 from esjax.config import DpoSettings
 from esjax.mesh import batch_groups, make_mesh, placed
 from esjax.model.decoder import Execution

@@ -234,14 +234,17 @@ def test_packed_rows_agree(pair: Pair) -> None:
 
 @pytest.mark.parametrize("attention", ["chunked", "dense"])
 def test_cached_decoding_agrees(pair: Pair, attention: Any) -> None:
-    """A trunk, a branch that leaves it and a second trunk in one row of two lanes, each token fed on its own afterwards."""
+    """A trunk, a branch that leaves it and a second trunk in one row of two lanes, each token fed on its own afterwards.
+
+    The branch lies before its trunk, in another block of slots.
+    """
     stem, other, _ = sequences()
     branch = [*stem[:20], *other[:12]]
     whole = [stem, branch]
     arch, how = pair.backbone.arch, pair.backbone.execution._replace(attention=attention)
     weights = jax.jit(lambda base: lay_out(bind(pair.backbone.definition, BARE, base), merge=True))(pair.backbone.base)
     loading = jax.jit(lambda cache, chunk: load(arch, weights, cache, chunk, how))
-    runs = [Run(3, stem[:25], 0, (3, 3)), Run(40, branch[20:27], 20, (3, 23)), Run(60, other, 0, (60, 60))]
+    runs = [Run(133, stem[:25], 0, (133, 133)), Run(40, branch[20:27], 20, (133, 153)), Run(60, other, 0, (60, 60))]
     chunks = windows(0, runs, 32, 160)
     cache = loading(empty_cache(arch, 1, 2, 160, 64, jnp.dtype("float32")), together(chunks, 4))
 
@@ -255,10 +258,10 @@ def test_cached_decoding_agrees(pair: Pair, attention: Any) -> None:
         at = np.asarray([[25, 27]], np.int32)
         for n in range(5):
             token = np.asarray([[t[p + n] for t, p in zip(whole, at[0], strict=True)]], np.int32)
-            ends = np.asarray([[28, 23]], np.int32) - error
+            ends = np.asarray([[158, 153]], np.int32) - error
             own = np.asarray([[0, 40]], np.int32), np.asarray([[0, 47]], np.int32)
             fed = np.full((1, 2), n + 1, np.int32)
-            seen = Seen(np.full((1, 2), 3, np.int32), ends, *own, fed)
+            seen = Seen(np.full((1, 2), 133, np.int32), ends, *own, fed)
             out, cache = following(token, at + n, seen, np.int32(62 + n), cache)  # the ring's end is met on the way
             logits.append(np.asarray(out))
         return np.stack(logits, axis=1)

@@ -32,12 +32,13 @@ main(arguments)
 # stage in which the process dies -> (module, class, function, call). Calls count from the restart after the kill before.
 KILLS = {
     "sft": ("esjax.runlog", "Metrics", "log", 4),
-    "round1/drafts": ("esjax.sample.generate", "Generator", "generate", 3),
-    "round1/reflections": ("esjax.evolve.rounds", "", "parse", 7),
-    "round1/refinements": ("esjax.sample.generate", "Generator", "generate", 5),
+    "round1/replies (at the start)": ("esjax.runlog", "Journal", "add", 3),
+    "round1/replies (reflecting)": ("esjax.evolve.rounds", "", "parse", 7),
+    "round1/replies (refining)": ("esjax.runlog", "Journal", "add", 20),
+    "round1/replies (naming the files)": ("esjax.runlog", "Journal", "finish", 2),
     "round1/pairs": ("esjax.sample.score", "Scorer", "score", 1),
     "round1/dpo": ("esjax.runlog", "Metrics", "log", 3),
-    "round2/drafts": ("esjax.sample.generate", "Generator", "generate", 4),
+    "round2/replies": ("esjax.runlog", "Journal", "add", 25),
     "eval/m1": ("esjax.eval.compare", "", "distinct", 3),
 }
 
@@ -59,19 +60,19 @@ def stages(run: Path) -> dict[str, dict[str, object]]:
 def killed_run(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("killed") / "run"
     command = ["evolve", "--run-dir", str(run), *tiny_overrides(tiny_folder)]
-    for stage, (module, owner, name, nth) in KILLS.items():
-        before = stages(run)
+    for where, (module, owner, name, nth) in KILLS.items():
+        stage, before = where.split()[0], stages(run)
         done = subprocess.run(
             [sys.executable, "-c", KILLER, module, owner, name, str(nth), *command], capture_output=True, text=True
         )
-        assert done.returncode == -signal.SIGKILL, f"{stage}: exit {done.returncode}\n{done.stderr[-2000:]}"
+        assert done.returncode == -signal.SIGKILL, f"{where}: exit {done.returncode}\n{done.stderr[-2000:]}"
         after = stages(run)
         assert stage not in after, f"{stage} was finished before the kill"
         assert {k: after[k] for k in before} == before, "a finished stage was done again"
         assert f"{stage}: started" in done.stderr, f"the kill hit another stage than {stage}:\n{done.stderr[-2000:]}"
     last = subprocess.run([sys.executable, "-m", "esjax", *command], capture_output=True, text=True)
     assert last.returncode == 0, last.stderr[-2000:]
-    assert "round1/drafts: done before" in last.stderr
+    assert "round1/replies: done before" in last.stderr
     return run
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import subprocess
@@ -13,15 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
 
+from esjax import runlog
 from esjax.cli import main
 from esjax.config import Config, InputError
 from esjax.configfile import load
 from esjax.runlog import (
+    Journal,
     Metrics,
     RunDir,
-    append_in_batches,
     bundled_hash,
+    gather,
     is_full_disk,
     json_line,
     read_jsonl,
@@ -137,111 +144,310 @@ def test_broken_json_lines_name_file_and_line(tmp_path: Path, text: str, message
     assert str(e.value).startswith(f"{file}, {message}")
 
 
-# --- batch by batch --------------------------------------------------------------------------------------------------
+# --- row by row ------------------------------------------------------------------------------------------------------
+
+ROWS = 11
+Add = Callable[..., None]
+Work = Callable[[list[int], Add], None]
 
 
-def worker(calls: list[tuple[int, int]], stop_before: int | None = None) -> Callable[[int, int], list[dict[str, Any]]]:
-    """Rows that are a function of their index; fails when it gets to ``stop_before``."""
+def made(i: int) -> dict[str, Any]:
+    """The row of an index, of odd texts and numbers."""
+    return {"i": i, "text": "ü" * i + "\n\r\u2028\x85", "logprobs": [0.1 * i, None], "a": {"b": []}}
 
-    def work(start: int, stop: int) -> list[dict[str, Any]]:
-        if start == stop_before:
-            raise KeyboardInterrupt
-        calls.append((start, stop))
-        return [{"i": i, "text": "ü" * i + "\n"} for i in range(start, stop)]
+
+def worker(order: list[int], asked: list[int] | None = None, kill_after: int | None = None) -> Work:
+    """Makes the missing rows in this order, and is interrupted after so many of them."""
+
+    def work(missing: list[int], add: Add) -> None:
+        if asked is not None:
+            asked.extend(missing)
+        for count, i in enumerate(i for i in order if i in missing):
+            if count == kill_after:
+                raise KeyboardInterrupt
+            add(i, made(i))
 
     return work
 
 
+def never(missing: list[int], add: Add) -> None:
+    raise AssertionError(f"asked for {missing}")
+
+
+def interrupted(file: Path, order: list[int], kill_after: int) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        gather(file, ROWS, "test", worker(order, kill_after=kill_after))
+
+
+def part_of(file: Path) -> Path:
+    return file.with_name(file.name + ".part")
+
+
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """What eleven rows in batches of three give without a kill."""
-    file = tmp_path_factory.mktemp("undisturbed") / "rows.jsonl"
-    calls: list[tuple[int, int]] = []
-    rows = append_in_batches(file, 11, 3, worker(calls), "test")
-    assert [r["i"] for r in rows] == list(range(11))
-    assert calls == [(0, 3), (3, 6), (6, 9), (9, 11)]
+    """What eleven rows, made in order, give without a kill."""
+    file = tmp_path_factory.mktemp("undisturbed") / "deep" / "rows.jsonl"
+    asked: list[int] = []
+    rows = gather(file, ROWS, "test", worker([*range(ROWS)], asked))
+    assert rows == read_jsonl(file) == [made(i) for i in range(ROWS)]
+    assert asked == [*range(ROWS)]
     assert names(file.parent) == ["rows.jsonl"]
     return file.read_bytes()
 
 
-def lines_of(data: bytes, count: int) -> bytes:
-    return b"".join(line + b"\n" for line in data.split(b"\n")[:count])
+@settings(max_examples=100, deadline=None)
+@given(
+    orders=st.lists(st.permutations(range(ROWS)), min_size=1, max_size=3),
+    kill_after=st.integers(0, ROWS - 1),
+    torn=st.integers(0, 60),
+)
+def test_any_order_and_any_kill_end_with_the_same_bytes(
+    tmp_path_factory: pytest.TempPathFactory, undisturbed: bytes, orders: list[list[int]], kill_after: int, torn: int
+) -> None:
+    """Kills, the last of which tore some bytes off what was written, and then a run to the end."""
+    file = tmp_path_factory.mktemp("any") / "rows.jsonl"
+    for order in orders[:-1]:
+        with contextlib.suppress(KeyboardInterrupt):  # few rows may be missing by then
+            gather(file, ROWS, "test", worker(order, kill_after=kill_after))
+    if part_of(file).exists():
+        whole = part_of(file).read_bytes()
+        part_of(file).write_bytes(whole[: max(0, len(whole) - torn)])
+    rows = gather(file, ROWS, "test", worker(orders[-1]))
+    assert file.read_bytes() == undisturbed
+    assert rows == read_jsonl(file)
+    assert names(file.parent) == ["rows.jsonl"]
+
+
+ORDER = [7, 0, 10, 3, 1, 9, 2, 8, 4, 6, 5]
 
 
 @pytest.mark.parametrize(
-    ("whole", "torn", "again_from"),
+    ("whole", "torn"),
     [
-        (0, 0, 0),
-        (0, 5, 0),  # a torn line alone
-        (3, 0, 3),
-        (3, 7, 3),  # a torn line after a whole batch
-        (4, 0, 3),  # a partial batch
-        (5, 9, 3),  # a partial batch and a torn line
-        (9, 0, 9),
-        (10, 4, 9),
-        (11, 0, None),  # all is there, only the name is missing
+        (0, 0),
+        (0, 5),  # a torn line alone
+        (1, 0),
+        (3, 1),
+        (4, 0),
+        (5, 9),
+        (10, 20),  # torn within a character of two bytes, or beside it
+        (10, 21),
+        (ROWS, 0),  # all is there, only the name is missing
     ],
 )
-def test_resuming_ends_with_the_same_bytes(
-    tmp_path: Path, undisturbed: bytes, whole: int, torn: int, again_from: int | None
-) -> None:
+def test_resuming_asks_for_what_is_missing_alone(tmp_path: Path, undisturbed: bytes, whole: int, torn: int) -> None:
     file = tmp_path / "rows.jsonl"
-    kept = lines_of(undisturbed, whole)
-    (tmp_path / "rows.jsonl.part").write_bytes(undisturbed[: len(kept) + torn])
-    calls: list[tuple[int, int]] = []
-    rows = append_in_batches(file, 11, 3, worker(calls), "test")
+    lines = [json.dumps([i, made(i)], ensure_ascii=False).encode() + b"\n" for i in ORDER]
+    after = b"" if whole == ROWS else lines[whole][:torn]
+    part_of(file).write_bytes(b"".join(lines[:whole]) + after)
+    asked: list[int] = []
+    rows = gather(file, ROWS, "test", worker([*range(ROWS)], asked))
+    assert asked == sorted(ORDER[whole:])
     assert file.read_bytes() == undisturbed
     assert rows == read_jsonl(file)
-    assert calls == [(i, min(i + 3, 11)) for i in range(0, 11, 3) if again_from is not None and i >= again_from]
     assert names(tmp_path) == ["rows.jsonl"]
 
 
-def test_a_torn_line_would_matter(tmp_path: Path, undisturbed: bytes) -> None:
+def test_other_kept_rows_would_matter(tmp_path: Path, undisturbed: bytes) -> None:
     """Control: rows found in the part file are kept as they are, so other bytes there give another end."""
-    (tmp_path / "rows.jsonl.part").write_bytes(lines_of(undisturbed, 3).replace(b"\xc3\xbc", b"u"))
-    append_in_batches(tmp_path / "rows.jsonl", 11, 3, worker([]), "test")
-    assert (tmp_path / "rows.jsonl").read_bytes() != undisturbed
-
-
-def test_an_interrupted_run_loses_no_whole_batch(tmp_path: Path, undisturbed: bytes) -> None:
     file = tmp_path / "rows.jsonl"
-    for stop in (3, 9):
+    interrupted(file, ORDER, 3)
+    part_of(file).write_bytes(part_of(file).read_bytes().replace(b"\xc3\xbc", b"u"))
+    gather(file, ROWS, "test", worker(ORDER))
+    assert file.read_bytes() != undisturbed
+    assert len(read_jsonl(file)) == ROWS
+
+
+def test_an_interrupted_run_loses_no_row(tmp_path: Path, undisturbed: bytes) -> None:
+    """Every row is on disk at once, and what was there before stays there while others are made."""
+    file = tmp_path / "rows.jsonl"
+    kept: list[bytes] = []
+
+    def watched(kill_after: int) -> Work:
+        def work(missing: list[int], add: Add) -> None:
+            assert part_of(file).read_bytes() == b"".join(kept)
+            for i in [i for i in ORDER if i in missing][:kill_after]:
+                add(i, made(i))
+                kept.append(json.dumps([i, made(i)], ensure_ascii=False).encode() + b"\n")
+                assert part_of(file).read_bytes() == b"".join(kept)
+            if len(missing) > kill_after:
+                raise KeyboardInterrupt
+
+        return work
+
+    for count, so_far in ((3, 3), (0, 3), (6, 9)):
         with pytest.raises(KeyboardInterrupt):
-            append_in_batches(file, 11, 3, worker([], stop_before=stop), "test")
+            gather(file, ROWS, "test", watched(count))
         assert names(tmp_path) == ["rows.jsonl.part"]
-        assert (tmp_path / "rows.jsonl.part").read_bytes() == lines_of(undisturbed, stop)
-    calls: list[tuple[int, int]] = []
-    append_in_batches(file, 11, 3, worker(calls), "test")
-    assert calls == [(9, 11)]
+        assert len(kept) == so_far
+        with Journal(file, ROWS) as journal:
+            assert journal.missing == sorted(ORDER[so_far:])
+            assert journal.rows == {i: made(i) for i in ORDER[:so_far]}
+    gather(file, ROWS, "test", watched(ROWS))
+    assert len(kept) == ROWS
     assert file.read_bytes() == undisturbed
 
 
-def test_a_kill_during_the_first_batch_after_resuming_loses_no_whole_batch(tmp_path: Path, undisturbed: bytes) -> None:
-    """What was on disk before the kill must be on disk whenever ``work`` runs, which may take minutes."""
-    part = tmp_path / "rows.jsonl.part"
-    part.write_bytes(lines_of(undisturbed, 6))
-    on_disk: list[bytes] = []
-
-    def work(start: int, stop: int) -> list[dict[str, Any]]:
-        on_disk.append(part.read_bytes())
-        return worker([])(start, stop)
-
-    append_in_batches(tmp_path / "rows.jsonl", 11, 3, work, "test")
-    assert on_disk[1] == lines_of(undisturbed, 9)
-    assert on_disk[0] == lines_of(undisturbed, 6)
+def test_a_kill_after_a_torn_line_loses_no_row(tmp_path: Path, undisturbed: bytes) -> None:
+    """The torn line is gone before another is written, so it does not spoil that one."""
+    file = tmp_path / "rows.jsonl"
+    interrupted(file, ORDER, 4)
+    part_of(file).write_bytes(part_of(file).read_bytes()[:-3])
+    interrupted(file, ORDER, 2)
+    with Journal(file, ROWS) as journal:
+        assert sorted(journal.rows) == sorted(ORDER[:5])  # four, less the torn one, and two more
+    gather(file, ROWS, "test", worker(ORDER))
+    assert file.read_bytes() == undisturbed
 
 
 def test_a_finished_file_is_read_and_not_made_again(tmp_path: Path, undisturbed: bytes) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_bytes(undisturbed)
-    calls: list[tuple[int, int]] = []
-    assert len(append_in_batches(file, 11, 3, worker(calls), "test")) == 11
-    assert calls == []
+    assert gather(file, ROWS, "test", never) == [made(i) for i in range(ROWS)]
+    with Journal(file, ROWS) as journal:
+        assert journal.missing == []
+        assert journal.finish() == [made(i) for i in range(ROWS)]
+    assert file.read_bytes() == undisturbed
+    assert names(tmp_path) == ["rows.jsonl"]
+    with pytest.raises(AssertionError, match="asked for"):  # control: an unfinished one is
+        gather(tmp_path / "other.jsonl", ROWS, "test", never)
 
 
-def test_a_batch_of_another_size_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="test: 1 rows for 3 inputs"):
-        append_in_batches(tmp_path / "rows.jsonl", 11, 3, lambda start, stop: [{}], "test")
+def test_no_rows_at_all(tmp_path: Path) -> None:
+    assert gather(tmp_path / "rows.jsonl", 0, "test", never) == []
+    assert (tmp_path / "rows.jsonl").read_bytes() == b""
+    assert names(tmp_path) == ["rows.jsonl"]
+
+
+@pytest.mark.parametrize("index", [0, -1, ROWS, ROWS + 5])
+def test_an_index_given_twice_or_out_of_range_is_an_error(tmp_path: Path, undisturbed: bytes, index: int) -> None:
+    """Row 0 is there already. Nothing of the row that is not wanted is kept."""
+    file = tmp_path / "rows.jsonl"
+    with Journal(file, ROWS) as journal:
+        journal.add(0, made(0))
+        before = part_of(file).read_bytes()
+        with pytest.raises(AssertionError, match=rf"rows\.jsonl: row {index} of {ROWS} is not wanted"):
+            journal.add(index, {"i": "another"})
+        assert part_of(file).read_bytes() == before
+        journal.add(1, made(1))
+    gather(file, ROWS, "test", worker(ORDER))
+    assert file.read_bytes() == undisturbed
+
+
+def test_a_finished_file_of_another_size_is_refused(tmp_path: Path, undisturbed: bytes) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(undisturbed)
+    with pytest.raises(InputError, match=f"{ROWS} rows instead of {ROWS + 1}; delete it"):
+        gather(file, ROWS + 1, "test", worker([]))
+    assert file.read_bytes() == undisturbed
+
+
+def test_rows_that_are_not_made_are_an_error(tmp_path: Path, undisturbed: bytes) -> None:
+    """The file gets no name before it is whole, and what was made is kept."""
+    file = tmp_path / "rows.jsonl"
+    with pytest.raises(AssertionError, match="was not made"):
+        gather(file, ROWS, "test", worker(ORDER[:5]))
+    assert names(tmp_path) == ["rows.jsonl.part"]
+    asked: list[int] = []
+    gather(file, ROWS, "test", worker(ORDER, asked))
+    assert asked == sorted(ORDER[5:])
+    assert file.read_bytes() == undisturbed
+
+
+def test_a_kill_between_the_name_and_the_end_leaves_no_part_file(
+    tmp_path: Path, undisturbed: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    unlink = Path.unlink
+
+    def kill(path: Path, missing_ok: bool = False) -> None:
+        if path == part_of(file):
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", kill)
+        with pytest.raises(KeyboardInterrupt):
+            gather(file, ROWS, "test", worker(ORDER))
+    assert names(tmp_path) == ["rows.jsonl", "rows.jsonl.part"]
+    gather(file, ROWS, "test", never)
+    assert file.read_bytes() == undisturbed
+    assert names(tmp_path) == ["rows.jsonl"]
+
+
+# --- progress --------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Time that passes when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(runlog, "time", clock)
+    return clock
+
+
+def test_without_a_terminal_progress_is_lines(capsys: pytest.CaptureFixture[str], clock: Clock) -> None:
+    """One every fifteen seconds and one at the end, with tokens a second where tokens are told."""
+    with runlog.progress("drafts", 20, done=4) as advance:
+        clock.now += 10
+        advance(2, 300)  # too early for a line
+        clock.now += 10
+        advance(2, 100)
+    printed = capsys.readouterr()
+    assert printed.err.splitlines() == [
+        "  drafts: 8/20, 0.20/s, 20 tokens/s, 60 s left",
+        "  drafts: 4 in 20.0 s (0.20/s, 20 tokens/s)",
+    ]
+    assert printed.out == ""  # results only
+    with runlog.progress("pairs", 20, done=4) as advance:
+        clock.now += 20
+        advance(4)
+    assert capsys.readouterr().err.splitlines() == [
+        "  pairs: 8/20, 0.20/s, 60 s left",
+        "  pairs: 4 in 20.0 s (0.20/s)",
+    ]
+
+
+def test_a_gathered_file_tells_its_tokens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], clock: Clock, undisturbed: bytes
+) -> None:
+    """Of the rows that this run made, at this run's speed."""
+    file = tmp_path / "rows.jsonl"
+    interrupted(file, ORDER, 7)
+    capsys.readouterr()
+
+    def work(missing: list[int], add: Add) -> None:
+        for i in missing:
+            clock.now += 1
+            add(i, made(i), 30)
+
+    gather(file, ROWS, "replies", work)
+    assert capsys.readouterr().err == "  replies: 4 in 4.0 s (1.00/s, 30 tokens/s)\n"
+    assert file.read_bytes() == undisturbed  # which holds nothing of it
+    gather(file, ROWS, "replies", never)
+    assert capsys.readouterr().err == ""
+
+
+def test_on_a_terminal_progress_is_a_bar_with_the_same_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shown(*tokens: int) -> str:
+        screen = io.StringIO()
+        monkeypatch.setattr(runlog, "console", Console(file=screen, force_terminal=True, width=120))
+        with runlog.progress("drafts", 4) as advance:
+            advance(1, *tokens)
+        return screen.getvalue()
+
+    assert "1/4" in shown(500)
+    assert "tokens/s" in shown(500).split("drafts: 1 in")[0]
+    assert "tokens/s" not in shown()
 
 
 # --- metrics ---------------------------------------------------------------------------------------------------------
@@ -442,7 +648,10 @@ def test_replies_of_another_command_are_not_continued(tmp_path: Path, tiny_folde
     """``esjax sample`` killed halfway with one model or file, then run with another: nothing of the first may stay."""
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     write_jsonl(prompts, [{"id": f"new{i}", "messages": [{"role": "user", "content": "Hi"}]} for i in range(4)])
-    write_jsonl(tmp_path / "out.jsonl.part", [{"id": f"old{i}", "text": "of another model"} for i in range(2)])
+    with Journal(out, 4) as journal:
+        for i in (0, 2):
+            journal.add(i, {"id": f"old{i}", "text": "of another model"})
+    assert names(tmp_path) == ["out.jsonl.part", "prompts.jsonl"]
     words = ["sample", "--model", str(tiny_folder), "--prompts", str(prompts), "--out", str(out)]
     try:
         main([*words, "--reply.batch", "2", "--reply.max_tokens", "3"])

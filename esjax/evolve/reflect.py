@@ -72,12 +72,12 @@ class Instructions:
         return self._ask(context, self.refine.render(draft=draft, **reflection))
 
     def _ask(self, context: list[Message], request: str) -> list[Message]:
-        system, rest = (
-            ("", context) if context[0]["role"] != "system" else (context[0]["content"] + "\n\n", context[1:])
-        )
+        head, rest = (context[:1], context[1:]) if context[0]["role"] == "system" else ([], context)
+        system = "\n\n".join(text for text in (*(m["content"] for m in head), self.principles) if text)
         last = rest[-1]
         asked: Message = {"role": last["role"], "content": f"{last['content']}\n\n{request}"}
-        return [{"role": "system", "content": system + self.principles}, *rest[:-1], asked]
+        before: list[Message] = [{"role": "system", "content": system}] if system else []
+        return [*before, *rest[:-1], asked]
 
 
 def _template(path: str, names: tuple[str, ...]) -> jinja2.Template:

@@ -153,6 +153,30 @@ def _join(layer: int, parts: tuple[tuple[Linear, tuple[int, ...]], ...], axis: i
     return Dense(jnp.concatenate(kernels, axis + 1), bias, adapter)
 
 
+CACHE_AXES = ("batch", "kv_heads", None, None)  # of every array of a Cache
+
+
+def weight_axes(weights: Weights) -> Weights:
+    """The logical axes of every array: a tree like ``weights`` whose leaves are tuples."""
+
+    def dense(d: Dense, into: tuple[str | None, ...], out: tuple[str | None, ...]) -> Any:
+        bias = None if d.bias is None else out
+        return Dense((*into, *out), bias, None if d.adapter is None else ((*into, None), (None, *out)))  # type: ignore[arg-type]
+
+    layers = tuple(
+        Layer(
+            qkv=dense(x.qkv, ("embed",), ("kv_heads", None, None)),
+            o=dense(x.o, ("heads",), ("embed",)),
+            gate_up=dense(x.gate_up, ("embed",), (None, "mlp")),
+            down=dense(x.down, ("mlp",), ("embed",)),
+            attn_norm=("embed",),  # type: ignore[arg-type]
+            mlp_norm=("embed",),  # type: ignore[arg-type]
+        )
+        for x in weights.layers
+    )
+    return Weights(("vocab", "embed"), ("vocab", "embed"), ("embed",), layers)  # type: ignore[arg-type]
+
+
 # --- the two passes --------------------------------------------------------------------------------------------------
 
 
@@ -248,7 +272,7 @@ def _attend_chunk(q: Array, row_k: Array, row_v: Array, chunk: Chunk, spans: Spa
         for one in range(p):
             k, v = (jax.lax.dynamic_index_in_dim(x, chunk.row[one], keepdims=False) for x in (row_k, row_v))
             mine = Spans(*(x[one] for x in spans))
-            parts.append(_blocked_chunk(q[one], k, v, mine, at[one], chunk.start[one] + c))
+            parts.append(_blocked_chunk(q[one], k, v, mine, at[one]))
         return jnp.stack(parts)
     mask = jax.vmap(lambda s, i: sees(s, i, jnp.arange(slots)))(spans, at)
     k, v = row_k[chunk.row].transpose(0, 3, 1, 2), row_v[chunk.row].transpose(0, 2, 1, 3)
@@ -303,8 +327,11 @@ def _blocks(k: Array, v: Array, index: Array) -> tuple[Array, Array, Array]:
     return block_k, block_v, jnp.where(slot >= index * size, slot, -1)  # -1: seen in the block before
 
 
-def _blocked_chunk(q: Array, k: Array, v: Array, spans: Spans, at: Array, stop: Array) -> Array:
-    """For CPUs: queries [C, K, G, H] of one row against the blocks before ``stop``."""
+def _blocked_chunk(q: Array, k: Array, v: Array, spans: Spans, at: Array) -> Array:
+    """For CPUs: queries [C, K, G, H] of one row, at slots ``at``, against the blocks of which they see something.
+
+    A branch may lie before its trunk, so the blocks that they see may lie before and after their own.
+    """
     c, kv, g, h = q.shape
     q_KxGCxH = q.transpose(1, 2, 0, 3).reshape(kv, g * c, h)
 
@@ -314,7 +341,10 @@ def _blocked_chunk(q: Array, k: Array, v: Array, spans: Spans, at: Array, stop: 
         return _add_block(so_far, q_KxGCxH, block_k, block_v, jnp.tile(mask, (g, 1))[None])
 
     size = min(BLOCK, k.shape[-1])
-    done = jax.lax.fori_loop(0, (stop + size - 1) // size, add, _none_yet(q_KxGCxH))
+    in_trunk = spans.trunk_start < spans.trunk_end
+    first = jnp.min(jnp.where(in_trunk, jnp.minimum(spans.trunk_start, spans.own_start), spans.own_start))
+    last = jnp.maximum(jnp.max(jnp.where(in_trunk, spans.trunk_end, 0)), jnp.max(at) + 1)
+    done = jax.lax.fori_loop(first // size, (last + size - 1) // size, add, _none_yet(q_KxGCxH))
     out = (done.out / done.total[..., None]).astype(q.dtype)
     return out.reshape(kv, g, c, h).transpose(2, 0, 1, 3)
 

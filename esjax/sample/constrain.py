@@ -24,6 +24,7 @@ BUCKET = 32  # the number of states is a multiple of this, so that similar const
 NEVER = np.iinfo(np.int16).max  # the cost of a token that is not allowed; every budget is below it
 LEAVES = -1  # the cost of a token that leaves its part
 LONGEST = 32000  # most tokens of any part
+MARK = "\U0010ffff"  # ends a field's pattern, see _Graph.field; no text contains it
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def free(vocab: int) -> Automaton:
     """The automaton of no constraint."""
     zeros = np.zeros((BUCKET, vocab), np.int16)
     owner = np.zeros(BUCKET, np.int32)
-    return Automaton(zeros, zeros, owner, owner + LONGEST, owner)
+    return Automaton(zeros, zeros, owner, np.full(BUCKET, np.iinfo(np.int32).max, np.int32), owner)
 
 
 def compile_template(parts: list[str | Field], tokenizer: ChatTokenizer, vocab: int) -> Template:
@@ -98,7 +99,8 @@ class _Graph:
         by_bytes: dict[bytes, list[int]] = {}
         for token, text in tokenizer.token_bytes().items():
             by_bytes.setdefault(text, []).append(token)
-        self.words = Vocabulary(self.end, {k: v for k, v in by_bytes.items() if k})
+        self.mark = max(vocab, max(i for ids in by_bytes.values() for i in ids) + 1)  # an id that no token has
+        self.words = Vocabulary(self.end, {k: v for k, v in by_bytes.items() if k} | {MARK.encode(): [self.mark]})
         self.edges: list[dict[int, int]] = [{}, {}]  # state -> token -> state
         self.owner = [0, 1]
         self.open = [START]  # the states that the next part's first token leaves
@@ -134,25 +136,27 @@ class _Graph:
             raise InputError(
                 f"a field of {field.min_tokens} to {field.max_tokens} tokens: give 1 <= fewest <= most <= {LONGEST}"
             )
+        # An Index leaves out ways on from a state in which the text could end already. So no text may end but by a mark,
+        # which is an extra token: the states that it leaves are where the field's texts end.
         try:
-            index = Index(field.pattern, self.words)
+            index = Index(f"(?:{field.pattern}){MARK}", self.words)
         except ValueError as e:
             raise InputError(f"the field {field.pattern!r} cannot be filled with this vocabulary ({e})") from e
         self.longest += field.max_tokens
         self.limits[number] = field.min_tokens, field.max_tokens
         transitions: dict[int, dict[int, int]] = index.get_transitions()
-        final = index.get_final_states()
+        ended = set(index.get_final_states())
+        final = [s for s, out in transitions.items() if out.get(self.mark) in ended]
         if index.get_initial_state() in final:
             raise InputError(f"the field {field.pattern!r} matches the empty text; it must take a token at least")
-        states = {s: self._add(number) for s in {*transitions, *final}}
-        for s, out in transitions.items():
-            self.edges[states[s]] |= {t: states[n] for t, n in out.items() if t != self.end}
-        if field.min_tokens > 1 and any(not self.edges[states[s]] for s in final):
-            raise InputError(
-                f"the field {field.pattern!r} has texts that cannot go on, so {field.min_tokens} tokens cannot be asked of it"
-            )
+        useful = _leading_to(set(final), transitions)  # the mark's bytes one by one lead nowhere
+        states = {s: self._add(number) for s in transitions if s in useful}
+        ends = (self.end, self.mark)
+        for s, state in states.items():
+            self.edges[state] |= {t: states[n] for t, n in transitions[s].items() if n in states and t not in ends}
         (start,) = self.open
-        self.edges[start] |= self.edges[states[index.get_initial_state()]]
+        if index.get_initial_state() in states:
+            self.edges[start] |= self.edges[states[index.get_initial_state()]]
         self.open = [states[s] for s in final]
         self.entries.append((number, start))
 
@@ -164,14 +168,16 @@ class _Graph:
         close = self._distance_out()
         least, most = (np.asarray([self.limits.get(p, (0, LONGEST))[i] for p in self.owner], np.int32) for i in (0, 1))
         for number, start in self.entries:
-            need = 1 + min(int(close[s]) for s in self.edges[start].values())
+            need = 1 + min((int(close[s]) for s in self.edges[start].values()), default=LONGEST)
             if need > self.limits[number][1]:
                 raise InputError(
                     f"a field of {self.limits[number][1]} tokens is too small: its shortest text takes {need}"
                 )
+            self._check_least(number, start, close)
         following = np.full((count, self.vocab), -1, np.int16)
         cost = np.full((count, self.vocab), NEVER, np.int16)
         following[0] = cost[0] = 0
+        most[0] = np.iinfo(np.int32).max
         owner = np.asarray(self.owner, np.int32)
         for state, out in enumerate(self.edges):
             tokens, states = np.asarray(list(out), np.int64), np.asarray(list(out.values()), np.int64)
@@ -182,6 +188,22 @@ class _Graph:
             cost[state, tokens] = np.where(owner[states] == owner[state], np.minimum(price, NEVER), leaves)
         rest = count - len(self.edges)
         return Automaton(following, cost, *(np.pad(x, (0, rest)) for x in (owner, most, least)))
+
+    def _check_least(self, number: int, start: int, close: np.ndarray) -> None:
+        """Raise InputError where a text may be neither left, for it is too short, nor continued, for that takes too long."""
+        least, most = self.limits[number]
+        reached = {n for n in self.edges[start].values() if 1 + close[n] <= most}
+        for used in range(1, least):
+            following = {}
+            for s in reached:
+                on = {n for n in self.edges[s].values() if self.owner[n] == number and used + 1 + close[n] <= most}
+                following[s] = on
+            if not all(following.values()):
+                raise InputError(
+                    f"a field of {least} to {most} tokens: some texts of its pattern end before and cannot go on; "
+                    "ask for fewer or allow more"
+                )
+            reached = set().union(*following.values())
 
     def _distance_out(self) -> np.ndarray:
         """Tokens on the shortest way from each state until its part is left, not counting the leaving token itself."""
@@ -205,3 +227,17 @@ class _Graph:
                     distance[s] = distance[n] + 1
                     queue.append(s)
         return distance
+
+
+def _leading_to(goal: set[int], transitions: dict[int, dict[int, int]]) -> set[int]:
+    """The states from which some way leads to one of the goal's."""
+    back: dict[int, set[int]] = {}
+    for s, out in transitions.items():
+        for n in set(out.values()):
+            back.setdefault(n, set()).add(s)
+    reached, queue = set(goal), deque(goal)
+    while queue:
+        for s in back.get(queue.popleft(), set()) - reached:
+            reached.add(s)
+            queue.append(s)
+    return reached

@@ -60,6 +60,7 @@ class Usage:
     lane_steps: int = 0  # steps times lanes
     prompt_tokens: int = 0  # of all prompts
     computed_tokens: int = 0  # of those, what was not shared
+    seen: int = 0  # tokens that those see, all together
     loaded_tokens: int = 0  # with the padding of chunks
     load_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -98,8 +99,7 @@ class Generator:
 
     def __post_init__(self) -> None:
         backbone = self.backbone
-        cpu = jax.default_backend() == "cpu"
-        self._windows, self._width = (2, 64) if cpu else (8, 128)  # of one load: more tokens are hardly faster
+        self._windows, self._width = windows_of(jax.default_backend())
         self._how = backbone.execution
         arch = backbone.arch
         merge = backbone.dtype.itemsize == 4  # exact to rounding in float32, and a little faster; see lay_out
@@ -177,11 +177,18 @@ class Generator:
                 "shorten data.window"
             )
 
-    def fix_shapes(self, longest: int, branch: int, new: int) -> None:
-        """Make room for what is to come: the longest prompt, what others have beyond it, and the longest reply, in tokens."""
+    def fix_shapes(self, longest: int, branch: int, new: int, least: int = 0) -> None:
+        """Make room for what is to come, in tokens.
+
+        Args:
+            longest: the longest prompt that others share a part of, or that shares nothing.
+            branch: what others have beyond that part; there is room for one more than the lanes of a row.
+            new: the longest reply.
+            least: a branch that has a row to itself, if that is more.
+        """
         if not self.shared:
             self.shared = SHARED_LANES if self.lanes % SHARED_LANES == 0 else 1
-        room = max(longest + branch * (self.shared + 1), self._width)
+        room = max(longest + max(branch * (self.shared + 1), least), self._width)
         self.slots = max(self.slots, -(-room // BUCKET) * BUCKET)
         self.new = max(self.new, new)
 
@@ -195,6 +202,11 @@ class Generator:
             beyond = (len(r.prompt) - common_prefix(r.prompt, g[0].prompt) for g in groups for r in g[1:])
             self.fix_shapes(longest, max(beyond, default=0), 0)
         self.new = max(self.new, max(r.max_tokens for g in groups for r in g))
+
+
+def windows_of(platform: str) -> tuple[int, int]:
+    """How many windows of how many slots one load computes: more tokens would hardly be faster, only more often padding."""
+    return (2, 64) if platform == "cpu" else (8, 128)
 
 
 class _Session:
@@ -259,6 +271,7 @@ class _Session:
             self.cache = self.owner._load(self.weights, self.cache, part)
             usage.loaded_tokens += part.tokens.size
             usage.computed_tokens += int(part.valid.sum())
+            usage.seen += int(part.position[part.valid].sum()) + int(part.valid.sum())
         if self.owner.clocked:
             jax.block_until_ready(self.cache)
         usage.load_seconds += time.perf_counter() - began

@@ -1,4 +1,4 @@
-"""``esjax bench``: how fast the real training steps are on this machine, by a workload file's exact meaning.
+"""How fast the real training steps are on this machine.
 
 Weights are random, so that speed alone is measured and nothing is downloaded. Lengths are exact and nothing stops early.
 Warm-up steps and compilation are not counted.
@@ -6,104 +6,30 @@ Warm-up steps and compilation are not counted.
 
 from __future__ import annotations
 
-import json
-import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from pydantic import ValidationError
 
 from esjax import rows
-from esjax.config import DpoSettings, InputError, LoraSettings, OptimSettings, Settings, SftSettings
-from esjax.configfile import read_text
+from esjax.bench.workload import DpoWork, SftWork, Workload, lora_of, memory, parts, planned
+from esjax.config import DpoSettings, InputError, OptimSettings, SftSettings
 from esjax.mesh import batch_groups, placed, placed_batch, topology_mesh
 from esjax.model.attention import spans
 from esjax.model.decoder import Decoder, Execution
-from esjax.model.families import LINEARS, Architecture, architecture
+from esjax.model.families import LINEARS, Architecture
 from esjax.model.layers import Lora, linear_sizes
-from esjax.model.lora import lora_from
 from esjax.rows import Rows
 from esjax.train.losses import Loss, Pairs, dpo_loss, sft_loss
 from esjax.train.optim import optimiser
 from esjax.train.step import make_step
-
-GIB = 2**30
-TASKS = ("dpo", "sft")
-
-
-class DpoWork(Settings):
-    """A step of preference training."""
-
-    pairs: int
-    """Pairs a step."""
-    prompt: int
-    """Tokens of a prompt."""
-    response: int
-    """Tokens of the chosen and of the rejected response."""
-    lora_rank: int
-    """Rank of the adapter on every linear layer."""
-    steps: int
-    """Steps that are timed."""
-    warmup: int
-    """Steps before those."""
-
-
-class SftWork(Settings):
-    """A step of fine-tuning with a loss on every token."""
-
-    batch: int
-    """Sequences a step."""
-    length: int
-    """Tokens of a sequence."""
-    lora_rank: int
-    """Rank of the adapter on every linear layer."""
-    steps: int
-    """Steps that are timed."""
-    warmup: int
-    """Steps before those."""
-
-
-class Workload(Settings):
-    """One profile of a workload file."""
-
-    dtype: Literal["float32", "bfloat16"]
-    """Dtype of the base and of the arithmetic."""
-    model: dict[str, Any]
-    """A Llama's config.json."""
-    dpo: DpoWork
-    """The preference step."""
-    sft: SftWork
-    """The fine-tuning step."""
-
-    @property
-    def architecture(self) -> Architecture:
-        """The model's shape. Raises InputError naming a key that is not supported."""
-        return architecture({"model_type": "llama", **self.model}, "the workload's model")
-
-
-def read_workload(path: str, profile: str) -> Workload:
-    """A profile of a workload file (JSON). Raises InputError naming what is wrong."""
-    try:
-        profiles = json.loads(read_text(path))
-        given = profiles[profile]
-        known = {k: v for k, v in given.items() if k not in ("sample", "round")}  # measured by nothing here yet
-        return Workload.model_validate(known)
-    except ValidationError as e:
-        first = e.errors()[0]
-        where = ".".join(str(p) for p in first["loc"])
-        raise InputError(f"{path}, profile {profile}: {where}: {first['msg']}") from e
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise InputError(
-            f"{path}: no profile {profile!r} can be read from it; expected a JSON object of profiles"
-        ) from e
 
 
 class Job(NamedTuple):
@@ -148,7 +74,7 @@ def jobs(work: Workload, tasks: list[str], naive: bool) -> Iterator[Job]:
                         made.append(rows.prompt_with_replies(prompt, [ids(rng, d.response)]))
                 return rows.stack(made), _no_reference(d.pairs)
 
-            settings, lora = DpoSettings(learning_rate=1e-5), _lora(d.lora_rank)
+            settings, lora = DpoSettings(learning_rate=1e-5), lora_of(d.lora_rank)
             loss = dpo_loss(settings)
             job = Job("dpo", "lora", "pairs/s", d.pairs, loss, settings, lora, shared, "branched", d.steps, d.warmup)
             yield job
@@ -161,7 +87,7 @@ def jobs(work: Workload, tasks: list[str], naive: bool) -> Iterator[Job]:
                 weight = [1.0] * (s.length - 1) + [0.0]
                 return rows.stack([rows.trunk(ids(rng, s.length), weight) for _ in range(s.batch)]), None
 
-            for variant, lora_or_all in (("lora", _lora(s.lora_rank)), ("full", None)):
+            for variant, lora_or_all in (("lora", lora_of(s.lora_rank)), ("full", None)):
                 yield Job(
                     task="sft",
                     variant=variant,
@@ -175,10 +101,6 @@ def jobs(work: Workload, tasks: list[str], naive: bool) -> Iterator[Job]:
                     steps=s.steps,
                     warmup=s.warmup,
                 )
-
-
-def _lora(rank: int) -> Lora:
-    return lora_from(LoraSettings(rank=rank, alpha=2 * rank))
 
 
 def _no_reference(pairs: int) -> Pairs:
@@ -305,39 +227,6 @@ def compile_for(
     }
 
 
-def parts(
-    arch: Architecture, lora: Lora | None, dtype: jnp.dtype
-) -> tuple[nnx.GraphDef[Decoder], Callable[[], tuple[nnx.State, nnx.State]]]:
-    """A random model's definition, and what makes its two parts: what is trained (float32) and what is frozen (``dtype``)."""
-    kept = dtype if lora is not None else jnp.dtype("float32")
-    what = nnx.LoRAParam if lora is not None else nnx.Param
-
-    def make() -> Decoder:
-        return Decoder(arch, lora, kept, nnx.Rngs(params=0, lora=0))
-
-    definition, _, _ = nnx.split(nnx.eval_shape(make), what, ...)  # type: ignore[misc]
-    return definition, jax.jit(lambda: nnx.split(make(), what, ...)[1:])
-
-
-def memory(compiled: Any) -> dict[str, float]:
-    """Memory in GiB: the step's by the compiler's layout, and the process' peak so far, earlier jobs and set-up included.
-
-    The latter is the device's where it can tell (``device_peak_gib``), else the resident memory (``process_peak_gib``).
-    """
-    stats = jax.local_devices()[0].memory_stats()
-    if stats is not None and "peak_bytes_in_use" in stats:
-        return planned(compiled) | {"device_peak_gib": round(stats["peak_bytes_in_use"] / GIB, 2)}
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return planned(compiled) | {"process_peak_gib": round(resident / GIB, 2)}
-
-
-def planned(compiled: Any) -> dict[str, float]:
-    """What a program needs on one device by the compiler's layout, in GiB: all of it, and that beside its arguments."""
-    m = compiled.memory_analysis()
-    work = m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
-    return {"mem_gib": round((m.argument_size_in_bytes + work) / GIB, 2), "work_gib": round(work / GIB, 2)}
-
-
 def model_flops(arch: Architecture, lora: Lora | None, batch: Rows) -> float:
     """FLOPs that the work needs, nothing recomputed: the PaLM paper's count (Chowdhery et al. 2022, appendix B), by pass.
 
@@ -381,16 +270,3 @@ def compiler_flops(
         counted.append(float(lowered.compile().cost_analysis()["flops"]))
     one, two = counted
     return one + (arch.layers - 1) * (two - one)
-
-
-def measured_peak(dtype: jnp.dtype) -> float:
-    """FLOP/s of one large square product on this machine: the ceiling that utilisation refers to."""
-    n = 2048 if jax.default_backend() == "cpu" else 8192
-    a = jnp.ones((n, n), dtype)
-    product = jax.jit(lambda a, b: a @ b)
-    best = float("inf")
-    for _ in range(6):
-        began = time.perf_counter()
-        product(a, a).block_until_ready()
-        best = min(best, time.perf_counter() - began)
-    return 2.0 * n**3 / best

@@ -1,0 +1,241 @@
+"""How fast the sampler is: new tokens a second, and the generations of a round, with where the time goes."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from esjax import programs
+from esjax.bench.workload import GIB, RoundWork, Workload, parts, peak_memory, planned
+from esjax.config import InputError, SamplingSettings
+from esjax.mesh import make_mesh, sharding, topology_devices
+from esjax.model.cached import CACHE_AXES, Chunk, empty_cache, lay_out, load, weight_axes
+from esjax.model.decoder import Execution
+from esjax.model.families import Architecture
+from esjax.model.layers import linear_sizes
+from esjax.model.weights import Backbone, bind
+from esjax.programs import program
+from esjax.sample.constrain import free
+from esjax.sample.decode import idle_lanes, run
+from esjax.sample.generate import STEPS, Completion, Generator, Request, Usage, windows_of
+
+HOW = SamplingSettings(temperature=0.7, top_p=0.9)
+BARE: nnx.State = nnx.State({})  # no adapter
+
+
+class Timed(NamedTuple):
+    """One run of a task."""
+
+    seconds: float
+    usage: Usage
+
+
+def bench(work: Workload, task: str, how: Execution, peak: float, bandwidth: float, naive: bool) -> dict[str, Any]:
+    """Measure ``sample`` or ``round``: the better of two runs after one that compiles.
+
+    Args:
+        peak: FLOP/s of a large product, what prefill is held against.
+        bandwidth: bytes/s of a large copy, what decoding is held against.
+        naive: for ``round``, its unshared form: drafts, reflections and refinements each compute their whole prompts.
+    """
+    arch, dtype = work.architecture, jnp.dtype(work.dtype)
+    definition, make = parts(arch, None, dtype, bare=True)
+    backbone = Backbone(Path(), arch, None, dtype, definition, make()[1], how)
+    if task == "sample":
+        units, unit = work.sample.batch * work.sample.new_tokens, "new tokens/s"
+        generator = Generator(backbone, work.sample.batch, end_of_turn=-1, shared=1, clocked=True)
+        once = partial(_sample, work, generator)
+    else:
+        units, unit = work.round.contexts, "pairs/s"
+        lanes, shared = (work.round.contexts, 1) if naive else (2 * work.round.contexts, 2)
+        generator = Generator(backbone, lanes, end_of_turn=-1, shared=shared, clocked=True)
+        once = partial(_round_unshared if naive else _round, work, generator)
+    before = programs.seconds()
+    _timed(generator, once, 0)
+    compile_seconds = programs.seconds() - before
+    best = min((_timed(generator, once, seed) for seed in (1, 2)), key=lambda t: t.seconds)
+    u = best.usage
+    moved = step_bytes(arch, dtype, generator)
+    flops = prefill_flops(arch, u.computed_tokens, u.seen)
+    return {
+        "system": "esjax",
+        "task": task,
+        "figure": round(units / best.seconds, 2),
+        "unit": unit,
+        "variant": "unshared" if naive else "shared" if task == "round" else "bare",
+        "mem_gib": round(moved / GIB, 2),
+        **peak_memory(),
+        "seconds": round(best.seconds, 3),
+        "compile_s": round(compile_seconds, 1),
+        "prefill_s": round(u.load_seconds, 3),
+        "prefill_tokens": u.computed_tokens,
+        "padded_tokens": u.loaded_tokens - u.computed_tokens,
+        "unshared_tokens": u.prompt_tokens,
+        "prefill_tflop": round(flops / 1e12, 4),
+        "prefill_mfu": round(flops / u.load_seconds / peak, 3),
+        "decode_s": round(u.decode_seconds, 3),
+        "steps": u.steps,
+        "step_ms": round(u.decode_seconds / u.steps * 1e3, 2),
+        "step_gib": round(moved / GIB, 3),
+        "step_limit_ms": round(moved / bandwidth * 1e3, 2),
+        "lanes": generator.lanes,
+        "occupancy": round(u.occupancy, 3),
+        "attention": how.attention,
+    }
+
+
+def _timed(generator: Generator, once: Any, seed: int) -> Timed:
+    generator.usage = Usage()
+    began = time.perf_counter()
+    once(np.random.default_rng(seed))
+    return Timed(time.perf_counter() - began, generator.usage)
+
+
+def _ids(rng: np.random.Generator, work: Workload, count: int, length: int) -> list[list[int]]:
+    return rng.integers(10, work.architecture.vocab, (count, length)).tolist()
+
+
+def _sample(work: Workload, generator: Generator, rng: np.random.Generator) -> None:
+    s = work.sample
+    prompts = _ids(rng, work, s.batch, s.prompt)
+    made = generator.generate(BARE, prompts, range(s.batch), HOW, s.new_tokens)
+    _check(made, s.new_tokens)
+
+
+def _requests(r: RoundWork, kind: str, prompts: list[list[int]]) -> list[Request]:
+    most = {"draft": r.draft, "reflection": r.reflection, "refinement": r.refinement}[kind]
+    return [Request((kind, i), p, hash((kind, i)) % 2**32, HOW, most) for i, p in enumerate(prompts)]
+
+
+def _round(work: Workload, generator: Generator, rng: np.random.Generator) -> None:
+    """Draft and reflection grow side by side from one context; the refinement follows where the context still lies."""
+    r = work.round
+    contexts = _ids(rng, work, r.contexts, r.context)
+    ask, ask_again = (_ids(rng, work, r.contexts, r.instruction) for _ in range(2))
+    drawn: dict[tuple[str, int], list[int]] = {}
+
+    def done(request: Request, made: Completion) -> list[list[Request]]:
+        kind, i = request.key
+        drawn[kind, i] = made.token_ids
+        if kind == "refinement" or ("draft", i) not in drawn or ("reflection", i) not in drawn:
+            return []
+        prompt = [*contexts[i], *drawn["draft", i], *drawn["reflection", i], *ask_again[i]]
+        return [[_requests(r, "refinement", [prompt])[0]._replace(key=("refinement", i), seed=i)]]
+
+    drafts = _requests(r, "draft", contexts)
+    reflections = _requests(r, "reflection", [[*c, *a] for c, a in zip(contexts, ask, strict=True)])
+    refining = r.instruction + r.draft + r.reflection
+    generator.fix_shapes(r.context, r.instruction, max(r.draft, r.reflection, r.refinement), least=refining)
+    generator.work(BARE, [list(g) for g in zip(drafts, reflections, strict=True)], done, more_may_follow=True)
+    if len(drawn) != 3 * r.contexts:
+        raise AssertionError("a reply is missing")
+
+
+def _round_unshared(work: Workload, generator: Generator, rng: np.random.Generator) -> None:
+    """The same work, one generation after the other, each from its whole prompt."""
+    r = work.round
+    contexts = _ids(rng, work, r.contexts, r.context)
+    ask, ask_again = (_ids(rng, work, r.contexts, r.instruction) for _ in range(2))
+    seeds = range(r.contexts)
+    generator.fix_shapes(r.context + r.draft + r.reflection + r.instruction, 0, max(r.draft, r.refinement))
+    drafts = generator.generate(BARE, contexts, seeds, HOW, r.draft)
+    asked = [[*c, *a] for c, a in zip(contexts, ask, strict=True)]
+    reflections = generator.generate(BARE, asked, seeds, HOW, r.reflection)
+    asked = [
+        [*c, *d.token_ids, *x.token_ids, *a]
+        for c, d, x, a in zip(contexts, drafts, reflections, ask_again, strict=True)
+    ]
+    _check(generator.generate(BARE, asked, seeds, HOW, r.refinement), r.refinement)
+
+
+def _check(made: list[Completion], length: int) -> None:
+    if any(len(m.token_ids) != length for m in made):
+        raise AssertionError("a reply ended early")
+
+
+def step_bytes(arch: Architecture, dtype: jnp.dtype, generator: Generator) -> int:
+    """Bytes that a decoding step must read: all weights once, all rows, all rings. (A path may skip what nobody sees.)"""
+    linear = arch.layers * sum(i * o for i, o in linear_sizes(arch).values())
+    slots = generator.lanes // generator.shared * generator.slots + generator.lanes * generator.new
+    cache = 2 * arch.layers * arch.kv_heads * arch.head_size * slots
+    return (linear + arch.vocab * arch.width + cache) * dtype.itemsize
+
+
+def prefill_flops(arch: Architecture, tokens: int, seen: int) -> float:
+    """FLOPs of the keys and values of so many prompt tokens, which see so many tokens together; no head is needed."""
+    linear = 2.0 * sum(i * o for i, o in linear_sizes(arch).values()) * tokens
+    return arch.layers * (linear + 4.0 * arch.heads * arch.head_size * seen)
+
+
+def compile_for(work: Workload, task: str, how: Execution, topology: str, tensor: int | None) -> dict[str, Any]:
+    """Compile the sampler's two programs for TPUs that are not at hand: what a chip must hold, and the kernels' traffic.
+
+    All devices share each layer (``tensor``), since splitting the batch would read the weights more often.
+    """
+    arch, dtype = work.architecture, jnp.dtype(work.dtype)
+    devices = topology_devices(topology)
+    across = tensor or len(devices)
+    if len(devices) % across or arch.kv_heads % across:
+        raise InputError(
+            f"--tensor {across}: it must divide the {len(devices)} devices and the {arch.kv_heads} key/value heads"
+        )
+    mesh = make_mesh(devices, len(devices) // across, 1, across)
+    s, r = work.sample, work.round
+    rows, lanes = (s.batch, 1) if task == "sample" else (r.contexts, 2)
+    longest = s.prompt if task == "sample" else r.context + 2 * r.instruction + r.draft + r.reflection
+    slots, new = (
+        -(-longest // 128) * 128,
+        s.new_tokens if task == "sample" else max(r.draft, r.reflection, r.refinement),
+    )
+    definition, make = parts(arch, None, dtype, bare=True)
+
+    def on(axes: Any, like: Any) -> Any:
+        return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=sharding(mesh, axes))
+
+    def everywhere(tree: Any) -> Any:
+        return jax.tree.map(partial(on, ()), tree)
+
+    with jax.set_mesh(mesh):
+        base = jax.eval_shape(make)[1]
+        weights = jax.eval_shape(lambda base: lay_out(bind(definition, BARE, base), False), base)
+        weights = jax.tree.map(lambda like, axes: on(axes, like), weights, weight_axes(weights))
+        cache = jax.eval_shape(lambda: empty_cache(arch, rows, lanes, slots, new, dtype))
+        cache = jax.tree.map(partial(on, CACHE_AXES), cache)
+        count, width = windows_of("tpu")
+        table = jax.ShapeDtypeStruct((count, width), jnp.int32)
+        first = jax.ShapeDtypeStruct((count,), jnp.int32)
+        valid = jax.ShapeDtypeStruct((count, width), jnp.bool_)
+        chunk = everywhere(Chunk(first, first, table, table, valid, table, table, table))
+        state = everywhere(jax.eval_shape(lambda: idle_lanes(rows, lanes)))
+        waiting = everywhere(jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, 4 * lanes), x.dtype), state.leaf))
+        counts, stop = everywhere((jax.ShapeDtypeStruct((rows,), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)))
+        constraint, patience = everywhere((free(arch.vocab), jax.ShapeDtypeStruct((), jnp.int32)))
+        prefill = program("prefill", partial(load, arch, how=how), donate_argnums=1)
+        decode = program("decode", partial(run, arch, steps=STEPS, how=how), donate_argnums=1)
+        made: dict[str, float] = {}
+        for name, lowered in (
+            ("prefill", prefill.lower(weights, cache, chunk)),
+            ("decode", decode.lower(weights, cache, state, waiting, counts, stop, constraint, patience)),
+        ):
+            began = time.perf_counter()
+            compiled = lowered.compile()
+            made |= {f"{name}_{k}": v for k, v in planned(compiled).items()}
+            made[f"{name}_compile_s"] = round(time.perf_counter() - began, 1)
+    return {
+        "system": "esjax",
+        "task": task,
+        "topology": topology,
+        "mesh": dict(mesh.shape),
+        "rows": rows,
+        "lanes": rows * lanes,
+        "slots": slots,
+        **made,
+        "attention": how.attention,
+    }

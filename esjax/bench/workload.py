@@ -1,0 +1,192 @@
+"""What is measured: a workload file's exact sizes, a random model of its shape, and this machine's ceilings."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from pydantic import ValidationError
+
+from esjax.config import InputError, LoraSettings, Settings
+from esjax.configfile import read_text
+from esjax.model.decoder import Decoder
+from esjax.model.families import Architecture, architecture
+from esjax.model.layers import Lora
+from esjax.model.lora import lora_from
+
+GIB = 2**30
+TASKS = ("sample", "round", "dpo", "sft")
+
+
+class SampleWork(Settings):
+    """Continuations of unrelated prompts at temperature 0.7 and top-p 0.9; none stops early, and prefill counts."""
+
+    batch: int
+    """Prompts."""
+    prompt: int
+    """Tokens of a prompt."""
+    new_tokens: int
+    """Tokens drawn from each."""
+
+
+class RoundWork(Settings):
+    """The three replies to each context, drawn as above; everything counts."""
+
+    contexts: int
+    """Contexts."""
+    context: int
+    """Tokens of a context."""
+    instruction: int
+    """Tokens of an instruction, which follows the context (reflection), or context, draft and reflection (refinement)."""
+    draft: int
+    """Tokens drawn for a draft, from the context alone."""
+    reflection: int
+    """Tokens drawn for a reflection."""
+    refinement: int
+    """Tokens drawn for a refinement."""
+
+
+class DpoWork(Settings):
+    """A step of preference training."""
+
+    pairs: int
+    """Pairs a step."""
+    prompt: int
+    """Tokens of a prompt."""
+    response: int
+    """Tokens of the chosen and of the rejected response."""
+    lora_rank: int
+    """Rank of the adapter on every linear layer."""
+    steps: int
+    """Steps that are timed."""
+    warmup: int
+    """Steps before those."""
+
+
+class SftWork(Settings):
+    """A step of fine-tuning with a loss on every token."""
+
+    batch: int
+    """Sequences a step."""
+    length: int
+    """Tokens of a sequence."""
+    lora_rank: int
+    """Rank of the adapter on every linear layer."""
+    steps: int
+    """Steps that are timed."""
+    warmup: int
+    """Steps before those."""
+
+
+class Workload(Settings):
+    """One profile of a workload file."""
+
+    dtype: Literal["float32", "bfloat16"]
+    """Dtype of the base and of the arithmetic."""
+    model: dict[str, Any]
+    """A Llama's config.json."""
+    sample: SampleWork
+    """Sampling."""
+    round: RoundWork
+    """The generations of a round."""
+    dpo: DpoWork
+    """The preference step."""
+    sft: SftWork
+    """The fine-tuning step."""
+
+    @property
+    def architecture(self) -> Architecture:
+        """The model's shape. Raises InputError naming a key that is not supported."""
+        return architecture({"model_type": "llama", **self.model}, "the workload's model")
+
+
+def read_workload(path: str, profile: str) -> Workload:
+    """A profile of a workload file (JSON). Raises InputError naming what is wrong."""
+    try:
+        profiles = json.loads(read_text(path))
+        return Workload.model_validate(profiles[profile])
+    except ValidationError as e:
+        first = e.errors()[0]
+        where = ".".join(str(p) for p in first["loc"])
+        raise InputError(f"{path}, profile {profile}: {where}: {first['msg']}") from e
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise InputError(
+            f"{path}: no profile {profile!r} can be read from it; expected a JSON object of profiles"
+        ) from e
+
+
+def lora_of(rank: int) -> Lora:
+    """An adapter of this rank on every linear layer."""
+    return lora_from(LoraSettings(rank=rank, alpha=2 * rank))
+
+
+def parts(
+    arch: Architecture, lora: Lora | None, dtype: jnp.dtype, bare: bool = False
+) -> tuple[nnx.GraphDef[Decoder], Callable[[], tuple[nnx.State, nnx.State]]]:
+    """A random model's definition, and what makes its two parts: what is trained (float32) and what is frozen (``dtype``).
+
+    Without ``lora`` all parameters are trained, or, if the model is ``bare``, none.
+    """
+    kept = dtype if lora is not None or bare else jnp.dtype("float32")
+    what = nnx.LoRAParam if lora is not None or bare else nnx.Param
+
+    def make() -> Decoder:
+        return Decoder(arch, lora, kept, nnx.Rngs(params=0, lora=0))
+
+    definition, _, _ = nnx.split(nnx.eval_shape(make), what, ...)  # type: ignore[misc]
+    return definition, jax.jit(lambda: nnx.split(make(), what, ...)[1:])
+
+
+def memory(compiled: Any) -> dict[str, float]:
+    """Memory in GiB: the step's by the compiler's layout, and the process' peak so far, earlier jobs and set-up included.
+
+    The latter is the device's where it can tell (``device_peak_gib``), else the resident memory (``process_peak_gib``).
+    """
+    return planned(compiled) | peak_memory()
+
+
+def peak_memory() -> dict[str, float]:
+    """The device's or the process' peak so far in GiB, see ``memory``."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats is not None and "peak_bytes_in_use" in stats:
+        return {"device_peak_gib": round(stats["peak_bytes_in_use"] / GIB, 2)}
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"process_peak_gib": round(resident / GIB, 2)}
+
+
+def planned(compiled: Any) -> dict[str, float]:
+    """What a program needs on one device by the compiler's layout, in GiB: all of it, and that beside its arguments."""
+    m = compiled.memory_analysis()
+    work = m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+    return {"mem_gib": round((m.argument_size_in_bytes + work) / GIB, 2), "work_gib": round(work / GIB, 2)}
+
+
+def measured_peak(dtype: jnp.dtype) -> float:
+    """FLOP/s of one large square product on this machine: the ceiling that utilisation refers to."""
+    n = 2048 if jax.default_backend() == "cpu" else 8192
+    a = jnp.ones((n, n), dtype)
+    product = jax.jit(lambda a, b: a @ b)
+    best = float("inf")
+    for _ in range(6):
+        began = time.perf_counter()
+        product(a, a).block_until_ready()
+        best = min(best, time.perf_counter() - began)
+    return 2.0 * n**3 / best
+
+
+def measured_bandwidth() -> float:
+    """Bytes a second that this machine copies, reading and writing counted: the ceiling of decoding."""
+    x = jnp.ones(1 << (26 if jax.default_backend() == "cpu" else 29), jnp.float32)
+    copy = jax.jit(lambda x: x + 1)
+    best = float("inf")
+    for _ in range(6):
+        began = time.perf_counter()
+        copy(x).block_until_ready()
+        best = min(best, time.perf_counter() - began)
+    return 2.0 * x.nbytes / best
