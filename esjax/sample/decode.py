@@ -173,10 +173,15 @@ def permitted(constraint: Automaton, state: Array, used: Array) -> Array:
 
 
 def noise(seed: Array, number: Array, vocab: int) -> Array:
-    """Exponential variates [B, V] for the ``number``-th token of the replies with these seeds [B]."""
+    """Exponential variates [B, V] for the ``number``-th token of the replies with these seeds [B].
+
+    Made of all 32 bits and never 0: jax.random.exponential has 23 and gives 0 once in 2^23, which would win any race.
+    """
 
     def one(seed: Array, number: Array) -> Array:
-        return jax.random.exponential(jax.random.fold_in(jax.random.key(seed), number), (vocab,), jnp.float32)
+        bits = jax.random.bits(jax.random.fold_in(jax.random.key(seed), number), (vocab,), jnp.uint32)
+        u = bits.astype(jnp.float32) * jnp.float32(2**-32) + jnp.float32(2**-33)
+        return -jnp.log1p(-jnp.minimum(u, jnp.float32(1 - 2**-24)))
 
     return jax.vmap(one)(seed, number)
 

@@ -351,6 +351,10 @@ class _Session:
             for group in self.done(request, completion):
                 for follower in group:
                     self.owner._check(follower)
+                    if follower.max_tokens > self.owner.new:
+                        raise ValueError(
+                            f"a reply of {follower.max_tokens} tokens for lanes of {self.owner.new}: see fix_shapes"
+                        )
                 followers.append(Group.of(group))
         self.backlog.extendleft(reversed(followers))
 

@@ -34,6 +34,7 @@ class Piece:
 
     start: int
     tokens: list[int]
+    position: int = 0  # of the first token: a trunk begins at 0, a branch behind what it shares
     users: int = 0  # replies that still need it
     last_use: int = 0
 
@@ -102,7 +103,7 @@ class RowBook:
 
     def overlap(self, prompt: Sequence[int]) -> int:
         """How many tokens of a prompt's beginning lie here already."""
-        return max((common_prefix(p.tokens, prompt) for p in self.pieces), default=0)
+        return max((common_prefix(p.tokens, prompt) for p in self.pieces if not p.position), default=0)
 
     def place(self, most_waiting: int, uids: Iterable[int]) -> list[list[Run]]:
         """Place pending requests until ``most_waiting`` wait. Returns what to compute: trunks first, then branches."""
@@ -113,7 +114,9 @@ class RowBook:
             group = self.groups[0]
             if group.trunk is None and not self._open(group, trunks):
                 break
-            if not self._place_one(group, branches, numbers):
+            if not self._place_one(group, trunks, branches, numbers) and not (
+                self._open_anew(group, trunks) and self._place_one(group, trunks, branches, numbers)
+            ):
                 break
             if not group.pending:
                 self.groups.popleft()
@@ -134,27 +137,42 @@ class RowBook:
         prompt = group.pending[0].prompt[:-1]
         if not prompt:
             return True
-        best = max(self.pieces, key=lambda p: common_prefix(p.tokens, prompt), default=None)
+        beginnings = (p for p in self.pieces if not p.position)
+        best = max(beginnings, key=lambda p: common_prefix(p.tokens, prompt), default=None)
         if best is None or 2 * common_prefix(best.tokens, prompt) < len(prompt):
-            best = self._allocate(prompt)
-            if best is None:
-                return False
-            trunks.append(Run(best.start, prompt, 0, (best.start, best.start)))
+            return self._new_trunk(group, prompt, trunks)
         group.trunk = best
         self._use(best)  # until none of the group is pending
         return True
 
-    def _place_one(self, group: Group, branches: list[Run], uids: Any) -> bool:
+    def _open_anew(self, group: Group, trunks: list[Run]) -> bool:
+        """In a row that does nothing else, a trunk that lay there may take the room that the request needs beside it."""
+        if self.waiting or self.running or group.trunk is None:
+            return False
+        group.trunk.users -= 1
+        group.trunk = None
+        return self._new_trunk(group, group.pending[0].prompt[:-1], trunks)
+
+    def _new_trunk(self, group: Group, prompt: list[int], trunks: list[Run]) -> bool:
+        group.trunk = self._allocate(prompt, 0)
+        if group.trunk is None:
+            return False
+        trunks.append(Run(group.trunk.start, prompt, 0, (group.trunk.start, group.trunk.start)))
+        self._use(group.trunk)
+        return True
+
+    def _place_one(self, group: Group, trunks: list[Run], branches: list[Run], uids: Any) -> bool:
         request, trunk = group.pending[0], group.trunk
         known = request.prompt[:-1]
         seen = common_prefix(trunk.tokens, known) if trunk else 0
         own = None
         if seen < len(known):
-            own = self._allocate(known[seen:])
+            own = self._allocate(known[seen:], seen)
             if own is None:
                 return False
             start = trunk.start if trunk else 0
-            branches.append(Run(own.start, own.tokens, seen, (start, start + seen)))
+            # What shares nothing may become a trunk itself, so it is computed with them.
+            (branches if seen else trunks).append(Run(own.start, own.tokens, seen, (start, start + seen)))
             self._use(own)
         if trunk is not None:
             self._use(trunk)
@@ -166,7 +184,7 @@ class RowBook:
         piece.users += 1
         piece.last_use = self._time
 
-    def _allocate(self, tokens: list[int]) -> Piece | None:
+    def _allocate(self, tokens: list[int], position: int) -> Piece | None:
         """Slots for these tokens, of which nothing is needed any more; least recently used pieces go first."""
         best: tuple[tuple[int, int], int] | None = None
         for start in sorted({0, *(p.stop for p in self.pieces)}):
@@ -181,7 +199,7 @@ class RowBook:
                 best = cost, start
         if best is None:
             return None
-        piece = Piece(best[1], tokens)
+        piece = Piece(best[1], tokens, position)
         self.pieces = [p for p in self.pieces if p.stop <= piece.start or piece.stop <= p.start]
         self.pieces.append(piece)
         return piece
