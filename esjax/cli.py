@@ -174,6 +174,7 @@ def bench(args: argparse.Namespace, config: Config) -> None:
     import json
 
     import jax.numpy as jnp
+    import numpy as np
 
     from esjax.bench import sampling, training
     from esjax.bench.workload import TASKS, measured_bandwidth, measured_peak, read_workload
@@ -203,6 +204,9 @@ def bench(args: argparse.Namespace, config: Config) -> None:
     if args.tensor:
         raise InputError("--tensor needs --topology: this machine's devices are not divided")
     how = choose_execution(config.model.attention, config.model.remat, dtype)
+    if args.micro_rows is not None:  # said before anything runs
+        for job in training.jobs(work, trained, naive=False):
+            training.check_micro_rows(job, len(job.batch(np.random.default_rng(0))[0].tokens), args.micro_rows)
     peak, naive = measured_peak(dtype), args.compare == "naive"
     bandwidth = measured_bandwidth() if sampled else 0.0
     for task in sampled:
@@ -392,7 +396,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         ),
         (
             "--tensor",
-            {"type": int, "metavar": "N", "help": "with --topology: devices that share a layer"},
+            {"type": int, "metavar": "N", "help": "with --topology: devices that share a layer (sampling: all)"},
         ),
         (
             "--trace",

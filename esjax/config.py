@@ -31,6 +31,9 @@ class ModelSettings(Settings):
     """Dtype of the frozen base and of the arithmetic; auto is float32 on CPU and bfloat16 elsewhere."""
     attention: Literal["auto", "dense", "chunked", "cudnn", "pallas", "splash"] = "auto"
     """How attention is computed; auto is chunked on CPU, splash on TPU, on GPU cudnn (bfloat16) or pallas (float32)."""
+    cache_dtype: Literal["auto", "bfloat16", "float8_e4m3fn"] = "auto"
+    """Dtype of the keys and values that sampling keeps; auto is the arithmetic's. A narrower one halves their memory and
+    traffic, and moves log-probs a little."""
     remat: Literal["none", "dots", "offload", "full"] = "full"
     """What training recomputes in the backward pass: none; all but the dots (products); full, all but each layer's input;
     offload, the same with that input kept in the host's memory (not on CPU)."""

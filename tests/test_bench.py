@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracles import BARE
 
 from esjax import rows
 from esjax.bench import training as bench
@@ -18,18 +21,21 @@ from esjax.bench import workload as sizes
 from esjax.cli import main
 from esjax.config import InputError, LoraSettings
 from esjax.model.attention import PLATFORMS, choose_path
+from esjax.model.cached import empty_cache, lay_out
 from esjax.model.decoder import Execution
 from esjax.model.families import Architecture
 from esjax.model.lora import lora_from
-from esjax.model.weights import choose_execution
+from esjax.model.weights import bind, choose_execution
+from esjax.sample.constrain import free
+from esjax.sample.decode import idle_lanes, run
 from esjax.train.losses import sft_loss
 
 WORKLOAD = "bundled:configs/workload.json"
 FLOAT32, BFLOAT16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
 
 
-def test_one_line_for_each_job(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    main(["bench", "--profile", "tiny", "--compare", "naive", "--trace", str(tmp_path)])
+def test_one_line_for_each_training_job(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    main(["bench", "--profile", "tiny", "--tasks", "dpo,sft", "--compare", "naive", "--trace", str(tmp_path)])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     jobs = [(x["task"], x["variant"], x["unit"]) for x in lines]
     assert jobs == [
@@ -48,10 +54,62 @@ def test_one_line_for_each_job(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert all(list(d.rglob("*.xplane.pb")) for d in tmp_path.iterdir())
 
 
+def test_one_line_for_each_sampling_job(capsys: pytest.CaptureFixture[str]) -> None:
+    """The workload's meaning: so many tokens drawn and no fewer, prompts computed once where they are shared."""
+    main(["bench", "--profile", "tiny", "--tasks", "sample,round", "--compare", "naive"])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    jobs = [(x["task"], x["variant"], x["unit"]) for x in lines]
+    assert jobs == [
+        ("sample", "bare", "new tokens/s"),
+        ("round", "shared", "pairs/s"),
+        ("round", "unshared", "pairs/s"),
+    ]
+    for x in lines:
+        assert all(x[k] > 0 for k in ("figure", "mem_gib", "prefill_mfu", "step_ms", "step_limit_ms", "compile_s"))
+        assert x["padded_tokens"] >= 0
+    sample, shared, unshared = lines
+    work = sizes.read_workload(WORKLOAD, "tiny")
+    s, r = work.sample, work.round
+    assert sample["figure"] == pytest.approx(s.batch * s.new_tokens / sample["seconds"], rel=0.05)
+    assert (sample["steps"], sample["occupancy"]) == (s.new_tokens, 1.0)
+    assert sample["prefill_tokens"] == s.batch * (s.prompt - 1)  # the last token of each is the first to be fed
+    prompts = r.context, r.context + r.instruction, r.context + r.draft + r.reflection + r.instruction
+    assert unshared["unshared_tokens"] == shared["unshared_tokens"] == r.contexts * sum(prompts)
+    assert unshared["prefill_tokens"] == r.contexts * sum(n - 1 for n in prompts)
+    branches = (r.instruction - 1) + (r.draft + r.reflection + r.instruction - 1)
+    assert shared["prefill_tokens"] <= r.contexts * (r.context + branches + 1) < 0.6 * unshared["prefill_tokens"]
+    assert (unshared["steps"], shared["steps"]) == (r.draft + r.reflection + r.refinement, r.draft + r.refinement)
+
+
+def test_a_decoding_step_copies_no_cache() -> None:
+    """The compiled loop writes the rings in place: no copy of an array as large as a layer's rows or rings."""
+    work = sizes.read_workload(WORKLOAD, "tiny")
+    arch = replace(work.architecture, vocab=512)
+    definition, make = sizes.parts(arch, None, FLOAT32, bare=True)
+    weights = jax.eval_shape(lambda: lay_out(bind(definition, BARE, make()[1]), merge=True))
+    rows_, lanes, slots, new = 3, 2, 640, 320
+    cache = jax.eval_shape(lambda: empty_cache(arch, rows_, lanes, slots, new, FLOAT32))
+    state = jax.eval_shape(lambda: idle_lanes(rows_, lanes))
+    waiting = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows_, 4), x.dtype), state.leaf)
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    some = jax.ShapeDtypeStruct((rows_,), jnp.int32)
+    size = cache.new_k[0].size
+
+    def large_copies(donate: int) -> int:
+        program = jax.jit(partial(run, arch, steps=8, how=Execution("chunked")), donate_argnums=donate)
+        arguments = (weights, cache, state, waiting, some, jax.ShapeDtypeStruct((1,), jnp.int32), free(512), number)
+        text = program.lower(*arguments).compile().as_text()
+        shapes = re.findall(r"= f32\[([\d,]+)\]\S* copy\(", text)
+        return sum(int(np.prod([int(d) for d in s.split(",")])) >= size for s in shapes)
+
+    assert large_copies(donate=1) == 0
+    assert large_copies(donate=2) > 0  # control: a cache that is not given away must be copied
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--tasks", "dpo,chat"], "--tasks chat: no such task; allowed: dpo, sft"),
+        (["--tasks", "dpo,chat"], "--tasks chat: no such task; allowed: sample, round, dpo, sft"),
         (["--profile", "huge"], "no profile 'huge'"),
         (["--workload", "/absent.json"], "/absent.json: cannot be read"),
         (["--profile", "tiny", "--micro-rows", "3"], "--micro-rows 3: it must divide the 2 rows of the dpo step"),
@@ -76,11 +134,12 @@ def test_a_workload_that_is_wrong_is_refused(tmp_path: Path) -> None:
         ({"dtype": "float8"}, "dtype"),
         ({"dpo": {**good["dpo"], "beta": 1}}, r"dpo\.beta"),
         ({"sft": {k: v for k, v in good["sft"].items() if k != "length"}}, r"sft\.length"),
+        ({"round": {}}, r"round\.contexts"),
     ):
         file.write_text(json.dumps({"tiny": good | change}))
         with pytest.raises(InputError, match=message):
             sizes.read_workload(str(file), "tiny")
-    file.write_text(json.dumps({"tiny": good | {"sample": {}, "round": {}}}))
+    file.write_text(json.dumps({"tiny": good}))
     assert sizes.read_workload(str(file), "tiny").sft.length == 64
 
 

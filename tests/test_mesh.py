@@ -120,9 +120,38 @@ def test_the_steps_compile_for_a_tpu(tmp_path: Path) -> None:
     work["model"] |= {"head_dim": 128, "hidden_size": 256, "vocab_size": 1024}
     work["dpo"]["pairs"] = work["sft"]["batch"] = 8
     (tmp_path / "workload.json").write_text(json.dumps({"small": work}))
-    made = bench("--workload", str(tmp_path / "workload.json"), "--profile", "small", "--topology", "v5e:2x2")
+    options = ("--workload", str(tmp_path / "workload.json"), "--profile", "small", "--topology", "v5e:2x2")
+    made = bench(*options, "--tasks", "dpo,sft")
     assert [(m["task"], m["variant"]) for m in made] == [("dpo", "lora"), ("sft", "lora"), ("sft", "full")]
     assert all(m["kernels"] >= 3 and 0 < m["mem_gib"] < 1 for m in made)  # forward, dq, dkv
+
+
+def test_the_sampler_compiles_for_a_tpu(tmp_path: Path) -> None:
+    """Both programs, with two devices to a layer; a number that does not divide the heads is refused."""
+    pytest.importorskip("libtpu")
+    file = Path(__file__).parent.parent / "configs" / "workload.json"
+    work = json.loads(file.read_text())["tiny"]
+    work["dtype"] = "bfloat16"
+    work["model"] |= {"head_dim": 128, "hidden_size": 256, "vocab_size": 1024}
+    (tmp_path / "workload.json").write_text(json.dumps({"small": work}))
+    options = ("--workload", str(tmp_path / "workload.json"), "--profile", "small", "--topology", "v5e:2x2")
+    made = bench(*options, "--tasks", "sample,round", "--tensor", "2")
+    assert [m["task"] for m in made] == ["sample", "round"]
+    for m in made:
+        assert m["mesh"] == {"data": 2, "fsdp": 1, "tensor": 2}
+        assert all(
+            0 <= m[f"{program}_mem_gib"] < 1 and m[f"{program}_compile_s"] > 0 for program in ("prefill", "decode")
+        )
+    with pytest.raises(AssertionError, match="--tensor 4: it must divide the 4 devices and the 2 key/value heads"):
+        bench(*options, "--tasks", "sample")
+
+
+@pytest.mark.slow
+def test_the_sampler_of_an_8b_model_fits_four_small_chips() -> None:
+    pytest.importorskip("libtpu")
+    for made in bench("--profile", "8b", "--tasks", "sample,round", "--topology", "v5e:2x2"):
+        print(made)
+        assert max(made["prefill_mem_gib"], made["decode_mem_gib"]) < 16
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from esjax.model.layers import linear_sizes
 from esjax.model.weights import Backbone, bind
 from esjax.programs import program
 from esjax.sample.constrain import free
-from esjax.sample.decode import idle_lanes, run
+from esjax.sample.decode import idle_lanes, permitted, run
 from esjax.sample.generate import STEPS, Completion, Generator, Request, Usage, windows_of
 
 HOW = SamplingSettings(temperature=0.7, top_p=0.9)
@@ -42,7 +42,7 @@ def bench(work: Workload, task: str, how: Execution, peak: float, bandwidth: flo
 
     Args:
         peak: FLOP/s of a large product, what prefill is held against.
-        bandwidth: bytes/s of a large copy, what decoding is held against.
+        bandwidth: bytes/s of a large matrix read once, what decoding is held against.
         naive: for ``round``, its unshared form: drafts, reflections and refinements each compute their whole prompts.
     """
     arch, dtype = work.architecture, jnp.dtype(work.dtype)
@@ -85,6 +85,7 @@ def bench(work: Workload, task: str, how: Execution, peak: float, bandwidth: flo
         "step_ms": round(u.decode_seconds / u.steps * 1e3, 2),
         "step_gib": round(moved / GIB, 3),
         "step_limit_ms": round(moved / bandwidth * 1e3, 2),
+        "constraint_ms": round(constraint_seconds(arch.vocab, generator.lanes) * 1e3, 2),
         "lanes": generator.lanes,
         "occupancy": round(u.occupancy, 3),
         "attention": how.attention,
@@ -168,6 +169,28 @@ def step_bytes(arch: Architecture, dtype: jnp.dtype, generator: Generator) -> in
     return (linear + arch.vocab * arch.width + cache) * dtype.itemsize
 
 
+def constraint_seconds(vocab: int, lanes: int) -> float:
+    """What masking the logits of a step by a constraint's table costs, beyond reading and writing them."""
+    rng = np.random.default_rng(0)
+    table = free(vocab)._replace(cost=rng.integers(-1, 40, (32, vocab)).astype(np.int16))
+    constraint = jax.device_put(table)
+    logits = jnp.ones((lanes, vocab), jnp.float32)
+    state = jnp.asarray(rng.integers(0, 32, lanes), jnp.int32)
+
+    def masked(logits: jax.Array, state: jax.Array) -> jax.Array:
+        return jnp.where(permitted(constraint, state, state), logits, -jnp.inf)
+
+    def best(function: Any) -> float:
+        seconds = []
+        for _ in range(12):
+            began = time.perf_counter()
+            function(logits, state).block_until_ready()
+            seconds.append(time.perf_counter() - began)
+        return min(seconds)
+
+    return max(0.0, best(jax.jit(masked)) - best(jax.jit(lambda logits, state: logits * 2)))
+
+
 def prefill_flops(arch: Architecture, tokens: int, seen: int) -> float:
     """FLOPs of the keys and values of so many prompt tokens, which see so many tokens together; no head is needed."""
     linear = 2.0 * sum(i * o for i, o in linear_sizes(arch).values()) * tokens
@@ -237,5 +260,4 @@ def compile_for(work: Workload, task: str, how: Execution, topology: str, tensor
         "lanes": rows * lanes,
         "slots": slots,
         **made,
-        "attention": how.attention,
     }

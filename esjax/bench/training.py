@@ -180,17 +180,22 @@ def build(
 ) -> tuple[Any, Any]:
     """The job's jitted step, and its optimiser state. Raises InputError when ``micro_rows`` does not divide the batch."""
     rows_in_batch = example.tokens.shape[0]
-    share, left = divmod(micro_rows, batch_groups())
-    if rows_in_batch % micro_rows or left or not share:
-        raise InputError(
-            f"--micro-rows {micro_rows}: it must divide the {rows_in_batch} rows of the {job.task} step and be a multiple "
-            f"of the {batch_groups()} devices that a batch is split over"
-        )
+    check_micro_rows(job, rows_in_batch, micro_rows)
+    share = micro_rows // batch_groups()
     targets = max(int((w != 0).sum()) for w in np.split(example.weight, rows_in_batch // share))
     tx = optimiser(job.settings, job.steps + job.warmup)
     compute = None if job.lora is not None else dtype
     step = make_step(definition, job.loss, tx, micro_rows, targets, how, compute)
     return step, jax.eval_shape(tx.init, trained) if _abstract(trained) else tx.init(trained)
+
+
+def check_micro_rows(job: Job, rows_in_batch: int, micro_rows: int) -> None:
+    """Raise InputError unless ``micro_rows`` divides the batch, and the devices divide it."""
+    if rows_in_batch % micro_rows or micro_rows % batch_groups() or micro_rows < 1:
+        raise InputError(
+            f"--micro-rows {micro_rows}: it must divide the {rows_in_batch} rows of the {job.task} step and be a multiple "
+            f"of the {batch_groups()} devices that a batch is split over"
+        )
 
 
 def _abstract(tree: Any) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from esjax.config import Config, InputError
@@ -62,7 +63,9 @@ class Lab:
     @cached_property
     def generator(self) -> Generator:
         """The one sampler of the run, so that all rounds and the closing table share its programs."""
-        return Generator(self.backbone, self.config.evolve.batch, self.tokenizer.end_of_turn)
+        name = self.config.model.cache_dtype
+        made = Generator(self.backbone, self.config.evolve.batch, self.tokenizer.end_of_turn)
+        return made if name == "auto" else replace(made, cache_dtype=jnp.dtype(name))
 
     @cached_property
     def weights_hash(self) -> str:

@@ -103,7 +103,17 @@ class Round:
                 f"round {self.t}: every pair was dropped ({counted(reasons)}); see {where} and the filters section"
             )
         write_references(self.lab, self.adapter, kept, self.files["pairs"], f"round {self.t} scoring")
-        return {"kept": len(kept), "dropped": dict(reasons), "length_ratio": round(length_ratio(kept), 4)}
+        # M_(t-1) drew the drafts that it now scores: the same numbers twice, by the sampler and by the training path.
+        drawn = {d["id"]: d["logprob"] for d in drafts if "logprob" in d}
+        scored = {p["id"]: p["reference"]["rejected"] for p in read_jsonl(self.files["pairs"])}
+        apart = max((abs(drawn[i] - x) for i, x in scored.items() if i in drawn), default=0.0)
+        say(f"  drafts' log-probs by sampler and scorer: at most {apart:.1e} apart")
+        return {
+            "kept": len(kept),
+            "sampler_apart": round(apart, 5),
+            "dropped": dict(reasons),
+            "length_ratio": round(length_ratio(kept), 4),
+        }
 
 
 class _Replies:
@@ -163,9 +173,12 @@ class _Replies:
             row |= {"reflection": parse(text), "num_tokens": len(made.token_ids), "seed": request.seed}
             self.reflections.add(i, row)
         else:
+            text = self.lab.tokenizer.decode(made.token_ids).strip()
             if kind == "draft":
                 row["prompt"] = self.chosen[i].messages
-            text = self.lab.tokenizer.decode(made.token_ids).strip()
+                answered: list[Message] = [*self.chosen[i].messages, {"role": "assistant", "content": text}]
+                if self.lab.tokenizer.reply(request.prompt, answered) == made.token_ids:  # what DPO will train on
+                    row["logprob"] = round(sum(made.logprobs), 5)
             row |= {"text": text, "finish_reason": made.finish, "num_tokens": len(made.token_ids), "seed": request.seed}
             (self.drafts if kind == "draft" else self.refinements).add(i, row)
         self.advance(1, len(made.token_ids))

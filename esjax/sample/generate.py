@@ -12,6 +12,7 @@ from itertools import count
 from typing import Literal, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from esjax.config import InputError
@@ -85,7 +86,8 @@ class Generator:
     """Samples from base + adapter with ``lanes`` replies under way at once, ``shared`` lanes on a row.
 
     Shapes are fixed by what is first asked for, and only ever grow: ``slots`` of a row and ``new`` tokens of a lane may be
-    given to begin with. ``clocked`` waits for each load, so that its time can be told from decoding's.
+    given to begin with. ``clocked`` waits for each load, so that its time can be told from decoding's; ``cache_dtype`` is
+    that of the keys and values kept.
     """
 
     backbone: Backbone
@@ -95,6 +97,7 @@ class Generator:
     slots: int = 0
     new: int = 0
     clocked: bool = False
+    cache_dtype: jnp.dtype | None = None  # the backbone's, if None
     usage: Usage = field(default_factory=Usage)
 
     def __post_init__(self) -> None:
@@ -224,7 +227,9 @@ class _Session:
         o = self.owner
         rows = o.lanes // o.shared
         self.books = [RowBook(o.slots) for _ in range(rows)]
-        self.cache: Cache = empty_cache(o.backbone.arch, rows, o.shared, o.slots, o.new, o.backbone.dtype)
+        self.cache: Cache = empty_cache(
+            o.backbone.arch, rows, o.shared, o.slots, o.new, o.cache_dtype or o.backbone.dtype
+        )
         self.lanes: Lanes = idle_lanes(rows, o.shared)
 
     def finish_all(self) -> None:
