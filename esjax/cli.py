@@ -72,56 +72,14 @@ def sample(args: argparse.Namespace, config: Config) -> None:
 
     With --num-samples a prompt has several answers, one line each, numbered as "sample" from 0.
     """
-    from esjax.corpus.sources import check_messages
+    from esjax.evolve.answers import answer, read_questions
     from esjax.evolve.lab import open_model
-    from esjax.runlog import gather, read_jsonl, say
-    from esjax.sample.constrain import START, Field, compile_template
-    from esjax.sample.generate import Completion, Request, row_seed
 
-    count = args.num_samples
-    if count < 1:
-        raise InputError(f"--num-samples {count}: at least 1")
-    asked = read_jsonl(args.prompts, ("id", "messages"))
-    if not asked:
-        raise InputError(f"{args.prompts}: empty; expected one JSON object a line with id and messages")
-    chats = [
-        check_messages(r["messages"], f"{args.prompts}, row {i}", last="user") for i, r in enumerate(asked, start=1)
-    ]
-    pattern = _pattern(args)
+    if args.num_samples < 1:
+        raise InputError(f"--num-samples {args.num_samples}: at least 1")
+    questions, pattern = read_questions(args.prompts), _pattern(args)
     _fresh(args.out)
-    lab, adapter = open_model(args.model, config)
-    how, most = config.reply, config.reply.max_tokens
-    form = None
-    if pattern is not None:
-        form = compile_template([Field(pattern, most - 1)], lab.tokenizer, lab.backbone.arch.vocab)
-    prompts = [lab.tokenizer.prompt(lab.encoder.with_system(chat)) for chat in chats]
-    generator = lab.generator
-    generator.lanes = min(how.batch, count * len(prompts))
-
-    def answer(missing: list[int], add: Callable[..., None]) -> None:
-        requests = []
-        for i in missing:
-            n, k = divmod(i, count)
-            seed = row_seed(config.seed, "sample", asked[n]["id"], *([k] if k else []))
-            requests.append(Request(i, prompts[n], seed, how, most, START if form else 0))
-
-        def done(request: Request, made: Completion) -> tuple[()]:
-            n, k = divmod(request.key, count)
-            row = {
-                "id": asked[n]["id"],
-                **({"sample": k} if count > 1 else {}),
-                "text": lab.tokenizer.decode(made.token_ids),
-                "token_ids": made.token_ids,
-                "logprobs": made.logprobs,
-                "finish_reason": made.finish,
-            }
-            add(request.key, row, len(made.token_ids))
-            return ()
-
-        generator.work(adapter, generator.grouped(requests), done, form.automaton if form else None)
-
-    gather(args.out, count * len(prompts), "replies", answer)
-    say(f"  {generator.usage}")
+    answer(*open_model(args.model, config), questions, args.num_samples, pattern, config, args.out)
 
 
 def _pattern(args: argparse.Namespace) -> str | None:
