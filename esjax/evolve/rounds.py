@@ -41,6 +41,7 @@ class Round:
         self.before = adapter_folder(run.path, t - 1)
         self.teacher = {"model": f"m{t - 1}", "adapter_sha256": sha256(self.before)}
         self.instructions, self.filters = Instructions.load(lab.config), Filters.load(lab.config.filters)
+        self.drawn: dict[str, float] = {}  # log-probs of the drafts that this process drew, as the sampler saw them
         names = (*KINDS, "pairs", "dropped")
         self.files = {name: run.path / f"round{t}" / f"{name}.jsonl" for name in names}
 
@@ -103,14 +104,15 @@ class Round:
                 f"round {self.t}: every pair was dropped ({counted(reasons)}); see {where} and the filters section"
             )
         write_references(self.lab, self.adapter, kept, self.files["pairs"], f"round {self.t} scoring")
-        # M_(t-1) drew the drafts that it now scores: the same numbers twice, by the sampler and by the training path.
-        drawn = {d["id"]: d["logprob"] for d in drafts if "logprob" in d}
         scored = {p["id"]: p["reference"]["rejected"] for p in read_jsonl(self.files["pairs"])}
-        apart = max((abs(drawn[i] - x) for i, x in scored.items() if i in drawn), default=0.0)
-        say(f"  drafts' log-probs by sampler and scorer: at most {apart:.1e} apart")
+        apart = [abs(self.drawn[i] - x) for i, x in scored.items() if i in self.drawn]
+        if (
+            apart
+        ):  # M_(t-1) drew the drafts that it now scores: the same numbers by the sampler and by the training path
+            say(f"  log-probs of {len(apart)} drafts by sampler and by scorer: at most {max(apart):.1e} apart")
         return {
             "kept": len(kept),
-            "sampler_apart": round(apart, 5),
+            **({"sampler_apart": round(max(apart), 5)} if apart else {}),
             "dropped": dict(reasons),
             "length_ratio": round(length_ratio(kept), 4),
         }
@@ -178,7 +180,7 @@ class _Replies:
                 row["prompt"] = self.chosen[i].messages
                 answered: list[Message] = [*self.chosen[i].messages, {"role": "assistant", "content": text}]
                 if self.lab.tokenizer.reply(request.prompt, answered) == made.token_ids:  # what DPO will train on
-                    row["logprob"] = round(sum(made.logprobs), 5)
+                    self.round.drawn[row["id"]] = sum(made.logprobs)
             row |= {"text": text, "finish_reason": made.finish, "num_tokens": len(made.token_ids), "seed": request.seed}
             (self.drafts if kind == "draft" else self.refinements).add(i, row)
         self.advance(1, len(made.token_ids))
