@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from esjax import programs
-from esjax.bench.workload import GIB, RoundWork, Workload, parts, peak_memory, planned
+from esjax.bench.workload import GIB, RoundWork, Workload, best_seconds, parts, peak_memory, planned
 from esjax.config import InputError, SamplingSettings
 from esjax.mesh import make_mesh, sharding, topology_devices
 from esjax.model.cached import CACHE_AXES, Chunk, empty_cache, lay_out, load, weight_axes
@@ -24,7 +24,7 @@ from esjax.model.weights import Backbone, bind
 from esjax.programs import program
 from esjax.sample.constrain import free
 from esjax.sample.decode import idle_lanes, permitted, run
-from esjax.sample.generate import STEPS, Completion, Generator, Request, Usage, windows_of
+from esjax.sample.generate import STEPS, Completion, Generator, Request, Usage, row_seed, windows_of
 
 HOW = SamplingSettings(temperature=0.7, top_p=0.9)
 BARE: nnx.State = nnx.State({})  # no adapter
@@ -110,9 +110,9 @@ def _sample(work: Workload, generator: Generator, rng: np.random.Generator) -> N
     _check(made, s.new_tokens)
 
 
-def _requests(r: RoundWork, kind: str, prompts: list[list[int]]) -> list[Request]:
+def _request(r: RoundWork, kind: str, i: int, prompt: list[int]) -> Request:
     most = {"draft": r.draft, "reflection": r.reflection, "refinement": r.refinement}[kind]
-    return [Request((kind, i), p, hash((kind, i)) % 2**32, HOW, most) for i, p in enumerate(prompts)]
+    return Request((kind, i), prompt, row_seed(kind, i), HOW, most)
 
 
 def _round(work: Workload, generator: Generator, rng: np.random.Generator) -> None:
@@ -124,17 +124,20 @@ def _round(work: Workload, generator: Generator, rng: np.random.Generator) -> No
 
     def done(request: Request, made: Completion) -> list[list[Request]]:
         kind, i = request.key
+        _check([made], request.max_tokens)
         drawn[kind, i] = made.token_ids
         if kind == "refinement" or ("draft", i) not in drawn or ("reflection", i) not in drawn:
             return []
         prompt = [*contexts[i], *drawn["draft", i], *drawn["reflection", i], *ask_again[i]]
-        return [[_requests(r, "refinement", [prompt])[0]._replace(key=("refinement", i), seed=i)]]
+        return [[_request(r, "refinement", i, prompt)]]
 
-    drafts = _requests(r, "draft", contexts)
-    reflections = _requests(r, "reflection", [[*c, *a] for c, a in zip(contexts, ask, strict=True)])
+    groups = [
+        [_request(r, "draft", i, contexts[i]), _request(r, "reflection", i, [*contexts[i], *ask[i]])]
+        for i in range(r.contexts)
+    ]
     refining = r.instruction + r.draft + r.reflection
     generator.fix_shapes(r.context, r.instruction, max(r.draft, r.reflection, r.refinement), least=refining)
-    generator.work(BARE, [list(g) for g in zip(drafts, reflections, strict=True)], done, more_may_follow=True)
+    generator.work(BARE, groups, done, more_may_follow=True)
     if len(drawn) != 3 * r.contexts:
         raise AssertionError("a reply is missing")
 
@@ -180,15 +183,8 @@ def constraint_seconds(vocab: int, lanes: int) -> float:
     def masked(logits: jax.Array, state: jax.Array) -> jax.Array:
         return jnp.where(permitted(constraint, state, state), logits, -jnp.inf)
 
-    def best(function: Any) -> float:
-        seconds = []
-        for _ in range(12):
-            began = time.perf_counter()
-            function(logits, state).block_until_ready()
-            seconds.append(time.perf_counter() - began)
-        return min(seconds)
-
-    return max(0.0, best(jax.jit(masked)) - best(jax.jit(lambda logits, state: logits * 2)))
+    plain = best_seconds(jax.jit(lambda logits, state: logits * 2), logits, state)
+    return max(0.0, best_seconds(jax.jit(masked), logits, state) - plain)
 
 
 def prefill_flops(arch: Architecture, tokens: int, seen: int) -> float:

@@ -167,27 +167,25 @@ def planned(compiled: Any) -> dict[str, float]:
     return {"mem_gib": round((m.argument_size_in_bytes + work) / GIB, 2), "work_gib": round(work / GIB, 2)}
 
 
+def best_seconds(function: Callable[..., jax.Array], *arguments: Any) -> float:
+    """The shortest of twelve calls of a jitted function; the first of them compiles."""
+    best = float("inf")
+    for _ in range(12):
+        began = time.perf_counter()
+        function(*arguments).block_until_ready()
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
 def measured_peak(dtype: jnp.dtype) -> float:
     """FLOP/s of one large square product on this machine: the ceiling that utilisation refers to."""
     n = 2048 if jax.default_backend() == "cpu" else 8192
     a = jnp.ones((n, n), dtype)
-    product = jax.jit(lambda a, b: a @ b)
-    best = float("inf")
-    for _ in range(6):
-        began = time.perf_counter()
-        product(a, a).block_until_ready()
-        best = min(best, time.perf_counter() - began)
-    return 2.0 * n**3 / best
+    return 2.0 * n**3 / best_seconds(jax.jit(jnp.matmul), a, a)
 
 
 def measured_bandwidth() -> float:
     """Bytes a second that this machine reads in the product of a large matrix and a vector: the ceiling of decoding."""
     n = 1 << (13 if jax.default_backend() == "cpu" else 15)
     matrix, vector = jnp.ones((n, n), jnp.float32), jnp.ones(n, jnp.float32)
-    product = jax.jit(lambda a, b: a @ b)
-    best = float("inf")
-    for _ in range(6):
-        began = time.perf_counter()
-        product(matrix, vector).block_until_ready()
-        best = min(best, time.perf_counter() - began)
-    return matrix.nbytes / best
+    return matrix.nbytes / best_seconds(jax.jit(jnp.matmul), matrix, vector)

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import count
+from itertools import count, islice
 from typing import Literal, Protocol
 
 import jax
@@ -261,7 +261,7 @@ class _Session:
 
     def _best_for(self, row: RowBook) -> Group:
         """The first group, or a near one whose beginning lies in this row already."""
-        for group in list(self.backlog)[: 4 * len(self.books)]:
+        for group in islice(self.backlog, 4 * len(self.books)):
             prompt = group.pending[0].prompt
             if 2 * row.overlap(prompt) >= len(prompt):
                 self.backlog.remove(group)
