@@ -150,17 +150,6 @@ def bench(args: argparse.Namespace, config: Config) -> None:
     def show(line: dict[str, object]) -> None:
         print(json.dumps(line), flush=True)
 
-    if args.topology is not None:
-        if args.compare or args.trace:
-            raise InputError("--topology runs nothing: leave out --compare and --trace")
-        how = choose_execution(config.model.attention, config.model.remat, dtype, "tpu")
-        for task in sampled:
-            show(sampling.compile_for(work, task, how, args.topology, args.tensor))
-        for job in training.jobs(work, trained, naive=False):
-            show(training.compile_for(work, job, how, args.micro_rows, args.topology, args.tensor or 1))
-        return
-    if args.tensor:
-        raise InputError("--tensor needs --topology: this machine's devices are not divided")
     how = choose_execution(config.model.attention, config.model.remat, dtype)
     if args.micro_rows is not None:  # said before anything runs
         for job in training.jobs(work, trained, naive=False):
@@ -348,14 +337,6 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         ),
         ("--compare", {"choices": ["naive"], "help": "measure the unshared form of round and dpo beside it"}),
         ("--micro-rows", {"type": int, "metavar": "N", "help": "rows computed at once; all when left out"}),
-        (
-            "--topology",
-            {"metavar": "NAME", "help": "compile for TPUs that are not at hand, such as v5e:4x4, and run nothing"},
-        ),
-        (
-            "--tensor",
-            {"type": int, "metavar": "N", "help": "with --topology: devices that share a layer (sampling: all)"},
-        ),
         (
             "--trace",
             {"type": Path, "metavar": "DIR", "help": "write a profiler trace of one training step of each job"},

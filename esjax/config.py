@@ -34,9 +34,23 @@ class ModelSettings(Settings):
     cache_dtype: Literal["auto", "bfloat16", "float8_e4m3fn"] = "auto"
     """Dtype of the keys and values that sampling keeps; auto is the arithmetic's. A narrower one halves their memory and
     traffic, and moves log-probs a little."""
+    decoding_weights: Literal["auto", "shared", "apart"] = "auto"
+    """What sampling reads: shared, training's own arrays; apart, a copy cut into layers, with the adapter merged where that
+    is exact. auto is shared on TPU, and apart where a product cannot read a slice of an array in place (CPU, GPU)."""
     remat: Literal["none", "dots", "offload", "full"] = "full"
     """What training recomputes in the backward pass: none; all but the dots (products); full, all but each layer's input;
     offload, the same with that input kept in the host's memory (not on CPU)."""
+
+
+class MeshSettings(Settings):
+    """How the devices are divided. It changes no result beyond rounding, and a run may go on with another mesh."""
+
+    data: int = Field(1, ge=1)
+    """Groups of devices that hold all weights and share the batch; slices and hosts with a slow network between them."""
+    fsdp: int = Field(-1, ge=-1)
+    """Devices that share the weights as well as the batch; -1 is all that data and tensor leave."""
+    tensor: int = Field(1, ge=1)
+    """Devices that share each layer's heads and hidden units."""
 
 
 class LoraSettings(Settings):
@@ -210,6 +224,7 @@ class Config(Settings):
     seed: int = Field(0, ge=0, lt=1 << 32)
     """Seed of the adapter's initial values, the data order and all sampling."""
     model: ModelSettings
+    mesh: MeshSettings = MeshSettings()
     lora: LoraSettings = LoraSettings()
     data: DataSettings
     prompts: PromptSettings = PromptSettings()

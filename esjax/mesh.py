@@ -1,26 +1,34 @@
 """Where arrays live: the mesh's axes, and which logical axis is split over which of them.
 
-The mesh is taken from the context (``with jax.set_mesh(mesh)``); without one everything here is the identity.
+The mesh is taken from the context (``with jax.set_mesh(mesh)``); without one everything here is the identity, so one device
+needs no mesh. Three axes: ``data`` repeats the weights (and may span slices or hosts), ``fsdp`` shares weights and batch,
+``tensor`` shares each layer's heads and hidden units.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
-from jax.experimental import topologies
+from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from esjax.config import InputError
+from esjax.config import InputError, MeshSettings
 
 AXES = ("data", "fsdp", "tensor")
-# Logical axis -> mesh axes. Weights are split over fsdp along the model's width and gathered layer by layer.
+# Logical axis -> mesh axes. Training splits weights over fsdp along the model's width and gathers them layer by layer;
+# decoding leaves them where they lie, and splits the width of its few tokens instead.
 RULES: dict[str | None, tuple[str, ...] | str | None] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp"),  # rows: of training, of scoring, of the sampler's keys and values
+    "stream": "data",  # tokens whose width is split as the weights' is
     "embed": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -33,22 +41,67 @@ RULES: dict[str | None, tuple[str, ...] | str | None] = {
 T = TypeVar("T")
 
 
-def make_mesh(devices: Sequence[Any], data: int, fsdp: int, tensor: int) -> Mesh:
-    """A mesh of data x fsdp x tensor devices, in the order that suits their network."""
-    return jax.make_mesh((data, fsdp, tensor), AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
+# --- making a mesh ---------------------------------------------------------------------------------------------------
 
 
-def spec(axes: Sequence[str | None]) -> PartitionSpec:
-    """The partition of an array with these logical axes."""
-    return PartitionSpec(*(RULES[a] for a in axes))
+def mesh_shape(settings: MeshSettings, count: int) -> tuple[int, int, int]:
+    """The mesh's shape on ``count`` devices. Raises InputError when they do not come out even."""
+    data, fsdp, tensor = settings.data, settings.fsdp, settings.tensor
+    asked = f"mesh.data={data}, mesh.fsdp={fsdp}, mesh.tensor={tensor}"
+    if fsdp in (-1, 0):
+        if fsdp == 0 or count % (data * tensor):
+            raise InputError(
+                f"{asked}: {count} devices cannot be divided so; mesh.data x mesh.tensor must divide them, and mesh.fsdp be "
+                "-1 or the rest"
+            )
+        fsdp = count // (data * tensor)
+    if data * fsdp * tensor > count:
+        raise InputError(f"{asked}: that takes {data * fsdp * tensor} devices of {count}; lower one of them")
+    return data, fsdp, tensor
 
 
-def sharding(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:
-    """Where an array with these logical axes lives."""
-    return NamedSharding(mesh, spec(axes))
+def make_mesh(devices: Sequence[Any], shape: tuple[int, int, int]) -> Mesh:
+    """A mesh of data x fsdp x tensor of these devices, in the order that suits their network.
+
+    Slices (of TPUs) or hosts (of anything else), between which the network is slow, are spanned by ``data`` where it is a
+    multiple of their number, else by ``fsdp``. Raises InputError where only ``tensor`` could span slices, or where devices of
+    other processes would stay idle.
+    """
+    by_slice = getattr(devices[0], "slice_index", None) is not None
+    far = {d.slice_index if by_slice else d.process_index for d in devices}
+    need = math.prod(shape)
+    if len({d.process_index for d in devices}) > 1 and need != len(devices):
+        raise InputError(f"a mesh of {need} devices leaves {len(devices) - need} idle on other hosts: set mesh.fsdp=-1")
+    if len(far) == 1:
+        made = mesh_utils.create_device_mesh(shape, devices[:need], allow_split_physical_axes=True)
+        return _mesh(made)
+    data, fsdp, tensor = shape
+    n = len(far)
+    if data % n == 0:
+        near, across = (data // n, fsdp, tensor), (n, 1, 1)
+    elif fsdp % n == 0:
+        near, across = (data, fsdp // n, tensor), (1, n, 1)
+    elif by_slice:
+        raise InputError(f"mesh {shape} over {n} slices: mesh.data (or mesh.fsdp) must be a multiple of {n}")
+    else:
+        return _mesh(np.asarray(devices).reshape(shape))
+    made = mesh_utils.create_hybrid_device_mesh(
+        near, across, devices, process_is_granule=not by_slice, allow_split_physical_axes=True
+    )
+    return _mesh(made)
 
 
-def topology_devices(name: str) -> list[Any]:
+def _mesh(devices: np.ndarray) -> Mesh:
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def use_mesh(settings: MeshSettings) -> AbstractContextManager[Any]:
+    """The mesh of this run's devices as the context; one device needs none. Raises InputError."""
+    shape = mesh_shape(settings, jax.device_count())
+    return nullcontext() if math.prod(shape) == 1 else jax.set_mesh(make_mesh(jax.devices(), shape))
+
+
+def topology_devices(name: str, slices: int = 1) -> list[Any]:
     """The TPUs of a topology such as v5e:4x4, without one at hand: programs can be compiled for them, not run.
 
     Raises InputError for an unknown topology.
@@ -57,21 +110,45 @@ def topology_devices(name: str) -> list[Any]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
-        return list(topologies.get_topology_desc(name, platform="tpu").devices)
+        more = {"num_slices": slices} if slices > 1 else {}
+        return list(topologies.get_topology_desc(name, platform="tpu", **more).devices)
     except Exception as e:  # every kind, from a missing libtpu to a name it does not know
         reason = " ".join(str(e).split())[:200]
         raise InputError(f"topology {name}: {reason}; give one like v5e:4x4, and install esjax's tpu extra") from e
 
 
-def topology_mesh(name: str, tensor: int) -> Mesh:
-    """A mesh of a topology's TPUs: all devices that ``tensor`` leaves go to fsdp.
+# --- where an array lives --------------------------------------------------------------------------------------------
 
-    Raises InputError for an unknown topology or an indivisible number.
-    """
-    devices = topology_devices(name)
-    if len(devices) % tensor:
-        raise InputError(f"topology {name} has {len(devices)} devices, which {tensor} does not divide")
-    return make_mesh(devices, 1, len(devices) // tensor, tensor)
+
+def spec(axes: Sequence[str | None]) -> PartitionSpec:
+    """The partition of an array with these logical axes. Raises ValueError where two of them want the same devices."""
+    wanted = [RULES[a] for a in axes]
+    flat = [m for w in wanted for m in ((w,) if isinstance(w, str) else w or ())]
+    if len(set(flat)) < len(flat):
+        raise ValueError(f"logical axes {tuple(axes)} collide: two of them are split over the same mesh axis ({flat})")
+    return PartitionSpec(*wanted)
+
+
+def sharding(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:
+    """Where an array with these logical axes lives."""
+    return NamedSharding(mesh, spec(axes))
+
+
+def _context() -> Mesh | None:
+    mesh = jax.sharding.get_mesh()
+    return None if mesh.empty else mesh
+
+
+def home(*axes: str | None) -> NamedSharding | None:
+    """Where an array with these logical axes lives on the present mesh; None on one device."""
+    mesh = _context()
+    return None if mesh is None else sharding(mesh, axes)
+
+
+def homes(tree: T) -> T | None:
+    """The same for all arrays of a tree: parameters by their axes, everything else everywhere. None on one device."""
+    mesh = _context()
+    return None if mesh is None else jax.tree.map(lambda x: x.sharding, placed(tree, mesh))
 
 
 def placed(tree: T, mesh: Mesh) -> T:
@@ -92,23 +169,78 @@ def placed_batch(tree: T, mesh: Mesh) -> T:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(mesh, ("batch",))), tree)
 
 
+def zeros(shape: Sequence[int], dtype: Any, *axes: str | None) -> Array:
+    """Zeros in their place."""
+    return jnp.zeros(shape, dtype, device=home(*axes))
+
+
+def put(shape: tuple[int, ...], read: Callable[[tuple[slice, ...]], np.ndarray], *axes: str | None) -> Array:
+    """An array of which each host reads only what its devices hold: ``read`` is given a part's slices."""
+    where = home(*axes)
+    if where is None:
+        return jnp.asarray(read((slice(None),) * len(shape)))
+    known: dict[str, np.ndarray] = {}  # devices that repeat a part ask for it one after the other
+
+    def once(part: Any) -> np.ndarray:
+        if str(part) not in known:
+            known.clear()
+            known[str(part)] = read(tuple(part))
+        return known[str(part)]
+
+    return jax.make_array_from_callback(shape, where, once)
+
+
+def put_batch(tree: T) -> T:
+    """A host's batch [B, ...], split over the devices by rows; every host passes the whole of it."""
+    if _context() is None:
+        return tree
+    return jax.tree.map(lambda x: put(x.shape, lambda part: x[part], "batch", *[None] * (x.ndim - 1)), tree)
+
+
+def gathered(x: Any) -> np.ndarray:
+    """A whole array in every host's memory."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated:
+        x = jax.jit(lambda a: a, out_shardings=home(*[None] * x.ndim))(x)
+    return np.asarray(x)
+
+
+# --- inside programs -------------------------------------------------------------------------------------------------
+
+
 def constrain(x: Array, *axes: str | None) -> Array:
-    """Pin an activation's place, so that the compiler gathers weights and not activations."""
+    """Pin an activation's place, so that the compiler gathers weights and not activations, or the reverse."""
     return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, spec(axes))
+
+
+def everywhere(tree: T) -> T:
+    """Pin small arrays to all devices, so that every host can read them."""
+    return jax.tree.map(lambda x: constrain(x, *[None] * jnp.ndim(x)), tree)
+
+
+def mesh_sizes() -> dict[str, int]:
+    """The present mesh's shape, by axis."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return dict.fromkeys(AXES, 1) if mesh.empty else dict(mesh.shape)
 
 
 def batch_groups() -> int:
     """Over how many devices a batch is split."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+    sizes = mesh_sizes()
+    return sizes["data"] * sizes["fsdp"]
 
 
-def per_device(function: Callable[..., Array], arguments: Sequence[Sequence[str | None]]) -> Callable[..., Array]:
-    """Run ``function`` on each device's part: what a compiler cannot split, such as a kernel of ours.
+def per_device(
+    function: Callable[..., T],
+    arguments: Sequence[Sequence[str | None]],
+    results: Any = None,
+) -> Callable[..., T]:
+    """Run ``function`` on each device's part: what a compiler cannot split, such as a kernel, or must not.
 
-    ``arguments`` names the leading logical axes of each argument's arrays; the result lies as the first argument does.
+    ``arguments`` names the leading logical axes of each argument's arrays, ``results`` those of the results (a tuple of
+    several's); left out, the result lies as the first argument does.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return function
     specs = tuple(spec(axes) for axes in arguments)
-    return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)
+    out = specs[0] if results is None else tuple(spec(axes) for axes in results)
+    return jax.shard_map(function, in_specs=specs, out_specs=out, check_vma=False)

@@ -21,7 +21,7 @@ from esjax.bench import workload as sizes
 from esjax.cli import main
 from esjax.config import InputError, LoraSettings
 from esjax.model.attention import PLATFORMS, choose_path
-from esjax.model.cached import empty_cache, lay_out
+from esjax.model.cached import empty_cache, layered
 from esjax.model.decoder import Execution
 from esjax.model.families import Architecture
 from esjax.model.lora import lora_from
@@ -86,7 +86,7 @@ def test_a_decoding_step_copies_no_cache() -> None:
     work = sizes.read_workload(WORKLOAD, "tiny")
     arch = replace(work.architecture, vocab=512)
     definition, make = sizes.parts(arch, None, FLOAT32, bare=True)
-    weights = jax.eval_shape(lambda: lay_out(bind(definition, BARE, make()[1]), merge=True))
+    weights = jax.eval_shape(lambda: layered(bind(definition, BARE, make()[1]), merge=True))
     rows_, lanes, slots, new = 3, 2, 640, 320
     cache = jax.eval_shape(lambda: empty_cache(arch, rows_, lanes, slots, new, FLOAT32))
     state = jax.eval_shape(lambda: idle_lanes(rows_, lanes))

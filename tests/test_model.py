@@ -35,7 +35,7 @@ from oracles import (
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from esjax.config import InputError, SamplingSettings
-from esjax.model.cached import Seen, empty_cache, lay_out, load, step
+from esjax.model.cached import Seen, empty_cache, layered, load, step
 from esjax.model.decoder import token_logprobs
 from esjax.model.families import Llama3Rope, architecture, read_architecture
 from esjax.model.layers import Lora
@@ -242,11 +242,11 @@ def test_cached_decoding_agrees(pair: Pair, attention: Any) -> None:
     branch = [*stem[:20], *other[:12]]
     whole = [stem, branch]
     arch, how = pair.backbone.arch, pair.backbone.execution._replace(attention=attention)
-    weights = jax.jit(lambda base: lay_out(bind(pair.backbone.definition, BARE, base), merge=True))(pair.backbone.base)
+    weights = jax.jit(lambda base: layered(bind(pair.backbone.definition, BARE, base), merge=True))(pair.backbone.base)
     loading = jax.jit(lambda cache, chunk: load(arch, weights, cache, chunk, how))
     runs = [Run(133, stem[:25], 0, (133, 133)), Run(40, branch[20:27], 20, (133, 153)), Run(60, other, 0, (60, 60))]
     chunks = windows(0, runs, 32, 160)
-    cache = loading(empty_cache(arch, 1, 2, 160, 64, jnp.dtype("float32")), together(chunks, 4))
+    cache = loading(empty_cache(arch, 1, 2, 160, 64, jnp.dtype("float32")), together([chunks], 4))
 
     @jax.jit
     def following(token: Any, position: Any, seen: Any, clock: Any, cache: Any) -> Any:
@@ -280,10 +280,10 @@ def test_adapters_merged_and_apart_are_the_decoders(tiny: Backbone) -> None:
     expected = Ours(tiny).sequence(tokens, 40, adapter)[-1]
 
     def last(adapter: Any, merge: bool) -> np.ndarray:
-        weights = lay_out(bind(tiny.definition, adapter, tiny.base), merge)
+        weights = layered(bind(tiny.definition, adapter, tiny.base), merge)
         assert (weights.layers[0].qkv.adapter is None) == merge
         cache = empty_cache(tiny.arch, 1, 1, 64, 8, jnp.dtype("float32"))
-        chunk = together(windows(0, [Run(0, tokens[:-1], 0, (0, 0))], 64, 64), 1)
+        chunk = together([windows(0, [Run(0, tokens[:-1], 0, (0, 0))], 64, 64)], 1)
         cache = load(tiny.arch, weights, cache, chunk, tiny.execution)
         one = np.ones((1, 1), np.int32)
         seen = Seen(0 * one, 39 * one, 0 * one, 0 * one, one)

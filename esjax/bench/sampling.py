@@ -13,18 +13,15 @@ import numpy as np
 from flax import nnx
 
 from esjax import programs
-from esjax.bench.workload import GIB, RoundWork, Workload, best_seconds, parts, peak_memory, planned
-from esjax.config import InputError, SamplingSettings
-from esjax.mesh import make_mesh, sharding, topology_devices
-from esjax.model.cached import CACHE_AXES, Chunk, empty_cache, lay_out, load, weight_axes
+from esjax.bench.workload import GIB, RoundWork, Workload, best_seconds, parts, peak_memory
+from esjax.config import SamplingSettings
 from esjax.model.decoder import Execution
 from esjax.model.families import Architecture
 from esjax.model.layers import linear_sizes
-from esjax.model.weights import Backbone, bind
-from esjax.programs import program
+from esjax.model.weights import Backbone
 from esjax.sample.constrain import free
-from esjax.sample.decode import idle_lanes, permitted, run
-from esjax.sample.generate import STEPS, Completion, Generator, Request, Usage, row_seed, windows_of
+from esjax.sample.decode import permitted
+from esjax.sample.generate import Completion, Generator, Request, Usage, row_seed
 
 HOW = SamplingSettings(temperature=0.7, top_p=0.9)
 BARE: nnx.State = nnx.State({})  # no adapter
@@ -191,69 +188,3 @@ def prefill_flops(arch: Architecture, tokens: int, seen: int) -> float:
     """FLOPs of the keys and values of so many prompt tokens, which see so many tokens together; no head is needed."""
     linear = 2.0 * sum(i * o for i, o in linear_sizes(arch).values()) * tokens
     return arch.layers * (linear + 4.0 * arch.heads * arch.head_size * seen)
-
-
-def compile_for(work: Workload, task: str, how: Execution, topology: str, tensor: int | None) -> dict[str, Any]:
-    """Compile the sampler's two programs for TPUs that are not at hand: what a chip must hold, and the kernels' traffic.
-
-    All devices share each layer (``tensor``), since splitting the batch would read the weights more often.
-    """
-    arch, dtype = work.architecture, jnp.dtype(work.dtype)
-    devices = topology_devices(topology)
-    across = tensor or len(devices)
-    if len(devices) % across or arch.kv_heads % across:
-        raise InputError(
-            f"--tensor {across}: it must divide the {len(devices)} devices and the {arch.kv_heads} key/value heads"
-        )
-    mesh = make_mesh(devices, len(devices) // across, 1, across)
-    s, r = work.sample, work.round
-    rows, lanes = (s.batch, 1) if task == "sample" else (r.contexts, 2)
-    longest = s.prompt if task == "sample" else r.context + 2 * r.instruction + r.draft + r.reflection
-    slots, new = (
-        -(-longest // 128) * 128,
-        s.new_tokens if task == "sample" else max(r.draft, r.reflection, r.refinement),
-    )
-    definition, make = parts(arch, None, dtype, bare=True)
-
-    def on(axes: Any, like: Any) -> Any:
-        return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=sharding(mesh, axes))
-
-    def everywhere(tree: Any) -> Any:
-        return jax.tree.map(partial(on, ()), tree)
-
-    with jax.set_mesh(mesh):
-        base = jax.eval_shape(make)[1]
-        weights = jax.eval_shape(lambda base: lay_out(bind(definition, BARE, base), False), base)
-        weights = jax.tree.map(lambda like, axes: on(axes, like), weights, weight_axes(weights))
-        cache = jax.eval_shape(lambda: empty_cache(arch, rows, lanes, slots, new, dtype))
-        cache = jax.tree.map(partial(on, CACHE_AXES), cache)
-        count, width = windows_of("tpu")
-        table = jax.ShapeDtypeStruct((count, width), jnp.int32)
-        first = jax.ShapeDtypeStruct((count,), jnp.int32)
-        valid = jax.ShapeDtypeStruct((count, width), jnp.bool_)
-        chunk = everywhere(Chunk(first, first, table, table, valid, table, table, table))
-        state = everywhere(jax.eval_shape(lambda: idle_lanes(rows, lanes)))
-        waiting = everywhere(jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, 4 * lanes), x.dtype), state.leaf))
-        counts, stop = everywhere((jax.ShapeDtypeStruct((rows,), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)))
-        constraint, patience = everywhere((free(arch.vocab), jax.ShapeDtypeStruct((), jnp.int32)))
-        prefill = program("prefill", partial(load, arch, how=how), donate_argnums=1)
-        decode = program("decode", partial(run, arch, steps=STEPS, how=how), donate_argnums=1)
-        made: dict[str, float] = {}
-        for name, lowered in (
-            ("prefill", prefill.lower(weights, cache, chunk)),
-            ("decode", decode.lower(weights, cache, state, waiting, counts, stop, constraint, patience)),
-        ):
-            began = time.perf_counter()
-            compiled = lowered.compile()
-            made |= {f"{name}_{k}": v for k, v in planned(compiled).items()}
-            made[f"{name}_compile_s"] = round(time.perf_counter() - began, 1)
-    return {
-        "system": "esjax",
-        "task": task,
-        "topology": topology,
-        "mesh": dict(mesh.shape),
-        "rows": rows,
-        "lanes": rows * lanes,
-        "slots": slots,
-        **made,
-    }

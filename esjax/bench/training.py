@@ -19,9 +19,9 @@ import numpy as np
 from flax import nnx
 
 from esjax import rows
-from esjax.bench.workload import DpoWork, SftWork, Workload, lora_of, memory, parts, planned
+from esjax.bench.workload import DpoWork, SftWork, Workload, lora_of, memory, parts
 from esjax.config import DpoSettings, InputError, OptimSettings, SftSettings
-from esjax.mesh import batch_groups, placed, placed_batch, topology_mesh
+from esjax.mesh import batch_groups
 from esjax.model.attention import spans
 from esjax.model.decoder import Decoder, Execution
 from esjax.model.families import LINEARS, Architecture
@@ -186,7 +186,7 @@ def build(
     tx = optimiser(job.settings, job.steps + job.warmup)
     compute = None if job.lora is not None else dtype
     step = make_step(definition, job.loss, tx, micro_rows, targets, how, compute)
-    return step, jax.eval_shape(tx.init, trained) if _abstract(trained) else tx.init(trained)
+    return step, tx.init(trained)
 
 
 def check_micro_rows(job: Job, rows_in_batch: int, micro_rows: int) -> None:
@@ -196,40 +196,6 @@ def check_micro_rows(job: Job, rows_in_batch: int, micro_rows: int) -> None:
             f"--micro-rows {micro_rows}: it must divide the {rows_in_batch} rows of the {job.task} step and be a multiple "
             f"of the {batch_groups()} devices that a batch is split over"
         )
-
-
-def _abstract(tree: Any) -> bool:
-    return isinstance(jax.tree.leaves(tree)[0], jax.ShapeDtypeStruct)
-
-
-def compile_for(
-    work: Workload, job: Job, how: Execution, micro_rows: int | None, topology: str, tensor: int
-) -> dict[str, Any]:
-    """Compile a job's step for TPUs that are not at hand: whether it does, in which time, and what a chip must hold."""
-    dtype, how = jnp.dtype(work.dtype), how._replace(layout=job.layout)
-    example, extra = job.batch(np.random.default_rng(0))
-    definition, make = parts(work.architecture, job.lora, dtype)
-    trained, frozen = jax.eval_shape(make)
-    mesh = topology_mesh(topology, tensor)
-    with jax.set_mesh(mesh):
-        micro = micro_rows or example.tokens.shape[0]
-        step, opt_state = build(definition, job, trained, example, micro, how, dtype)
-        arguments = (placed(trained, mesh), placed(opt_state, mesh), placed(frozen, mesh))
-        began = time.perf_counter()
-        compiled = step.lower(*arguments, placed_batch(example, mesh), placed_batch(extra, mesh)).compile()
-    return {
-        "system": "esjax",
-        "task": job.task,
-        "variant": job.variant,
-        "topology": topology,
-        "mesh": dict(mesh.shape),
-        "compile_s": round(time.perf_counter() - began, 1),
-        **planned(compiled),
-        "kernels": compiled.as_text().count('custom_call_target="tpu_custom_call"'),
-        "attention": how.attention,
-        "remat": how.remat,
-        "micro_rows": micro,
-    }
 
 
 def model_flops(arch: Architecture, lora: Lora | None, batch: Rows) -> float:

@@ -40,7 +40,8 @@ class Lab:
         folder = resolve(config.model.source, config.model.sha256)
         dtype = compute_dtype(config.model.dtype)
         tokenizer = ChatTokenizer(folder)
-        backbone = load_backbone(folder, lora, dtype, config.model.attention, config.model.remat)
+        m = config.model
+        backbone = load_backbone(folder, lora, dtype, m.attention, m.remat, m.decoding_weights)
         how = backbone.execution
         say(
             f"computing on {jax.default_backend()} in {dtype}; attention: {how.attention}, rematerialisation: {how.remat}"

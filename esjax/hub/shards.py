@@ -43,14 +43,17 @@ class ShardReader:
     def keys(self) -> set[str]:
         return set(self.files)
 
-    def read(self, key: str, shape: tuple[int, ...]) -> np.ndarray:
-        """One tensor. Raises InputError when it is missing or misshaped."""
+    def check(self, key: str, shape: tuple[int, ...]) -> None:
+        """Raise InputError when a tensor is missing or misshaped."""
         if key not in self.files:
             raise InputError(f"{self.folder}: the tensor {key} is missing from the checkpoint")
-        array = self.files[key].get_tensor(key)
-        if array.shape != shape:
-            raise InputError(f"{self.folder}: the tensor {key} has shape {list(array.shape)}, expected {list(shape)}")
-        return np.asarray(array)
+        found = self.files[key].get_slice(key).get_shape()
+        if found != list(shape):
+            raise InputError(f"{self.folder}: the tensor {key} has shape {found}, expected {list(shape)}")
+
+    def read(self, key: str, part: tuple[slice, ...]) -> np.ndarray:
+        """These slices of one tensor, and no more of its file."""
+        return np.asarray(self.files[key].get_slice(key)[part])
 
 
 def write_shards(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], max_bytes: int = 4 << 30) -> None:

@@ -1,11 +1,13 @@
-"""The decoder with a cache: weights laid out for decoding, rows of prompts, and what grows from them.
+"""The decoder with a cache: rows of prompts, and what grows from them.
 
 A *row* keeps the keys and values of prompts, trunks and branches, as ``rows.py`` lays them out, in T slots. M *lanes* a row
 each grow one reply. What a lane has drawn lies in a ring of its own of N slots, written by all lanes at the same place (the
 clock), so that one small in-place write serves them all, however far each has come. A step reads the weights once, a row's
 slots once for its M lanes, and each lane's ring.
 
-Layers are apart here, not stacked: a loop over stacked weights copies each layer's slice before using it.
+Layers are unrolled here, not scanned. On a mesh, weights stay where training has them: a step has few tokens and many
+weights, so the tokens' width is split over fsdp as the weights' is, products are summed over devices, and no weight moves.
+Rows are split over data and fsdp, heads over tensor; attention and the writing of keys and values are each device's own.
 """
 
 from __future__ import annotations
@@ -15,52 +17,25 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import Array
 
-from esjax.mesh import constrain
+from esjax.mesh import constrain, per_device, zeros
 from esjax.model.attention import Spans, sees
 from esjax.model.decoder import Decoder, Execution
-from esjax.model.families import Architecture
-from esjax.model.layers import Linear, rms_norm, rope_at, rotate
+from esjax.model.families import LINEARS, Architecture
+from esjax.model.layers import Block, project, rms_norm, rope_at, rotate
 
 BLOCK = 128  # slots that the CPU attends to at a time
 
 
-class Dense(NamedTuple):
-    """y = x W + bias + (x a) b: an adapter that is not merged is joined with those of its neighbours, scaled."""
-
-    kernel: Array  # [in, ...out]
-    bias: Array | None  # [...out]
-    adapter: tuple[Array, Array] | None  # a [in, R'], b [R', ...out]
-
-    def __call__(self, x: Array) -> Array:
-        """[n, in] -> [n, ...out]."""
-        y = jnp.tensordot(x, self.kernel, 1)
-        y = y if self.bias is None else y + self.bias
-        if self.adapter is None:
-            return y
-        a, b = self.adapter
-        return y + jnp.tensordot(x @ a, b, 1)
-
-
-class Layer(NamedTuple):
-    """One layer's weights. Queries, keys and values are one product, gate and up another."""
-
-    qkv: Dense  # [D] -> [K, N / K + 2, H]: for each key/value head its queries, its key, its value
-    o: Dense  # [N H] -> [D]
-    gate_up: Dense  # [D] -> [2, F]
-    down: Dense  # [F] -> [D]
-    attn_norm: Array  # [D]
-    mlp_norm: Array  # [D]
-
-
 class Weights(NamedTuple):
-    """All weights of base + adapter, laid out for decoding."""
+    """All weights of base + adapter as decoding reads them."""
 
     embed: Array  # [V, D]
     head: Array  # [V, D]; the same array as embed where the two are tied
     norm: Array  # [D]
-    layers: tuple[Layer, ...]
+    layers: tuple[Block, ...]  # their arrays lack the leading axis
 
 
 class Cache(NamedTuple):
@@ -72,10 +47,13 @@ class Cache(NamedTuple):
     new_v: tuple[Array, ...]  # [R M, K, N, H]
 
 
-class Chunk(NamedTuple):
-    """Prompt tokens to be written into C successive slots of each of P rows."""
+CACHE = ("batch", "kv_heads")  # the leading logical axes of every array of a Cache
 
-    row: Any  # int32 [P]
+
+class Chunk(NamedTuple):
+    """Prompt tokens to be written into C successive slots of each of P rows; on a mesh each device has its P / devices."""
+
+    row: Any  # int32 [P], among the rows of the device
     start: Any  # int32 [P], the first of the slots; start + C <= T
     tokens: Any  # int32 [P, C]
     position: Any  # int32 [P, C]
@@ -99,82 +77,33 @@ def empty_cache(arch: Architecture, rows: int, lanes: int, slots: int, new: int,
     """A cache of ``rows`` rows of T = ``slots`` and ``lanes`` lanes a row with rings of N = ``new``."""
     k, h = arch.kv_heads, arch.head_size
     shapes = ((rows, k, h, slots), (rows, k, slots, h), (rows * lanes, k, h, new), (rows * lanes, k, new, h))
-    return Cache(*(tuple(jnp.zeros(shape, dtype) for _ in range(arch.layers)) for shape in shapes))
+    return Cache(*(tuple(zeros(s, dtype, *CACHE, None, None) for _ in range(arch.layers)) for s in shapes))
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
-def lay_out(model: Decoder, merge: bool) -> Weights:
-    """The weights of a bound model; ``merge`` adds scale A B to the kernels, in float32, instead of keeping A and B apart.
+def layered(model: Decoder, merge: bool) -> Weights:
+    """The weights of a bound model, layer by layer.
 
-    In bfloat16 merging rounds away what the adapter changes by less than half a unit in the last place.
+    Inside a decoding program these are slices of training's arrays. ``merge`` makes kernels of their own, W + scale A B in
+    float32; in bfloat16 that would round away what the adapter changes by less than half a unit in the last place.
     """
-    arch, block = model.arch, model.layers
-    groups = arch.heads // arch.kv_heads
-    by_head = (arch.kv_heads, groups, arch.head_size), (arch.kv_heads, 1, arch.head_size)
-    projections = (block.q_proj, by_head[0]), (block.k_proj, by_head[1]), (block.v_proj, by_head[1])
-    layers = tuple(
-        Layer(
-            qkv=_join(i, projections, 1, merge),
-            o=_join(i, ((block.o_proj, (arch.width,)),), 0, merge),
-            gate_up=_join(i, ((block.gate_proj, (1, arch.hidden)), (block.up_proj, (1, arch.hidden))), 0, merge),
-            down=_join(i, ((block.down_proj, (arch.width,)),), 0, merge),
-            attn_norm=block.attn_norm[...][i],
-            mlp_norm=block.mlp_norm[...][i],
-        )
-        for i in range(arch.layers)
-    )
+    block = _merged(model.layers) if merge else model.layers
+    layers = tuple(jax.tree.map(lambda x, i=i: x[i], block) for i in range(model.arch.layers))
     return Weights(model.embed[...], model.head_weight, model.norm[...], layers)
 
 
-def _join(layer: int, parts: tuple[tuple[Linear, tuple[int, ...]], ...], axis: int, merge: bool) -> Dense:
-    """Linear layers of one input as one, each with its output shape, joined along an axis of those."""
-    kernels: list[Array] = []
-    biases: list[Array] = []
-    adapters: list[tuple[Array, Array]] = []
-    for which, (linear, shape) in enumerate(parts):
-        kernel = linear.kernel[...][layer]
-        if linear.lora_a is not None and linear.lora_b is not None:
-            a, b = linear.lora_a[...][layer].T * linear.scale, linear.lora_b[...][layer]  # [in, R], [R, out]
-            if merge:
-                kernel = (kernel.astype(jnp.float32) + a @ b).astype(kernel.dtype)
-            else:  # B acts on its own part of the output alone
-                blocks = [jnp.zeros((len(b), *s), kernel.dtype) for _, s in parts]
-                blocks[which] = b.astype(kernel.dtype).reshape(-1, *shape)
-                adapters.append((a.astype(kernel.dtype), jnp.concatenate(blocks, axis + 1)))
-        kernels.append(kernel.reshape(-1, *shape))
-        if linear.bias is not None:
-            biases.append(linear.bias[...][layer].reshape(shape))
-    adapter = None
-    if adapters:
-        adapter = jnp.concatenate([a for a, _ in adapters], 1), jnp.concatenate([b for _, b in adapters], 0)
-    bias = jnp.concatenate(biases, axis) if biases else None
-    return Dense(jnp.concatenate(kernels, axis + 1), bias, adapter)
-
-
-CACHE_AXES = ("batch", "kv_heads", None, None)  # of every array of a Cache
-
-
-def weight_axes(weights: Weights) -> Weights:
-    """The logical axes of every array: a tree like ``weights`` whose leaves are tuples."""
-
-    def dense(d: Dense, into: tuple[str | None, ...], out: tuple[str | None, ...]) -> Any:
-        bias = None if d.bias is None else out
-        return Dense((*into, *out), bias, None if d.adapter is None else ((*into, None), (None, *out)))  # type: ignore[arg-type]
-
-    layers = tuple(
-        Layer(
-            qkv=dense(x.qkv, ("embed",), ("kv_heads", None, None)),
-            o=dense(x.o, ("heads",), ("embed",)),
-            gate_up=dense(x.gate_up, ("embed",), (None, "mlp")),
-            down=dense(x.down, ("mlp",), ("embed",)),
-            attn_norm=("embed",),  # type: ignore[arg-type]
-            mlp_norm=("embed",),  # type: ignore[arg-type]
-        )
-        for x in weights.layers
-    )
-    return Weights(("vocab", "embed"), ("vocab", "embed"), ("embed",), layers)  # type: ignore[arg-type]
+def _merged(block: Block) -> Block:
+    block = nnx.clone(block)
+    for name in LINEARS:
+        linear = getattr(block, name)
+        if linear.lora_a is not None:
+            w, a, b = linear.kernel[...], linear.lora_a[...], linear.lora_b[...]
+            moved = jnp.einsum("lri,lro->lio", a, b, preferred_element_type=jnp.float32) * linear.scale
+            linear.kernel[...] = (w.astype(jnp.float32) + moved).astype(w.dtype)
+            linear.lora_a = linear.lora_b = None
+    return block
 
 
 # --- the two passes --------------------------------------------------------------------------------------------------
@@ -183,18 +112,19 @@ def weight_axes(weights: Weights) -> Weights:
 def load(arch: Architecture, weights: Weights, cache: Cache, chunk: Chunk, how: Execution) -> Cache:
     """Prefill: compute the chunk's keys and values and write them into the rows."""
     rope = rope_at(arch, chunk.position)
-    x = weights.embed[chunk.tokens]
-    p, c, _ = x.shape
+    x = _embed(weights, chunk.tokens)
     row_k, row_v = list(cache.row_k), list(cache.row_v)
-    spans = Spans(chunk.trunk_start, chunk.trunk_end, chunk.own_start)
-    for i, layer in enumerate(weights.layers):
-        q, k, v = _qkv(arch, layer, x.reshape(p * c, -1), (p, c), rope)
-        row_k[i] = _write(row_k[i], k.transpose(0, 2, 3, 1), chunk, axis=3)
-        row_v[i] = _write(row_v[i], v.transpose(0, 2, 1, 3), chunk, axis=2)
+    write = per_device(_write, [CACHE, CACHE, KEYS, KEYS, ("batch",)], [CACHE, CACHE])
+    attend = per_device(partial(_attend_chunk, how=how), [KEYS, CACHE, CACHE, ("batch",)])
+    for i, block in enumerate(weights.layers):
+        q, k, v = _qkv(arch, block, x, rope)
+        row_k[i], row_v[i] = write(row_k[i], row_v[i], k, v, chunk)
         if i + 1 < arch.layers:  # the last layer's keys and values are all that is wanted of it
-            attended = _attend_chunk(q, row_k[i], row_v[i], chunk, spans, how)
-            x = _rest(arch, layer, x.reshape(p * c, -1), attended.reshape(p * c, -1)).reshape(p, c, -1)
+            x = _rest(arch, block, x, attend(q, row_k[i], row_v[i], chunk))
     return cache._replace(row_k=tuple(row_k), row_v=tuple(row_v))
+
+
+KEYS = ("batch", None, "kv_heads")  # of queries, keys and values [P, C, K, ...]
 
 
 def step(
@@ -212,59 +142,75 @@ def step(
     Args:
         clock: int32, the ring's slot (modulo N) that this step writes.
     """
-    r, m = token.shape
     rope = rope_at(arch, position.reshape(-1, 1))
-    x = weights.embed[token.reshape(-1)]
+    x = _embed(weights, token.reshape(-1, 1))
     new_k, new_v = list(cache.new_k), list(cache.new_v)
     n = new_k[0].shape[-1]
     slot = clock % n
     age = (slot - jnp.arange(n)) % n
     in_ring = age < seen.fed.reshape(-1, 1)
-    for i, layer in enumerate(weights.layers):
-        q, k, v = (y[:, 0] for y in _qkv(arch, layer, x, (r * m, 1), rope))
+    attend = per_device(partial(_attend_lanes, how=how), [CACHE, CACHE, CACHE, CACHE, CACHE, ("batch",), ("batch",)])
+    for i, block in enumerate(weights.layers):
+        q, k, v = (y[:, 0] for y in _qkv(arch, block, x, rope))
         new_k[i] = jax.lax.dynamic_update_slice(new_k[i], k[..., None].astype(new_k[i].dtype), (0, 0, 0, slot))
         new_v[i] = jax.lax.dynamic_update_slice(new_v[i], v[:, :, None].astype(new_v[i].dtype), (0, 0, slot, 0))
-        attended = _attend_lanes(q, cache.row_k[i], cache.row_v[i], new_k[i], new_v[i], seen, in_ring, how)
-        x = _rest(arch, layer, x, attended.reshape(r * m, -1))
-    return rms_norm(x, weights.norm, arch.norm_eps), cache._replace(new_k=tuple(new_k), new_v=tuple(new_v))
+        attended = attend(q, cache.row_k[i], cache.row_v[i], new_k[i], new_v[i], seen, in_ring)
+        x = _rest(arch, block, x, attended[:, None])
+    x = rms_norm(x[:, 0], weights.norm, arch.norm_eps)
+    return x, cache._replace(new_k=tuple(new_k), new_v=tuple(new_v))
 
 
-def _qkv(arch: Architecture, layer: Layer, x: Array, shape: tuple[int, int], rope: Any) -> tuple[Array, Array, Array]:
-    """Scaled, rotated queries [B, T, K, G, H], rotated keys and values [B, T, K, H] of x [B T, D]."""
-    g = arch.heads // arch.kv_heads
-    y = layer.qkv(rms_norm(x, layer.attn_norm, arch.norm_eps)).reshape(*shape, arch.kv_heads, g + 2, arch.head_size)
-    y = constrain(y, None, None, "kv_heads", None, None)
-    turned = rotate(y[..., : g + 1, :].reshape(*shape, -1, arch.head_size), rope).reshape(
-        *shape, -1, g + 1, arch.head_size
+def _embed(weights: Weights, tokens: Array) -> Array:
+    """[n, T] -> [n, T, D]."""
+    return constrain(weights.embed[tokens], "stream", None, "embed")
+
+
+def _qkv(arch: Architecture, block: Block, x: Array, rope: Any) -> tuple[Array, Array, Array]:
+    """Scaled, rotated queries [B, T, K, G, H], rotated keys and values [B, T, K, H] of x [B, T, D]."""
+    h = rms_norm(x, block.attn_norm[...], arch.norm_eps)
+    made = project(h, (block.q_proj, block.k_proj, block.v_proj), gather=False)
+    q, k, v = (
+        constrain(y.reshape(*x.shape[:2], -1, arch.head_size), "batch", None, heads, None)
+        for y, heads in zip(made, ("heads", "kv_heads", "kv_heads"), strict=True)
     )
-    return turned[..., :g, :] * arch.head_size**-0.5, turned[..., g, :], y[..., g + 1, :]
+    q = rotate(q, rope) * arch.head_size**-0.5
+    return q.reshape(*x.shape[:2], arch.kv_heads, -1, arch.head_size), rotate(k, rope), v
 
 
-def _rest(arch: Architecture, layer: Layer, x: Array, attended: Array) -> Array:
-    """Output projection and MLP, both added to x [n, D]."""
-    x = x + layer.o(attended)
-    both = constrain(layer.gate_up(rms_norm(x, layer.mlp_norm, arch.norm_eps)), None, None, "mlp")
-    return x + layer.down(jax.nn.silu(both[:, 0]) * both[:, 1])
+def _rest(arch: Architecture, block: Block, x: Array, attended: Array) -> Array:
+    """Output projection and MLP, both added to x [B, T, D]."""
+    wide = constrain(attended.reshape(*x.shape[:2], -1), "stream", None, "heads")
+    (o,) = project(wide, (block.o_proj,), gather=False)
+    x = constrain(x + o, "stream", None, "embed")
+    h = rms_norm(x, block.mlp_norm[...], arch.norm_eps)
+    made = project(h, (block.gate_proj, block.up_proj), gather=False)
+    gate, up = (
+        constrain(y, "batch", None, "mlp") for y in made
+    )  # half as much to send as if both were summed everywhere
+    (down,) = project(constrain(jax.nn.silu(gate) * up, "stream", None, "mlp"), (block.down_proj,), gather=False)
+    return constrain(x + down, "stream", None, "embed")
 
 
-def _write(cache: Array, new: Array, chunk: Chunk, axis: Literal[2, 3]) -> Array:
-    """The cache [R, ...] with new [P, ...] in its rows; one small in-place update for each of the P."""
-    new = new.astype(cache.dtype)
-    valid = chunk.valid[:, None, None, :] if axis == 3 else chunk.valid[:, None, :, None]
-    for p in range(new.shape[0]):
-        at = [chunk.row[p], 0, 0, 0]
-        at[axis] = chunk.start[p]
-        old = jax.lax.dynamic_slice(cache, at, (1, *new.shape[1:]))
-        cache = jax.lax.dynamic_update_slice(cache, jnp.where(valid[p : p + 1], new[p : p + 1], old), at)
-    return cache
+def _write(row_k: Array, row_v: Array, k: Array, v: Array, chunk: Chunk) -> tuple[Array, Array]:
+    """The cache with new keys and values [P, C, K, H] in its rows; one small in-place update for each of the P."""
+    for p in range(len(k)):
+        row_k = _put(row_k, k[p].transpose(1, 2, 0), chunk.valid[p], (chunk.row[p], 0, 0, chunk.start[p]))
+        row_v = _put(row_v, v[p].transpose(1, 0, 2), chunk.valid[p][:, None], (chunk.row[p], 0, chunk.start[p], 0))
+    return row_k, row_v
+
+
+def _put(cache: Array, new: Array, valid: Array, at: tuple[Any, ...]) -> Array:
+    old = jax.lax.dynamic_slice(cache, at, (1, *new.shape))
+    return jax.lax.dynamic_update_slice(cache, jnp.where(valid, new.astype(cache.dtype)[None], old), at)
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
 
 
-def _attend_chunk(q: Array, row_k: Array, row_v: Array, chunk: Chunk, spans: Spans, how: Execution) -> Array:
+def _attend_chunk(q: Array, row_k: Array, row_v: Array, chunk: Chunk, how: Execution) -> Array:
     """Queries [P, C, K, G, H] of a chunk against their rows -> [P, C, K, G, H]."""
     p, c, kv, g, h = q.shape
+    spans = Spans(chunk.trunk_start, chunk.trunk_end, chunk.own_start)
     slots = row_k.shape[-1]
     at = chunk.start[:, None] + jnp.arange(c)  # slot of each query
     if how.attention == "chunked":

@@ -27,6 +27,7 @@ class Execution(NamedTuple):
     attention: Path = "dense"
     layout: Layout = "branched"  # what the rows hold at most; simpler rows take a shorter way
     remat: Remat = "none"
+    weights: Literal["shared", "apart"] = "apart"  # what decoding reads: training's arrays, or layers of its own
     logits: int = 1 << 26  # entries of the head's logits that exist at once on a device: 256 MiB in float32
     interpret: bool = False  # kernels run on the host, for tests
     unroll: bool = False  # no loops over layers and chunks, so that the compiler counts every pass

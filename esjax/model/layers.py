@@ -83,23 +83,24 @@ class Linear(nnx.Module):
         self.lora_a = nnx.LoRAParam(a, axes=("layers", "lora", axes_in))
         self.lora_b = nnx.LoRAParam(jnp.zeros((stack, lora.rank, o), jnp.float32), axes=("layers", "lora", axes_out))
 
-    def base(self, x: Array) -> Array:
+    def base(self, x: Array, gather: bool) -> Array:
         """x W + b for x [n, in]: the frozen part."""
-        i, o = KERNEL_AXES[self.name]
-        # A kernel split over fsdp is gathered here, one layer at a time; what is split over tensor stays so.
-        y = x @ constrain(self.kernel[...], *(None if axis == "embed" else axis for axis in (i, o)))
+        kernel = self.kernel[...]
+        if gather:  # what is split over fsdp is gathered here, one layer at a time; what is split over tensor stays so
+            kernel = constrain(kernel, *(None if axis == "embed" else axis for axis in KERNEL_AXES[self.name]))
+        y = x @ kernel
         return y if self.bias is None else y + self.bias[...]
 
 
-def project(x: Array, linears: Sequence[Linear]) -> list[Array]:
-    """What several linear layers make of one input [..., in]: each [..., out].
+def project(x: Array, linears: Sequence[Linear], gather: bool = True) -> list[Array]:
+    """What several linear layers make of one input [..., in]: each [..., out]. Weights are gathered over fsdp, or stay.
 
     Their A matrices are joined, so that x is read once for all of them, forward and backward: LoRA's narrow products are
     bound by memory, not by arithmetic.
     """
     # Two-dimensional: XLA's CPU backend computes the narrow gradients of A and B several times slower over two axes.
     flat = x.reshape(-1, x.shape[-1])
-    out = [linear.base(flat) for linear in linears]
+    out = [linear.base(flat, gather) for linear in linears]
     adapters = [
         (i, l.lora_a[...], l.lora_b[...])
         for i, l in enumerate(linears)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from flax import nnx
 
 from esjax.config import InputError
 from esjax.hub.shards import ShardReader
+from esjax.mesh import gathered, homes, mesh_sizes, put
 from esjax.model.attention import choose_path
 from esjax.model.decoder import Decoder, Execution, Remat
 from esjax.model.families import Architecture, ignorable, key_table, read_architecture
@@ -35,12 +37,11 @@ class Backbone:
     def fresh_adapter(self, seed: int) -> Adapter:
         """A new adapter: A random, B zero, so that base + adapter is the base."""
 
-        @jax.jit
         def make() -> Adapter:  # under jit, the base's random draws are dead code and cost nothing
             decoder = Decoder(self.arch, self.lora, self.dtype, nnx.Rngs(params=0, lora=seed))
             return nnx.state(decoder, nnx.LoRAParam)
 
-        return make()
+        return jax.jit(make, out_shardings=homes(jax.eval_shape(make)))()
 
 
 def bind(definition: nnx.GraphDef[Decoder], adapter: Adapter, base: nnx.State) -> Decoder:
@@ -55,26 +56,37 @@ def compute_dtype(name: str) -> jnp.dtype:
     return jnp.dtype(name)
 
 
-def choose_execution(attention: str, remat: Remat, dtype: jnp.dtype, platform: str | None = None) -> Execution:
+def choose_execution(
+    attention: str, remat: Remat, dtype: jnp.dtype, platform: str | None = None, weights: str = "auto"
+) -> Execution:
     """How to compute on a platform (cpu, gpu or tpu; this machine's when left out). Raises InputError for what it cannot do."""
     platform = platform or jax.default_backend()
+    if weights == "auto":
+        weights = "shared" if platform == "tpu" else "apart"
     if remat == "offload" and platform == "cpu":
         raise InputError(
             "model.remat=offload needs a device with memory of its own: choose none, dots or full on a CPU"
         )
-    how = Execution(choose_path(attention, platform, dtype), remat=remat)
+    how = Execution(choose_path(attention, platform, dtype), remat=remat, weights=weights)  # type: ignore[arg-type]
     return how._replace(logits=1 << 24) if platform == "cpu" else how  # large chunks gain nothing on a CPU
 
 
 def load_backbone(
-    folder: Path, lora: Lora | None, dtype: jnp.dtype, attention: str = "auto", remat: Remat = "full"
+    folder: Path,
+    lora: Lora | None,
+    dtype: jnp.dtype,
+    attention: str = "auto",
+    remat: Remat = "full",
+    weights: str = "auto",
 ) -> Backbone:
-    """Read a Hugging Face folder, one stacked parameter at a time.
+    """Read a Hugging Face folder, one stacked parameter at a time, each host what its devices hold.
 
-    Raises InputError naming a tensor that is missing, misshaped or not part of the architecture.
+    Raises InputError naming a tensor that is missing, misshaped or not part of the architecture, or a size that the mesh
+    does not divide.
     """
-    execution = choose_execution(attention, remat, dtype)
+    execution = choose_execution(attention, remat, dtype, weights=weights)
     arch = read_architecture(folder)
+    check_divisible(arch)
     reader = ShardReader(folder)
     abstract = nnx.eval_shape(lambda: Decoder(arch, lora, dtype, nnx.Rngs(params=0, lora=0)))
     definition, _, base = nnx.split(abstract, nnx.LoRAParam, ...)  # type: ignore[misc]
@@ -85,9 +97,19 @@ def load_backbone(
         stacked = weight.path[0] == "layers"
         shape = like.get_value().shape[1:] if stacked else like.get_value().shape
         keys = [weight.key.format(i) for i in range(arch.layers)] if stacked else [weight.key]
-        parts = [_read(reader, key, shape, weight.transpose) for key in keys]
+        for key in keys:
+            reader.check(key, shape[::-1] if weight.transpose else shape)
         used.update(keys)
-        flat[weight.path] = like.replace(jnp.asarray(np.stack(parts) if stacked else parts[0], dtype))
+
+        def read(part: tuple[slice, ...], keys: list[str] = keys, turn: bool = weight.transpose) -> np.ndarray:
+            within = part[1:] if len(keys) > 1 or stacked else part  # noqa: B023  called within this turn of the loop
+            parts = [
+                reader.read(k, within[::-1]).T if turn else reader.read(k, within)
+                for k in (keys[part[0]] if stacked else keys)  # noqa: B023
+            ]
+            return np.stack(parts).astype(dtype) if stacked else parts[0].astype(dtype)  # noqa: B023
+
+        flat[weight.path] = like.replace(put(like.get_value().shape, read, *like.get_metadata()["axes"]))
     extra = sorted(k for k in reader.keys() - used if not ignorable(k, arch))
     if extra:
         raise InputError(f"{folder}: the tensor {extra[0]} ({len(extra)} such) is not part of a {arch.family} model")
@@ -97,10 +119,23 @@ def load_backbone(
     return Backbone(folder, arch, lora, dtype, definition, unflatten(flat), execution)
 
 
-def _read(reader: ShardReader, key: str, shape: tuple[int, ...], transpose: bool) -> np.ndarray:
-    if not transpose:
-        return reader.read(key, shape)
-    return reader.read(key, shape[::-1]).T
+def check_divisible(arch: Architecture) -> None:
+    """Raise InputError where the present mesh does not divide the model's sizes."""
+    shape = mesh_sizes()
+    for setting, over, sizes in (
+        (
+            "tensor",
+            shape["tensor"],
+            {"key/value heads": arch.kv_heads, "hidden units": arch.hidden, "words": arch.vocab},
+        ),
+        ("fsdp", shape["fsdp"], {"width": arch.width}),
+    ):
+        for what, size in sizes.items():
+            if size % over:
+                raise InputError(
+                    f"mesh.{setting}={over} does not divide the model's {size} {what}: choose a divisor of "
+                    f"{math.gcd(*sizes.values())}"
+                )
 
 
 def merged_tensors(backbone: Backbone, adapter: Adapter) -> Iterator[tuple[str, np.ndarray]]:
@@ -110,12 +145,12 @@ def merged_tensors(backbone: Backbone, adapter: Adapter) -> Iterator[tuple[str, 
     for weight in key_table(backbone.arch):
         array = base[weight.path][...]
         if weight.path[0] != "layers":
-            yield weight.key, np.asarray(array)
+            yield weight.key, gathered(array)
             continue
         a, b = (lora.get((*weight.path[:-1], which)) for which in ("lora_a", "lora_b"))
         adapted = weight.path[-1] == "kernel" and a is not None and b is not None and backbone.lora is not None
         for i in range(backbone.arch.layers):
-            layer = np.asarray(array[i])
+            layer = gathered(array[i])
             if adapted:
-                layer = merge_kernel(layer, np.asarray(a[...][i]), np.asarray(b[...][i]), backbone.lora.scale)  # type: ignore[index, union-attr]
+                layer = merge_kernel(layer, gathered(a[...][i]), gathered(b[...][i]), backbone.lora.scale)  # type: ignore[index, union-attr]
             yield weight.key.format(i), layer.T if weight.transpose else layer

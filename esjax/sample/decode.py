@@ -6,12 +6,14 @@ reply has its own key, folded with the token's number, so its text depends neith
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from esjax.mesh import constrain, everywhere
 from esjax.model.cached import Cache, Seen, Weights, step
 from esjax.model.decoder import Execution
 from esjax.model.families import Architecture
@@ -83,7 +85,7 @@ def idle_lanes(rows: int, lanes: int) -> Lanes:
 
 def run(
     arch: Architecture,
-    weights: Weights,
+    weights: Callable[[], Weights],
     cache: Cache,
     lanes: Lanes,
     waiting: Leaf,
@@ -97,6 +99,7 @@ def run(
     """Draw until all leaves are done, ``steps`` steps are made, or ``patience`` lanes have nothing left to do.
 
     Args:
+        weights: called inside the loop, so that what it slices is sliced where it is used and never copied.
         waiting: [R, Q], in the order in which they are taken; row r's first ``count[r]`` are meant.
         stop: int32 [n], tokens that end a reply; -1 entries never match.
         steps: K, static.
@@ -118,8 +121,9 @@ def run(
         busy = leaf.uid >= 0
         fed = jnp.where(busy, lanes.drawn + 1, 1)
         seen = Seen(leaf.trunk_start, leaf.trunk_end, leaf.own_start, leaf.own_end, fed)
-        x, cache = step(arch, weights, state.cache, leaf.token, leaf.position, seen, lanes.clock, how)
-        logits = jnp.einsum("bd,vd->bv", x, weights.head, preferred_element_type=jnp.float32)
+        w = weights()
+        x, cache = step(arch, w, state.cache, leaf.token, leaf.position, seen, lanes.clock, how)
+        logits = constrain(jnp.einsum("bd,vd->bv", x, w.head, preferred_element_type=jnp.float32), "batch", "vocab")
         flat: Leaf = jax.tree.map(lambda a: a.reshape(-1), leaf)
         drawn, used = lanes.drawn.reshape(-1), lanes.used.reshape(-1)
         allowed = jnp.where(permitted(constraint, flat.state, used), logits, -jnp.inf)
@@ -127,8 +131,8 @@ def run(
         logprob = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
         following = jnp.maximum(constraint.next[flat.state, token].astype(jnp.int32), 0)
         stays = constraint.part[following] == constraint.part[flat.state]
-        token, logprob, following, used = (
-            x.reshape(r, m) for x in (token, logprob, following, jnp.where(stays, used + 1, 1))
+        token, logprob, following, used = everywhere(
+            [x.reshape(r, m) for x in (token, logprob, following, jnp.where(stays, used + 1, 1))]
         )
         stopped = busy & jnp.any(token[..., None] == stop, axis=-1)
         over = stopped | (lanes.drawn + 1 >= leaf.most)

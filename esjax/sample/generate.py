@@ -7,22 +7,25 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import count, islice
-from typing import Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from esjax.config import InputError
-from esjax.model.cached import Cache, Chunk, Weights, empty_cache, lay_out, load
+from esjax.mesh import batch_groups
+from esjax.model.cached import Cache, Chunk, Weights, empty_cache, layered, load
+from esjax.model.decoder import Decoder, Execution
+from esjax.model.families import Architecture
 from esjax.model.lora import Adapter
 from esjax.model.weights import Backbone, bind
 from esjax.programs import program
 from esjax.rows import common_prefix
 from esjax.sample.constrain import START, Automaton, free
-from esjax.sample.decode import Draw, Lanes, Leaf, Log, idle_lanes, run
+from esjax.sample.decode import Called, Draw, Lanes, Leaf, Log, idle_lanes, run
 from esjax.sample.rowbook import Group, Placed, Request, RowBook, together, windows
 from esjax.tokens.batches import alike
 
@@ -104,13 +107,9 @@ class Generator:
         backbone = self.backbone
         self._windows, self._width = windows_of(jax.default_backend())
         self._how = backbone.execution
+        programs = sampling_programs(backbone.arch, backbone.definition, backbone.dtype, self._how)
+        self._weights, self._load, self._run = programs
         arch = backbone.arch
-        merge = backbone.dtype.itemsize == 4  # exact to rounding in float32, and a little faster; see lay_out
-        self._lay_out = program(
-            "weights", lambda adapter, base: lay_out(bind(backbone.definition, adapter, base), merge)
-        )
-        self._load = program("prefill", partial(load, arch, how=self._how), donate_argnums=1)
-        self._run = program("decode", partial(run, arch, steps=STEPS, how=self._how), donate_argnums=1)
         self._constraint = jax.device_put(free(arch.vocab))  # the latest: all have a state that allows everything
 
     def generate(
@@ -165,7 +164,7 @@ class Generator:
         for request in (r for g in groups for r in g):
             self._check(request)
         self._fit(groups)
-        weights = self._lay_out(adapter, self.backbone.base)
+        weights = self._weights(adapter, self.backbone.base)
         if constraint is not None:
             self._constraint = jax.device_put(constraint)
         session = _Session(self, weights, done, more_may_follow)
@@ -189,17 +188,31 @@ class Generator:
             new: the longest reply.
             least: a branch that has a row to itself, if that is more.
         """
-        if not self.shared:
-            self.shared = SHARED_LANES if self.lanes % SHARED_LANES == 0 else 1
+        self._share(True)
         room = max(longest + max(branch * (self.shared + 1), least), self._width)
         self.slots = max(self.slots, -(-room // BUCKET) * BUCKET)
         self.new = max(self.new, new)
 
+    @property
+    def rows(self) -> int:
+        """Rows R; each device that shares the batch has as many of them."""
+        return self.lanes // self.shared
+
+    def _share(self, wanted: bool) -> None:
+        """Decide once how many lanes read a row together. Raises InputError where the devices do not divide the lanes."""
+        if self.shared:
+            return
+        devices = batch_groups()
+        if self.lanes % devices:
+            raise InputError(
+                f"{self.lanes} replies at once cannot be split over mesh.data x mesh.fsdp = {devices} devices: choose a multiple "
+                f"of {devices} for evolve.batch (for `esjax sample`: reply.batch)"
+            )
+        self.shared = SHARED_LANES if wanted and self.lanes % (devices * SHARED_LANES) == 0 else 1
+
     def _fit(self, groups: Sequence[list[Request]]) -> None:
         """Shapes that hold these groups."""
-        if not self.shared:
-            sharing = sum(map(len, groups)) >= 2 * len(groups) and self.lanes % SHARED_LANES == 0
-            self.shared = SHARED_LANES if sharing else 1
+        self._share(sum(map(len, groups)) >= 2 * len(groups))
         longest = max(len(r.prompt) for g in groups for r in g)
         if max(longest, self._width) > self.slots:
             beyond = (len(r.prompt) - common_prefix(r.prompt, g[0].prompt) for g in groups for r in g[1:])
@@ -207,15 +220,58 @@ class Generator:
         self.new = max(self.new, max(r.max_tokens for g in groups for r in g))
 
 
+class SamplingPrograms(NamedTuple):
+    """What sampling runs. ``weights`` gives what the other two take as weights: adapter and base themselves, or a copy."""
+
+    weights: Callable[[Adapter, nnx.State], Any]
+    prefill: Any  # (weights, cache, chunk) -> cache
+    decode: Any  # (weights, cache, lanes, waiting, counts, stop, constraint, patience) -> Called
+
+
+def sampling_programs(
+    arch: Architecture, definition: nnx.GraphDef[Decoder], dtype: jnp.dtype, how: Execution
+) -> SamplingPrograms:
+    """The programs for a model. The cache is donated."""
+    merge = dtype.itemsize == 4  # exact to rounding in float32, and a little faster; see layered
+
+    def apart(adapter: Adapter, base: nnx.State) -> Weights:
+        return layered(bind(definition, adapter, base), merge)
+
+    def see(weights: Any) -> Weights:
+        """The layers of what a program was given."""
+        return weights if isinstance(weights, Weights) else layered(bind(definition, *weights), False)
+
+    def prefill(weights: Any, cache: Cache, chunk: Chunk) -> Cache:
+        return load(arch, see(weights), cache, chunk, how)
+
+    def decode(
+        weights: Any,
+        cache: Cache,
+        lanes: Lanes,
+        waiting: Leaf,
+        count: jax.Array,
+        stop: jax.Array,
+        constraint: Automaton,
+        patience: jax.Array,
+    ) -> Called:
+        return run(arch, lambda: see(weights), cache, lanes, waiting, count, stop, constraint, patience, STEPS, how)
+
+    return SamplingPrograms(
+        weights=program("weights", apart) if how.weights == "apart" else lambda adapter, base: (adapter, base),
+        prefill=program("prefill", prefill, donate_argnums=1),
+        decode=program("decode", decode, donate_argnums=1),
+    )
+
+
 def windows_of(platform: str) -> tuple[int, int]:
-    """How many windows of how many slots one load computes: more tokens would hardly be faster, only more often padding."""
+    """How many windows of how many slots one load computes on a device: more would hardly be faster, only more often padding."""
     return (2, 64) if platform == "cpu" else (8, 128)
 
 
 class _Session:
     """One call of ``work``: the cache, the lanes and what each of them does."""
 
-    def __init__(self, owner: Generator, weights: Weights, done: Done, more_may_follow: bool) -> None:
+    def __init__(self, owner: Generator, weights: Any, done: Done, more_may_follow: bool) -> None:
         self.owner, self.weights, self.done, self.more_may_follow = owner, weights, done, more_may_follow
         self.stop = np.asarray([owner.end_of_turn], np.int32)
         self.backlog: deque[Group] = deque()
@@ -225,7 +281,7 @@ class _Session:
     def _begin(self) -> None:
         """Empty rows and lanes of the owner's present shapes."""
         o = self.owner
-        rows = o.lanes // o.shared
+        rows = o.rows
         self.books = [RowBook(o.slots) for _ in range(rows)]
         self.cache: Cache = empty_cache(
             o.backbone.arch, rows, o.shared, o.slots, o.new, o.cache_dtype or o.backbone.dtype
@@ -244,20 +300,24 @@ class _Session:
                 continue
             self._decode()
 
-    def _hand_out(self) -> list[Chunk]:
-        """Give groups to rows that run out of work, and place what waits there. Returns what must be computed."""
+    def _hand_out(self) -> list[list[Chunk]]:
+        """Give groups to rows that run out of work, and place what waits there. Returns what each device must compute."""
         m = self.owner.shared
         while self.backlog:
             row = min(self.books, key=lambda b: b.outstanding)
             if row.outstanding >= 2 * m:
                 break
             row.groups.append(self._best_for(row))
-        trunks: list[Chunk] = []
-        branches: list[Chunk] = []
-        for number, book in enumerate(self.books):
-            for runs, out in zip(book.place(2 * m, self.uids), (trunks, branches), strict=True):
-                out += windows(number, runs, self.owner._width, self.owner.slots)
-        return [*trunks, *branches]
+        rows = len(self.books) // batch_groups()
+        loads: list[list[Chunk]] = []
+        for first in range(0, len(self.books), rows):
+            trunks: list[Chunk] = []
+            branches: list[Chunk] = []
+            for number, book in enumerate(self.books[first : first + rows]):
+                for runs, out in zip(book.place(2 * m, self.uids), (trunks, branches), strict=True):
+                    out += windows(number, runs, self.owner._width, self.owner.slots)
+            loads.append([*trunks, *branches])
+        return loads
 
     def _best_for(self, row: RowBook) -> Group:
         """The first group, or a near one whose beginning lies in this row already."""
@@ -268,11 +328,11 @@ class _Session:
                 return group
         return self.backlog.popleft()
 
-    def _compute(self, chunks: list[Chunk]) -> None:
+    def _compute(self, loads: list[list[Chunk]]) -> None:
         usage, size = self.owner.usage, self.owner._windows
         began = time.perf_counter()
-        for start in range(0, len(chunks), size):
-            part = together(chunks[start : start + size], size)
+        for start in range(0, max(map(len, loads)), size):
+            part = together([chunks[start : start + size] for chunks in loads], size)
             self.cache = self.owner._load(self.weights, self.cache, part)
             usage.loaded_tokens += part.tokens.size
             usage.computed_tokens += int(part.valid.sum())

@@ -228,8 +228,9 @@ def windows(row: int, runs: Sequence[Run], width: int, slots: int) -> list[Chunk
     return out
 
 
-def together(chunks: Sequence[Chunk], count: int) -> Chunk:
-    """Chunks of one row each as one of P = ``count`` rows, filled up with chunks that write nothing."""
-    first = chunks[0]
+def together(chunks: Sequence[Sequence[Chunk]], count: int) -> Chunk:
+    """Each device's chunks of one row each as one chunk of ``count`` rows a device, filled up with some that write nothing."""
+    first = next(c for device in chunks for c in device)
     empty = first._replace(valid=np.zeros_like(first.valid))
-    return Chunk(*(np.stack(x) for x in zip(*chunks, *[empty] * (count - len(chunks)), strict=True)))
+    filled = [c for device in chunks for c in [*device, *[empty] * (count - len(device))]]
+    return Chunk(*(np.stack(x) for x in zip(*filled, strict=True)))

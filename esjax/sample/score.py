@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from esjax.mesh import everywhere, put_batch
 from esjax.model.decoder import Decoder, Execution, token_logprobs
 from esjax.model.lora import Adapter
 from esjax.model.weights import Backbone, bind
@@ -32,7 +33,8 @@ class Scorer:
         out: list[list[np.ndarray]] = [[] for _ in examples]
         how = self.backbone.execution._replace(layout=layout(examples, packed=True), remat="none")
         for rows, packed in in_order(examples, self.row_length, self.batch_rows):
-            logprobs = np.asarray(_SCORE(self.backbone.definition, how, adapter, self.backbone.base, rows))
+            placed = put_batch(rows)
+            logprobs = np.asarray(_SCORE(self.backbone.definition, how, adapter, self.backbone.base, placed))
             for r, members in enumerate(packed):
                 for segment, i in enumerate(members, start=1):
                     mine = (rows.segment[r] == segment) & (rows.weight[r] != 0)
@@ -43,7 +45,7 @@ class Scorer:
 
 
 def _score(definition: nnx.GraphDef[Decoder], how: Execution, adapter: Adapter, base: nnx.State, rows: Rows) -> Array:
-    return token_logprobs(bind(definition, adapter, base), rows, None, how)
+    return everywhere(token_logprobs(bind(definition, adapter, base), rows, None, how))
 
 
 _SCORE = program(

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esjax.config import OptimSettings
-from esjax.mesh import batch_groups
+from esjax.config import InputError, OptimSettings
+from esjax.mesh import batch_groups, put_batch
 from esjax.model.lora import Adapter
 from esjax.model.weights import Backbone
 from esjax.rows import Rows, check, layout, stack
@@ -25,7 +25,7 @@ from esjax.runlog import Metrics, RunError, progress, say
 from esjax.tokens.batches import Row, batch, schedule
 from esjax.train.checkpoint import Checkpoints
 from esjax.train.losses import Loss, Pairs
-from esjax.train.optim import learning_rate, optimiser
+from esjax.train.optim import init_optimiser, learning_rate, optimiser
 from esjax.train.step import Step, make_step
 
 
@@ -56,6 +56,11 @@ def train(phase: Phase, backbone: Backbone, adapter: Adapter) -> Adapter:
     Raises InputError when an example does not fit a row, RunError when the loss is not finite or the first step is wrong.
     """
     s = phase.settings
+    if s.micro_rows % batch_groups():
+        raise InputError(
+            f"{phase.name}.micro_rows={s.micro_rows} rows cannot be split over mesh.data x mesh.fsdp = {batch_groups()} devices: "
+            f"choose a multiple of {batch_groups()} (and of that for {phase.name}.batch_rows), or a smaller mesh"
+        )
     for example in phase.examples:
         check(stack([example]))
     lengths = [len(e.tokens) for e in phase.examples]
@@ -65,7 +70,7 @@ def train(phase: Phase, backbone: Backbone, adapter: Adapter) -> Adapter:
     tx = optimiser(s, len(steps))
     step_fn = make_step(backbone.definition, phase.loss, tx, s.micro_rows, _most_targets(phase.examples, steps, s), how)
     adapter = jax.tree.map(jnp.copy, adapter)  # the step donates its adapter, and the caller may need his own
-    opt_state = tx.init(adapter)
+    opt_state = init_optimiser(tx, adapter)
     checkpoints = Checkpoints(phase.folder / "checkpoint")
     done = checkpoints.latest() or 0
     if done:
@@ -76,7 +81,7 @@ def train(phase: Phase, backbone: Backbone, adapter: Adapter) -> Adapter:
     def feed(number: int) -> tuple[Rows, Pairs | None]:
         rows = batch(phase.examples, steps[number], s.row_length, s.batch_rows)
         extra = None if phase.reference is None else _pairs(phase.reference, steps[number], s.batch_rows, most)
-        return rows, extra
+        return put_batch((rows, extra))
 
     if done < len(steps):
         compiled = compile_step(phase.name, step_fn, adapter, opt_state, backbone.base, *feed(done))

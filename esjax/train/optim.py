@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import optax
 
 from esjax.config import OptimSettings
+from esjax.mesh import homes
 
 
 def learning_rate(settings: OptimSettings, steps: int) -> optax.Schedule:
@@ -20,3 +24,9 @@ def optimiser(settings: OptimSettings, steps: int) -> optax.GradientTransformati
     """Clip by global norm, then AdamW."""
     adamw = optax.adamw(learning_rate(settings, steps), weight_decay=settings.weight_decay)
     return optax.chain(optax.clip_by_global_norm(settings.clip_norm), adamw)
+
+
+def init_optimiser(transformation: optax.GradientTransformation, trained: Any) -> Any:
+    """The optimiser's first state; moments lie where their parameters do, counters everywhere."""
+    where = homes(jax.eval_shape(transformation.init, trained))
+    return transformation.init(trained) if where is None else jax.jit(transformation.init, out_shardings=where)(trained)

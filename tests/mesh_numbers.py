@@ -1,0 +1,139 @@
+"""What one device or a mesh of simulated ones computes: a process of its own, for their number is fixed when JAX starts.
+
+``python mesh_numbers.py FOLDER JOB...`` prints a JSON object for each JOB, a JSON list [mesh, options]: mesh [data, fsdp, tensor], or []
+for one device. Options: attention, weights (what decoding reads), broken (the rows' limits are wrong).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from esjax import rows
+from esjax.config import DpoSettings, SamplingSettings, SftSettings
+from esjax.mesh import batch_groups, gathered, make_mesh, put_batch
+from esjax.model.layers import LINEARS, Lora
+from esjax.model.lora import Adapter, flatten, unflatten
+from esjax.model.weights import Backbone, load_backbone
+from esjax.rows import Rows
+from esjax.sample.generate import Generator
+from esjax.sample.score import Scorer
+from esjax.train.losses import Pairs, dpo_loss, sft_loss
+from esjax.train.optim import init_optimiser, optimiser
+from esjax.train.step import make_step
+
+ROWS, LENGTH, MICRO = 16, 64, 8
+
+
+def filled(adapter: Adapter) -> Adapter:
+    """An adapter that changes something: fixed random values in the places of a fresh one."""
+    rng = np.random.default_rng(1)
+    flat = {
+        path: like.replace(jax.device_put(0.1 * rng.normal(size=like.shape).astype(np.float32), like[...].sharding))
+        for path, like in flatten(adapter).items()
+    }
+    return unflatten(flat)
+
+
+def batch() -> Rows:
+    rng = np.random.default_rng(0)
+
+    def ids(n: int) -> list[int]:
+        return [int(i) for i in rng.integers(3, 1000, n)]
+
+    def row() -> Rows:
+        d = ids(int(rng.integers(8, 24)))
+        replies = [(n, ids(int(rng.integers(1, 7)))) for n in (5, 5, len(d), len(d))]
+        return rows.pack([rows.trunk_with_replies(d, replies)], LENGTH)
+
+    return rows.stack([row() for _ in range(ROWS)])
+
+
+def trained(backbone: Backbone, task: str, made: Rows) -> dict[str, Any]:
+    """Two optimiser steps of two micro-batches each."""
+    adapter = filled(backbone.fresh_adapter(0))
+    extra = None
+    if task == "dpo":
+        extra = Pairs(
+            np.random.default_rng(2).normal(size=(ROWS, 1, 2, 2)).astype(np.float32), np.ones((ROWS, 1, 2), bool)
+        )
+    settings = SftSettings(learning_rate=1e-3, warmup_fraction=0.0)
+    tx = optimiser(settings, 4)
+    share = MICRO // batch_groups()
+    targets = max(int((w != 0).sum()) for w in np.split(made.weight, ROWS // share))
+    how = backbone.execution._replace(layout="branched")
+    loss = dpo_loss(DpoSettings()) if task == "dpo" else sft_loss
+    step = make_step(backbone.definition, loss, tx, MICRO, targets, how)
+    state = init_optimiser(tx, adapter)
+    placed = put_batch((made, extra))
+    where = [describe(adapter), describe(state)]
+    metrics = []
+    for _ in range(2):
+        adapter, state, computed = step(adapter, state, backbone.base, *placed)
+        metrics.append({k: float(v) for k, v in computed.items()})
+    assert where == [describe(adapter), describe(state)], "a step moved what it trains"
+    values = np.concatenate([np.ravel(gathered(x)) for x in jax.tree.leaves(adapter)])
+    return {"metrics": metrics, "adapter": values.tolist(), "state": describe(state)}
+
+
+def describe(tree: Any) -> dict[str, list[Any]]:
+    """Path -> shape, and shape of one device's part."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): [
+            list(x.shape),
+            list(x.sharding.shard_shape(x.shape)),
+        ]
+        for path, x in leaves
+    }
+
+
+def sampled(backbone: Backbone) -> dict[str, Any]:
+    """Greedy replies to prompts that share beginnings; lanes are refilled, for there are more prompts than lanes."""
+    rng = np.random.default_rng(3)
+    stem = [int(i) for i in rng.integers(3, 1000, 150)]
+    prompts = [[*stem[:n], *(int(i) for i in rng.integers(3, 1000, 5))] for n in rng.integers(5, 150, 40)]
+    generator = Generator(backbone, 16, end_of_turn=1)
+    adapter = filled(backbone.fresh_adapter(0))
+    made = generator.generate(adapter, prompts, range(40), SamplingSettings(temperature=0.0), 24)
+    return {"tokens": [m.token_ids for m in made], "logprobs": [m.logprobs for m in made]}
+
+
+def main(folder: str, *jobs: str) -> None:
+    for job in jobs:
+        shape, options = json.loads(job)
+        context = jax.set_mesh(make_mesh(jax.devices(), tuple(shape))) if shape else contextlib.nullcontext()
+        with context:
+            backbone = load_backbone(Path(folder), Lora(LINEARS, 4, 2.0), np.dtype("float32"), "auto", "full")
+            how = backbone.execution._replace(
+                attention=options.get("attention", "chunked"), weights=options.get("weights", "apart"), interpret=True
+            )
+            backbone = replace(backbone, execution=how)
+            made = batch()
+            if options.get("broken"):
+                made = made._replace(limit=made.limit - (made.limit > 0))
+            out: dict[str, Any] = {"base": describe(backbone.base)}
+            what = options.get("what", ["sft", "dpo", "score", "sample"])
+            for task in ("sft", "dpo"):
+                if task in what:
+                    out[task] = trained(backbone, task, made)
+            if "score" in what:
+                examples = [Rows(*(x[i] for x in made)) for i in range(ROWS)]
+                scored = Scorer(backbone, LENGTH, MICRO).score(filled(backbone.fresh_adapter(0)), examples)
+                out["score"] = [x.tolist() for branches in scored for x in branches]
+            if "sample" in what:
+                out["sample"] = sampled(backbone)
+        print(json.dumps(out), flush=True)
+
+
+if __name__ == "__main__":
+    assert nnx
+    main(*sys.argv[1:])
