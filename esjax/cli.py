@@ -21,7 +21,8 @@ def evolve(args: argparse.Namespace, config: Config) -> None:
     from esjax.evolve import rounds
     from esjax.evolve.lab import Lab
     from esjax.programs import summary
-    from esjax.runlog import RunDir, say
+    from esjax.rundir import RunDir
+    from esjax.runlog import say
 
     with RunDir(args.run_dir, config) as run:
         lab = Lab.open(config)
@@ -36,7 +37,7 @@ def sft(args: argparse.Namespace, config: Config) -> None:
     """Run phase 1 alone: supervised fine-tuning that makes M_0 (evolve continues from it)."""
     from esjax.evolve import phases
     from esjax.evolve.lab import Lab
-    from esjax.runlog import RunDir
+    from esjax.rundir import RunDir
 
     with RunDir(args.run_dir, config) as run:
         phases.sft(Lab.open(config), run)
@@ -47,7 +48,7 @@ def dpo(args: argparse.Namespace, config: Config) -> None:
     from esjax.evolve import phases
     from esjax.evolve.lab import Lab, open_model
     from esjax.evolve.pairs import read_pairs
-    from esjax.runlog import RunDir
+    from esjax.rundir import RunDir
 
     read_pairs(args.pairs)
     if args.model is None:
@@ -98,7 +99,7 @@ def score(args: argparse.Namespace, config: Config) -> None:
     """Score replies: JSON Lines {"id", "messages"}, the last assistant message being the target, to its log-probs."""
     from esjax.corpus.sources import read_conversations
     from esjax.evolve.lab import open_model
-    from esjax.runlog import progress, write_jsonl
+    from esjax.runlog import progress, publish_jsonl
     from esjax.sample.score import Scorer
 
     chats = read_conversations(str(args.data))
@@ -112,7 +113,7 @@ def score(args: argparse.Namespace, config: Config) -> None:
     for (name, _), (logprobs,) in zip(chats, scored, strict=True):
         values = [float(x) for x in logprobs]
         rows.append({"id": name, "logprob": sum(values), "num_tokens": len(values), "token_logprobs": values})
-    write_jsonl(args.out, rows)
+    publish_jsonl(args.out, rows)
 
 
 def export(args: argparse.Namespace, config: Config) -> None:
@@ -181,18 +182,23 @@ def main(argv: list[str] | None = None) -> None:
                 )
         config = load(args.config, overrides)
         _prepare_jax()
-        args.function(args, config)
+        with _devices(args, config):
+            args.function(args, config)
     except BaseException as error:
         _fail(error)
 
 
 def _fail(error: BaseException) -> NoReturn:
     """End the process: one line for what a person can mend, the traceback for what only we can."""
+    from esjax.hosts import Stopped
     from esjax.runlog import RunError, is_full_disk
 
     if isinstance(error, InputError | RunError):
         print(f"esjax: error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
+    if isinstance(error, Stopped):
+        print("esjax: stopped by SIGTERM; the same command continues", file=sys.stderr)
+        sys.exit(143)
     if isinstance(error, KeyboardInterrupt):
         print("esjax: interrupted; the same command continues", file=sys.stderr)
         sys.exit(130)
@@ -208,6 +214,26 @@ def _fail(error: BaseException) -> NoReturn:
     raise error
 
 
+def _devices(args: argparse.Namespace, config: Config) -> contextlib.AbstractContextManager[object]:
+    """The processes and the mesh of a command that computes on all of its devices; one device for the others."""
+    from esjax import hosts
+
+    hosts.watch()
+    if not hasattr(args, "distributed"):
+        return contextlib.nullcontext()
+    from esjax import distributed
+    from esjax.mesh import use_mesh
+
+    explicit = (args.coordinator, args.num_processes, args.process_id)
+    if any(x is not None for x in explicit):
+        if any(x is None for x in explicit) or args.distributed:
+            raise InputError("--coordinator, --num-processes and --process-id: give all three, or --distributed alone")
+        distributed.start(*explicit)
+    elif args.distributed:
+        distributed.start(None, None, None)
+    return use_mesh(config.mesh)
+
+
 def _prepare_jax() -> None:
     import jax
 
@@ -218,14 +244,22 @@ def _prepare_jax() -> None:
 
 
 def _fresh(path: Path) -> None:
-    if path.exists():
+    from esjax.hosts import hosts
+
+    if not hosts.all(not path.exists()):
         raise InputError(f"{path} exists; give a new file as --out")
-    path.with_name(path.name + ".part").unlink(missing_ok=True)  # of a killed command, perhaps with another model
+    if hosts.writer:
+        path.with_name(path.name + ".part").unlink(missing_ok=True)  # of a killed command, perhaps with another model
+    hosts.wait("output fresh")
 
 
 def _print(table: object) -> None:
     from rich.console import Console
 
+    from esjax.hosts import hosts
+
+    if not hosts.writer:
+        return
     wide = None if sys.stdout.isatty() else 100
     Console(width=wide).print(table)
 
@@ -298,24 +332,38 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         "metavar": "M",
         "help": "RUN_DIR:m0 to start from (and to be the reference); the backbone when left out",
     }
-    command(evolve, run_dir)
-    command(sft, run_dir)
+    several: tuple[tuple[str, dict[str, object]], ...] = (
+        (
+            "--distributed",
+            {
+                "action": "store_true",
+                "help": "join the other processes as Cloud TPU's metadata, Slurm, a JobSet or Open MPI say",
+            },
+        ),
+        ("--coordinator", {"metavar": "HOST:PORT", "help": "join them at this address: the first process'"}),
+        ("--num-processes", {"type": int, "metavar": "N", "help": "how many processes there are"}),
+        ("--process-id", {"type": int, "metavar": "I", "help": "which of them this is, from 0"}),
+    )
+    command(evolve, run_dir, *several)
+    command(sft, run_dir, *several)
     command(
         dpo,
         run_dir,
+        *several,
         ("--pairs", need("FILE", "pairs.jsonl: prompt, chosen, rejected as message lists")),
         ("--model", start),
     )
     command(
         sample,
         model,
+        *several,
         ("--prompts", need("FILE", "prompts.jsonl")),
         ("--out", need("FILE", "replies.jsonl")),
         ("--num-samples", {"type": int, "default": 1, "metavar": "N", "help": "answers to each prompt"}),
         ("--regex", {"metavar": "PATTERN", "help": "a regular expression that every answer matches as a whole"}),
         ("--json-schema", {"type": Path, "metavar": "FILE", "help": "a JSON schema that every answer obeys"}),
     )
-    command(score, model, ("--data", need("FILE", "chats.jsonl")), ("--out", need("FILE", "scores.jsonl")))
+    command(score, model, *several, ("--data", need("FILE", "chats.jsonl")), ("--out", need("FILE", "scores.jsonl")))
     which: dict[str, object] = {"required": True, "metavar": "mT", "help": "which model of the run: m0, m1, ..."}
     form: dict[str, object] = {
         "required": True,

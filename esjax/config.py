@@ -119,7 +119,9 @@ class OptimSettings(Settings):
     row_length: int = Field(1024, ge=16)
     """Tokens T of a packed row; at least data.window (for DPO: the context and two replies)."""
     checkpoint_every: int = Field(50, ge=1)
-    """Optimiser steps between checkpoints."""
+    """Optimiser steps between checkpoints; SIGTERM makes one at once."""
+    checkpoints_kept: int = Field(2, ge=1)
+    """Newest checkpoints kept; with two or more, a damaged one is survived."""
 
 
 class SftSettings(OptimSettings):

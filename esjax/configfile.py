@@ -135,7 +135,7 @@ def dump(config: Config) -> str:
 
 
 def differing(a: Config, b: Config) -> list[str]:
-    """Dotted names of the settings in which two configs differ."""
+    """Dotted names of the settings in which two configs differ; the mesh, with which a run may go on elsewhere, left out."""
 
     def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         out: dict[str, Any] = {}
@@ -144,7 +144,7 @@ def differing(a: Config, b: Config) -> list[str]:
         return out
 
     left, right = leaves(a.model_dump(mode="json")), leaves(b.model_dump(mode="json"))
-    return [key for key in left if left[key] != right[key]]
+    return [key for key in left if left[key] != right[key] and not key.startswith("mesh.")]
 
 
 def _reason(e: Exception) -> str:

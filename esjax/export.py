@@ -16,7 +16,7 @@ from esjax import rows
 from esjax.config import InputError
 from esjax.evolve.lab import Lab
 from esjax.hub.shards import write_shards
-from esjax.model.lora import Adapter, load_adapter, save_adapter
+from esjax.model.lora import Adapter, load_adapter, peft_tensors, save_adapter
 from esjax.model.weights import Backbone, bind, load_backbone, merged_tensors
 from esjax.rows import Rows
 from esjax.runlog import RunError, replacing, say
@@ -57,7 +57,7 @@ def export(lab: Lab, adapter: Adapter, format: Literal["merged", "peft"], out: P
             config["dtype"] = backbone.dtype.name
             (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         else:
-            save_adapter(folder, adapter, backbone.arch, backbone.lora, str(backbone.folder.absolute()))
+            save_adapter(folder, peft_tensors(adapter, backbone.arch), backbone.lora, str(backbone.folder.absolute()))
         for pattern in COPIED:
             for file in backbone.folder.glob(pattern):
                 shutil.copy(file, folder / file.name)

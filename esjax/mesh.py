@@ -169,11 +169,6 @@ def placed_batch(tree: T, mesh: Mesh) -> T:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(mesh, ("batch",))), tree)
 
 
-def zeros(shape: Sequence[int], dtype: Any, *axes: str | None) -> Array:
-    """Zeros in their place."""
-    return jnp.zeros(shape, dtype, device=home(*axes))
-
-
 def put(shape: tuple[int, ...], read: Callable[[tuple[slice, ...]], np.ndarray], *axes: str | None) -> Array:
     """An array of which each host reads only what its devices hold: ``read`` is given a part's slices."""
     where = home(*axes)
@@ -195,6 +190,11 @@ def put_batch(tree: T) -> T:
     if _context() is None:
         return tree
     return jax.tree.map(lambda x: put(x.shape, lambda part: x[part], "batch", *[None] * (x.ndim - 1)), tree)
+
+
+def put_everywhere(tree: T) -> T:
+    """Small arrays that every host has, on all devices."""
+    return jax.tree.map(lambda x: put(x.shape, np.asarray(x).__getitem__, *[None] * x.ndim), tree)
 
 
 def gathered(x: Any) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The run directory: files that appear whole or not at all, the manifest of stages, metrics and progress.
+"""What a run writes: files that appear whole or not at all, journals, metrics and progress.
 
 Everything under RUN except ``manifest.json`` and ``tensorboard/`` is a function of the config and the inputs alone, so a
 killed and resumed run ends with the same bytes as an undisturbed one.
@@ -7,26 +7,23 @@ killed and resumed run ends with the same bytes as an undisturbed one.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
-import platform
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 from tensorboardX import SummaryWriter
 
-from esjax.config import Config, InputError
-from esjax.configfile import bundled, differing, dump, load
+from esjax.config import InputError
+from esjax.hosts import hosts
 
 T = TypeVar("T")
 console = Console(stderr=True)
@@ -38,8 +35,9 @@ class RunError(Exception):
 
 
 def say(message: str) -> None:
-    """One line for the person who watches; goes to stderr, so that stdout holds results only."""
-    console.print(message, highlight=False, markup=False, soft_wrap=True)
+    """One line for the person who watches, from the first process; on stderr, so that stdout holds results only."""
+    if hosts.writer:
+        console.print(message, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager
@@ -119,16 +117,30 @@ def read_jsonl(path: Path, required: Iterable[str] = ()) -> list[dict[str, Any]]
     return rows
 
 
+def publish_text(path: Path, text: str) -> None:
+    """Write a whole file of the run: the first process does, and all go on when it is there."""
+    if hosts.writer:
+        write_text(path, text)
+    hosts.wait(path.name)
+
+
+def publish_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """The same for JSON Lines."""
+    publish_text(path, "".join(map(json_line, rows)))
+
+
 class Journal:
     """A JSON Lines file whose rows are made in any order, so that a kill loses none that was made. A context manager.
 
     Lines ``[index, row]`` gather in ``path.part``, each written out at once; whole lines found there from a killed run are
-    kept. ``finish`` gives the file its name when all rows are there, in the order of their indices.
+    kept. ``finish`` gives the file its name when all rows are there, in the order of their indices. All processes of a run
+    add the same rows; the first writes them.
     """
 
     def __init__(self, path: Path, total: int) -> None:
         self.path, self.total = path, total
         self._part = path.with_name(path.name + ".part")
+        self._file: BinaryIO | None = None
         self.rows: dict[int, dict[str, Any]] = {}
 
     def __enter__(self) -> Journal:
@@ -138,18 +150,21 @@ class Journal:
                 raise InputError(
                     f"{self.path}: {len(self.rows)} rows instead of {self.total}; delete it to have it made again"
                 )
-            self._part.unlink(missing_ok=True)  # of a run that was killed between the name and the end
+            if hosts.writer:
+                self._part.unlink(missing_ok=True)  # of a run that was killed between the name and the end
             return self
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = self._part.read_bytes().splitlines(keepends=True) if self._part.exists() else []
         whole = [line for line in lines if line.endswith(b"\n")]  # a kill may have torn the last one
         self.rows = dict(map(json.loads, whole))
-        self._file = open(self._part, "ab")  # closed in __exit__
-        self._file.truncate(sum(map(len, whole)))
+        hosts.wait(f"{self.path.name} read")
+        if hosts.writer:
+            self._file = open(self._part, "ab")  # closed in __exit__
+            self._file.truncate(sum(map(len, whole)))
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self.path.exists():
+        if self._file is not None:
             self._file.close()
 
     @property
@@ -162,18 +177,20 @@ class Journal:
         if index in self.rows or not 0 <= index < self.total:
             raise AssertionError(f"{self.path}: row {index} of {self.total} is not wanted")
         self.rows[index] = row
-        self._file.write((json.dumps([index, row], ensure_ascii=False) + "\n").encode())
-        self._file.flush()
+        if self._file is not None:
+            self._file.write((json.dumps([index, row], ensure_ascii=False) + "\n").encode())
+            self._file.flush()
 
     def finish(self) -> list[dict[str, Any]]:
         """Write the file, and return its rows."""
         if self.missing:
             raise AssertionError(f"{self.path}: row {self.missing[0]} was not made")
         rows = [self.rows[i] for i in range(self.total)]
-        if not self.path.exists():
+        if self._file is not None:
             write_jsonl(self.path, rows)
             self._file.close()
             self._part.unlink()
+        hosts.wait(f"{self.path.name} finished")
         return rows
 
 
@@ -221,12 +238,14 @@ def progress(label: str, total: int, done: int = 0) -> Iterator[Callable[..., No
         drawn += tokens
         bar.update(task, advance=n, tokens=drawn)
         now = time.monotonic()
-        if not console.is_terminal and now - last > 15 and count:  # a log file gets a line every 15 s instead of a bar
+        if (
+            hosts.writer and not console.is_terminal and now - last > 15 and count
+        ):  # a log file gets a line every 15 s instead of a bar
             left = (total - done - count) * (now - start) / count
             say(f"  {label}: {done + count}/{total}, {rates(now - start)}, {left:.0f} s left")
             last = now
 
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not (hosts.writer and console.is_terminal)) as bar:
         task = bar.add_task(label, total=total, completed=done, tokens=0)
         yield advance
     seconds = time.monotonic() - start
@@ -242,109 +261,24 @@ class Metrics:
 
     def __init__(self, path: Path, tensorboard: Path) -> None:
         self.path = path
-        self.board = SummaryWriter(str(tensorboard))
+        self.board = SummaryWriter(str(tensorboard)) if hosts.writer else None
 
     def rewind(self, step: int) -> None:
         lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
         rows = [json.loads(line) for line in lines if line.endswith(b"\n")]  # a kill may have torn the last line
-        write_jsonl(self.path, [r for r in rows if r["step"] <= step])
+        publish_jsonl(self.path, [r for r in rows if r["step"] <= step])
 
     def log(self, step: int, **values: float) -> None:
+        if self.board is None:
+            return
         with open(self.path, "a", encoding="utf-8") as f:
             f.write(json_line({"step": step, **values}))
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self.board.close()
-
-
-class RunDir:
-    """RUN/: the resolved config, the manifest, and stages that are done once. A context manager: it holds the lock.
-
-    The directory is claimed for its config when the first stage starts, so that bad input leaves no config behind.
-    """
-
-    def __init__(self, path: Path, config: Config) -> None:
-        self.path, self.config = path, config
-        self.manifest_path = path / "manifest.json"
-        self.manifest: dict[str, Any] = {"stages": {}}
-
-    def __enter__(self) -> RunDir:
-        """Open or create. Raises InputError when the directory belongs to another config or is in use."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as e:
-            raise InputError(f"{self.path}: not a folder; choose another --run-dir") from e
-        self._lock = open(self.path / ".lock", "w")  # closed in __exit__, or by the end of the process
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._check_config()
-        except BlockingIOError as e:
-            self._lock.close()
-            raise InputError(f"{self.path}: in use by another process; wait for it or choose another --run-dir") from e
-        except BaseException:
-            self._lock.close()
-            raise
-        if self.manifest_path.exists():
-            self.manifest = json.loads(self.manifest_path.read_text())
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.close()
-
-    def _check_config(self) -> None:
-        saved = self.path / "config.yaml"
-        changed = differing(load(str(saved), []), self.config) if saved.exists() else []
-        if changed:
-            raise InputError(
-                f"{self.path}: this run directory was made with another config; differing: {', '.join(changed)}; "
-                "give the old values or another --run-dir"
-            )
-
-    def stage(
-        self, name: str, outputs: list[Path], inputs: dict[str, str], work: Callable[[], dict[str, Any] | None]
-    ) -> None:
-        """Do ``work`` unless the manifest says it is done; then record inputs, seconds, versions and what work returned.
-
-        ``inputs`` maps a name to a hash. A stage that was begun or finished with other inputs is refused by name (what it
-        left behind would mix with the new), and so is a finished one whose outputs are gone.
-        """
-        entry = self.manifest["stages"].get(name)
-        if entry is not None:
-            begun = "is done" if entry["status"] == "done" else "was begun"
-            changed = [key for key, value in inputs.items() if entry["inputs"].get(key) != value]
-            lost = [str(p) for p in outputs if not p.exists()] if entry["status"] == "done" else []
-            if changed or lost:
-                what = f"{', '.join(changed)} changed since" if changed else f"{lost[0]} is gone"
-                raise InputError(
-                    f"{self.path}: stage {name} {begun}, but {what}; restore it or choose another --run-dir"
-                )
-            if entry["status"] == "done":
-                say(f"{name}: done before, {entry['seconds']:.0f} s then")
-                return
-        if not (self.path / "config.yaml").exists():
-            write_text(self.path / "config.yaml", dump(self.config))
-        say(f"{name}: started")
-        self._record(name, {"status": "started", "inputs": inputs})
-        start = time.monotonic()
-        facts = work() or {}
-        absent = [str(p) for p in outputs if not p.exists()]
-        if absent:
-            raise AssertionError(f"stage {name} did not make {absent[0]}")
-        seconds = round(time.monotonic() - start, 2)
-        self._record(name, {"status": "done", "inputs": inputs, "seconds": seconds, "versions": versions(), **facts})
-
-    def _record(self, name: str, entry: dict[str, Any]) -> None:
-        self.manifest["stages"][name] = entry
-        write_text(self.manifest_path, json.dumps(self.manifest, indent=1) + "\n")
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    return {"python": platform.python_version()} | {
-        p: version(p) for p in ("esjax", "jax", "flax", "optax", "transformers")
-    }
+        if self.board is not None:
+            self.board.close()
 
 
 def sha256(path: Path) -> str:
@@ -358,14 +292,6 @@ def sha256(path: Path) -> str:
             while block := f.read(1 << 22):
                 digest.update(block)
     return digest.hexdigest()
-
-
-def bundled_hash(path: str) -> str:
-    """SHA-256 of a file named in a setting. Raises InputError when it is not there."""
-    file = bundled(path)
-    if not file.is_file():
-        raise InputError(f"{path}: no such file")
-    return sha256(file)
 
 
 def is_full_disk(error: BaseException) -> bool:

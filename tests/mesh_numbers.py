@@ -1,7 +1,8 @@
 """What one device or a mesh of simulated ones computes: a process of its own, for their number is fixed when JAX starts.
 
-``python mesh_numbers.py FOLDER JOB...`` prints a JSON object for each JOB, a JSON list [mesh, options]: mesh [data, fsdp, tensor], or []
-for one device. Options: attention, weights (what decoding reads), broken (the rows' limits are wrong).
+``python mesh_numbers.py FOLDER JOB...`` prints a JSON object for each JOB, a JSON list [mesh, options]: mesh is [data, fsdp,
+tensor], or [] for one device. Options: what (some of sft, dpo, score, sample), attention, weights (what decoding reads),
+broken (the rows' limits are wrong).
 """
 
 from __future__ import annotations

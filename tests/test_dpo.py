@@ -38,10 +38,11 @@ from esjax.evolve.lab import Lab, adapter_folder, open_model
 from esjax.evolve.pairs import trunks
 from esjax.model.decoder import Execution, token_logprobs
 from esjax.model.layers import Lora
-from esjax.model.lora import Adapter, save_adapter
+from esjax.model.lora import Adapter, peft_tensors, save_adapter
 from esjax.model.weights import Backbone, bind, load_backbone
 from esjax.rows import Rows, check, concatenate, pack, prompt_with_replies, stack, trunk
-from esjax.runlog import RunDir, RunError, read_jsonl, write_jsonl
+from esjax.rundir import RunDir
+from esjax.runlog import RunError, read_jsonl, write_jsonl
 from esjax.sample.score import Scorer
 from esjax.tokens.encode import Encoder
 from esjax.tokens.tokenizer import ChatTokenizer
@@ -123,7 +124,7 @@ def smol(smollm_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Smol:
     backbone = load_backbone(smollm_folder, lora, FLOAT32)
     adapter = random_adapter(backbone, seed=5, size=0.04)
     peft = tmp_path_factory.mktemp("peft") / "adapter"
-    save_adapter(peft, adapter, backbone.arch, lora, str(smollm_folder))
+    save_adapter(peft, peft_tensors(adapter, backbone.arch), lora, str(smollm_folder))
     return Smol(backbone, adapter, smollm_folder, peft)
 
 
@@ -294,7 +295,7 @@ def tiny(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     backbone = load_backbone(tiny_folder, lora, FLOAT32)
     adapter = random_adapter(backbone, seed=7, size=0.1)
     folder = tmp_path_factory.mktemp("tiny-peft") / "adapter"
-    save_adapter(folder, adapter, backbone.arch, lora, str(tiny_folder))
+    save_adapter(folder, peft_tensors(adapter, backbone.arch), lora, str(tiny_folder))
     model = PeftModel.from_pretrained(torch_model(tiny_folder), folder)
     draw = np.random.default_rng(8)
     sizes = ((9, 4, 7), (12, 6, 3), (5, 2, 9), (7, 8, 8))

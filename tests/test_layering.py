@@ -15,8 +15,11 @@ RANKS = {
     "config": 0,
     "configfile": 0.5,  # reads what config describes
     "rows": 0,
+    "hosts": 0,
     "mesh": 1,
+    "distributed": 1,
     "runlog": 1,
+    "rundir": 1.5,  # writes with runlog
     "programs": 1,
     "corpus": 2,
     "hub": 2,
@@ -32,7 +35,7 @@ RANKS = {
     "cli": 9,
     "__main__": 10,
 }
-NO_JAX = ("corpus", "tokens", "hub")  # and config, rows, runlog, because those three rest on them
+NO_JAX = ("corpus", "tokens", "hub")  # and what those three rest on, see faults
 ORACLES = ("torch", "trl", "peft")
 MODULE_LINES, FUNCTION_LINES = 400, 100
 
@@ -87,7 +90,15 @@ def faults(modules: dict[str, str]) -> list[str]:
             top, there = imported.split(".")[0], place(imported)
             if top in ORACLES:
                 out.append(f"{name} imports {top}")
-            if top in ("jax", "flax", "jaxlib") and here in (*NO_JAX, "config", "configfile", "rows", "runlog"):
+            if top in ("jax", "flax", "jaxlib") and here in (
+                *NO_JAX,
+                "config",
+                "configfile",
+                "hosts",
+                "rows",
+                "runlog",
+                "rundir",
+            ):
                 out.append(f"{name} imports {top}")
             if top != "esjax" or there == here:
                 continue

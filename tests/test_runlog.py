@@ -23,11 +23,10 @@ from esjax import runlog
 from esjax.cli import main
 from esjax.config import Config, InputError
 from esjax.configfile import load
+from esjax.rundir import RunDir, bundled_hash
 from esjax.runlog import (
     Journal,
     Metrics,
-    RunDir,
-    bundled_hash,
     gather,
     is_full_disk,
     json_line,
@@ -610,7 +609,7 @@ HOLD = """
 import sys
 from pathlib import Path
 from esjax.configfile import load
-from esjax.runlog import RunDir
+from esjax.rundir import RunDir
 with RunDir(Path(sys.argv[1]), load(None, [])):
     print("held", flush=True)
     sys.stdin.read()

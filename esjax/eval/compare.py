@@ -15,7 +15,8 @@ from esjax.eval.metrics import distinct, mean_words
 from esjax.evolve.filters import REPLY_REASONS, Filters
 from esjax.evolve.lab import Lab, adapter_folder
 from esjax.evolve.pairs import Context, contexts
-from esjax.runlog import RunDir, bundled_hash, gather, progress, sha256, write_text
+from esjax.rundir import RunDir, bundled_hash
+from esjax.runlog import gather, progress, publish_text, sha256
 from esjax.sample.generate import Completion, Request, row_seed
 from esjax.sample.score import Scorer
 
@@ -75,7 +76,7 @@ def _model(lab: Lab, run: RunDir, t: int, asked: list[Context], filters: Filters
             "replies": len(texts),
             "would_drop": {reason: faults[reason] / len(texts) for reason in REPLY_REASONS},
         }
-        write_text(scores, json.dumps(row, indent=1) + "\n")
+        publish_text(scores, json.dumps(row, indent=1) + "\n")
 
     inputs = {
         "adapter": sha256(folder),

@@ -9,6 +9,7 @@ from typing import Any
 from esjax.config import Config, InputError
 from esjax.corpus.sources import check_messages
 from esjax.evolve.lab import Lab
+from esjax.mesh import batch_groups
 from esjax.model.lora import Adapter
 from esjax.runlog import gather, read_jsonl, say
 from esjax.sample.constrain import START, Field, compile_template
@@ -44,7 +45,8 @@ def answer(
         form = compile_template([Field(pattern, max(1, most - 1))], tokenizer, lab.backbone.arch.vocab)
     prompts = [tokenizer.prompt(lab.encoder.with_system(q["messages"])) for q in questions]
     generator = lab.generator
-    generator.lanes = min(how.batch, count * len(prompts))
+    devices = batch_groups()
+    generator.lanes = min(how.batch, -(-count * len(prompts) // devices) * devices)
 
     def work(missing: list[int], add: Callable[..., None]) -> None:
         requests = []

@@ -78,7 +78,7 @@ class Lab:
         stored, expected = read_lora(folder), self.backbone.lora
         if expected is None or (set(stored.targets), stored[1:]) != (set(expected.targets), expected[1:]):
             raise InputError(f"{folder}: the adapter is {stored}, but the lora settings say {expected}")
-        return load_adapter(folder, jax.eval_shape(lambda: self.backbone.fresh_adapter(0)))
+        return load_adapter(folder, self.backbone.adapter_shapes)
 
 
 def adapter_folder(run: Path, t: int) -> Path:

@@ -14,9 +14,11 @@ from esjax.config import InputError
 from esjax.corpus.sources import read_conversations
 from esjax.evolve.lab import Lab, adapter_folder
 from esjax.evolve.pairs import Trunk, read_pairs, trunks
-from esjax.model.lora import Adapter, save_adapter
+from esjax.hosts import hosts
+from esjax.model.lora import Adapter, peft_tensors, save_adapter
 from esjax.rows import Rows
-from esjax.runlog import RunDir, RunError, bundled_hash, gather, replacing, say, sha256
+from esjax.rundir import RunDir, bundled_hash
+from esjax.runlog import RunError, gather, replacing, say, sha256
 from esjax.sample.generate import row_seed
 from esjax.sample.score import Scorer
 from esjax.train.loop import Phase, train
@@ -180,8 +182,10 @@ def score_pairs(lab: Lab, run: RunDir, source: Path, start: Adapter, start_hash:
 def _save(lab: Lab, folder: Path, adapter: Adapter) -> None:
     if lab.backbone.lora is None:
         raise AssertionError("a bare backbone has no adapter to save")
-    with replacing(folder) as temporary:
-        save_adapter(temporary, adapter, lab.backbone.arch, lab.backbone.lora, lab.config.model.source)
+    tensors = peft_tensors(adapter, lab.backbone.arch)
+    if hosts.writer:
+        with replacing(folder) as temporary:
+            save_adapter(temporary, tensors, lab.backbone.lora, lab.config.model.source)
 
 
 def counted(counts: Counter[str]) -> str:

@@ -17,7 +17,8 @@ from esjax.evolve.phases import counted, dpo, sft, write_references
 from esjax.evolve.reflect import Instructions, form, parse
 from esjax.model.lora import Adapter
 from esjax.rows import prompt_with_replies
-from esjax.runlog import Journal, RunDir, RunError, bundled_hash, progress, read_jsonl, say, sha256, write_jsonl
+from esjax.rundir import RunDir, bundled_hash
+from esjax.runlog import Journal, RunError, progress, publish_jsonl, read_jsonl, say, sha256
 from esjax.sample.constrain import START, Template
 from esjax.sample.generate import Completion, Generator, Request, Usage, row_seed
 
@@ -95,7 +96,7 @@ class Round:
 
         drafts, reflections, refinements = (read_jsonl(self.files[n]) for n in ("drafts", "reflections", "refinements"))
         kept, dropped = sift(drafts, reflections, refinements, self.filters, fits, {"round": self.t, **self.teacher})
-        write_jsonl(self.files["dropped"], dropped)
+        publish_jsonl(self.files["dropped"], dropped)
         reasons = Counter(d["reason"] for d in dropped)
         say(f"  kept {len(kept)} of {len(drafts)} pairs; dropped: {counted(reasons) or 'none'}")
         if not kept:

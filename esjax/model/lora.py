@@ -30,7 +30,7 @@ def lora_from(settings: LoraSettings) -> Lora:
 
 
 def peft_tensors(adapter: Adapter, arch: Architecture) -> dict[str, np.ndarray]:
-    """PEFT's tensors: lora_A [R, in] and lora_B [out, R] of every layer, under PEFT's names."""
+    """PEFT's tensors: lora_A [R, in] and lora_B [out, R] of every layer, under PEFT's names. Every process must ask."""
     out = {}
     for (_, name, which), stacked in flatten(adapter).items():
         for layer, matrix in enumerate(gathered(stacked[...])):
@@ -40,8 +40,8 @@ def peft_tensors(adapter: Adapter, arch: Architecture) -> dict[str, np.ndarray]:
     return out
 
 
-def save_adapter(folder: Path, adapter: Adapter, arch: Architecture, lora: Lora, base: str) -> None:
-    """Write a PEFT adapter folder: adapter_config.json and adapter_model.safetensors. The folder must not exist."""
+def save_adapter(folder: Path, tensors: dict[str, np.ndarray], lora: Lora, base: str) -> None:
+    """Write PEFT's tensors as a folder: adapter_config.json and adapter_model.safetensors. It must not exist."""
     folder.mkdir(parents=True)
     config: dict[str, Any] = {
         "peft_type": "LORA",
@@ -56,7 +56,7 @@ def save_adapter(folder: Path, adapter: Adapter, arch: Architecture, lora: Lora,
         "target_modules": list(lora.targets),
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    save_file(peft_tensors(adapter, arch), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 # Options of adapter_config.json that change what an adapter computes, and the value that is implemented.

@@ -34,14 +34,19 @@ class Backbone:
     base: nnx.State
     execution: Execution
 
+    def _make_adapter(self, seed: int) -> Adapter:
+        # Under jit, the base's random draws are dead code and cost nothing.
+        decoder = Decoder(self.arch, self.lora, self.dtype, nnx.Rngs(params=0, lora=seed))
+        return nnx.state(decoder, nnx.LoRAParam)
+
+    @property
+    def adapter_shapes(self) -> Adapter:
+        """The tree of an adapter, with shapes for arrays."""
+        return jax.eval_shape(lambda: self._make_adapter(0))
+
     def fresh_adapter(self, seed: int) -> Adapter:
         """A new adapter: A random, B zero, so that base + adapter is the base."""
-
-        def make() -> Adapter:  # under jit, the base's random draws are dead code and cost nothing
-            decoder = Decoder(self.arch, self.lora, self.dtype, nnx.Rngs(params=0, lora=seed))
-            return nnx.state(decoder, nnx.LoRAParam)
-
-        return jax.jit(make, out_shardings=homes(jax.eval_shape(make)))()
+        return jax.jit(lambda: self._make_adapter(seed), out_shardings=homes(self.adapter_shapes))()
 
 
 def bind(definition: nnx.GraphDef[Decoder], adapter: Adapter, base: nnx.State) -> Decoder:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from esjax.mesh import constrain, everywhere
-from esjax.model.cached import Cache, Seen, Weights, step
+from esjax.model.cached import Cache, Seen, Weights, pinned, step
 from esjax.model.decoder import Execution
 from esjax.model.families import Architecture
 from esjax.sample.constrain import Automaton
@@ -151,7 +151,9 @@ def run(
 
     blank = jnp.full((steps, r, m), -1, jnp.int32)
     log = Log(blank, blank, blank.astype(jnp.float32), blank > 0)
-    return jax.lax.while_loop(go_on, advance, Called(lanes, cache, jnp.zeros(r, jnp.int32), jnp.int32(0), log))
+    begin = Called(lanes, cache, jnp.zeros(r, jnp.int32), jnp.int32(0), log)
+    made = jax.lax.while_loop(go_on, advance, everywhere(begin._replace(cache=()))._replace(cache=cache))
+    return everywhere(made._replace(cache=()))._replace(cache=pinned(made.cache))
 
 
 def _take(lanes: Lanes, waiting: Leaf, count: Array, started: Array) -> tuple[Lanes, Array]:

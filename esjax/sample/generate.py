@@ -16,7 +16,8 @@ import numpy as np
 from flax import nnx
 
 from esjax.config import InputError
-from esjax.mesh import batch_groups
+from esjax.hosts import Stopped, deferred
+from esjax.mesh import batch_groups, put_everywhere
 from esjax.model.cached import Cache, Chunk, Weights, empty_cache, layered, load
 from esjax.model.decoder import Decoder, Execution
 from esjax.model.families import Architecture
@@ -110,7 +111,7 @@ class Generator:
         programs = sampling_programs(backbone.arch, backbone.definition, backbone.dtype, self._how)
         self._weights, self._load, self._run = programs
         arch = backbone.arch
-        self._constraint = jax.device_put(free(arch.vocab))  # the latest: all have a state that allows everything
+        self._constraint = put_everywhere(free(arch.vocab))  # the latest: all have a state that allows everything
 
     def generate(
         self,
@@ -166,7 +167,7 @@ class Generator:
         self._fit(groups)
         weights = self._weights(adapter, self.backbone.base)
         if constraint is not None:
-            self._constraint = jax.device_put(constraint)
+            self._constraint = put_everywhere(constraint)
         session = _Session(self, weights, done, more_may_follow)
         session.backlog.extend(map(Group.of, groups))
         session.finish_all()
@@ -265,7 +266,8 @@ def sampling_programs(
 
 def windows_of(platform: str) -> tuple[int, int]:
     """How many windows of how many slots one load computes on a device: more would hardly be faster, only more often padding."""
-    return (2, 64) if platform == "cpu" else (8, 128)
+    count, width = (2, 64) if platform == "cpu" else (8, 128)
+    return max(1, count // batch_groups()), width
 
 
 class _Session:
@@ -286,19 +288,21 @@ class _Session:
         self.cache: Cache = empty_cache(
             o.backbone.arch, rows, o.shared, o.slots, o.new, o.cache_dtype or o.backbone.dtype
         )
-        self.lanes: Lanes = idle_lanes(rows, o.shared)
+        self.lanes: Lanes = put_everywhere(idle_lanes(rows, o.shared))
 
     def finish_all(self) -> None:
-        """Until nothing is left to do."""
-        while True:
-            loads = self._hand_out()
-            self._compute(loads)
-            if not any(b.waiting or b.running for b in self.books):
-                if not self.backlog and not any(b.groups for b in self.books):
-                    return
-                self._grow()
-                continue
-            self._decode()
+        """Until nothing is left to do. Raises Stopped on SIGTERM: replies that ended were handed on, others are lost."""
+        with deferred() as stops:
+            while not stops():
+                loads = self._hand_out()
+                self._compute(loads)
+                if not any(b.waiting or b.running for b in self.books):
+                    if not self.backlog and not any(b.groups for b in self.books):
+                        return
+                    self._grow()
+                    continue
+                self._decode()
+        raise Stopped
 
     def _hand_out(self) -> list[list[Chunk]]:
         """Give groups to rows that run out of work, and place what waits there. Returns what each device must compute."""

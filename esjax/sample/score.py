@@ -34,7 +34,7 @@ class Scorer:
         how = self.backbone.execution._replace(layout=layout(examples, packed=True), remat="none")
         for rows, packed in in_order(examples, self.row_length, self.batch_rows):
             placed = put_batch(rows)
-            logprobs = np.asarray(_SCORE(self.backbone.definition, how, adapter, self.backbone.base, placed))
+            logprobs = np.asarray(SCORE(self.backbone.definition, how, adapter, self.backbone.base, placed))
             for r, members in enumerate(packed):
                 for segment, i in enumerate(members, start=1):
                     mine = (rows.segment[r] == segment) & (rows.weight[r] != 0)
@@ -48,6 +48,4 @@ def _score(definition: nnx.GraphDef[Decoder], how: Execution, adapter: Adapter, 
     return everywhere(token_logprobs(bind(definition, adapter, base), rows, None, how))
 
 
-_SCORE = program(
-    "score", _score, static_argnums=(0, 1)
-)  # one for all scorers: rounds and models share its compilations
+SCORE = program("score", _score, static_argnums=(0, 1))  # one for all scorers: rounds and models share its compilations

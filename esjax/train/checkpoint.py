@@ -1,4 +1,7 @@
-"""Checkpoints of a training phase: adapter and optimiser state, by orbax, under their own names."""
+"""Checkpoints of a training phase: what is trained and the optimiser's state, by orbax, under their own names.
+
+Every process writes what its devices hold; a checkpoint restores onto any mesh and any number of processes.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +14,21 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
+from esjax.hosts import hosts
+from esjax.runlog import RunError, say
+
 T = TypeVar("T")
 MARGIN = 1 << 18  # bytes of a checkpoint beside its arrays
 
 
 class Checkpoints:
-    """Numbered checkpoints in a folder; the newest two are kept. A half-written one is never seen (orbax renames)."""
+    """Numbered checkpoints in a folder, of which the newest ``keep`` stay. A half-written one is never seen (orbax renames)."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, keep: int) -> None:
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # what orbax logs as an error, it raises as well
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+        # Without several to fall back on, a damaged checkpoint would cost the whole phase.
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
-
-    def latest(self) -> int | None:
-        """The newest step, or None."""
-        step = self.manager.latest_step()
-        return None if step is None else int(step)
 
     def save(self, step: int, state: Any) -> None:
         """Save a pytree of arrays; returns before the files are written. Raises OSError when the disk has no room for them.
@@ -38,10 +40,31 @@ class Checkpoints:
             raise OSError(errno.ENOSPC, f"a checkpoint needs {need} bytes", str(folder))
         self.manager.save(step, args=ocp.args.StandardSave(_named(state)))
 
-    def restore(self, step: int, like: T) -> T:
-        """Load a step into the structure, dtypes and shardings of ``like``."""
-        saved = self.manager.restore(step, args=ocp.args.StandardRestore(_named(like)))
-        return jax.tree.unflatten(jax.tree.structure(like), [saved[name] for name in _named(like)])
+    def restore(self, like: T) -> tuple[int, T]:
+        """The newest checkpoint that can be read, and its step, in the structure, dtypes and shardings of ``like``.
+
+        A damaged one is said and deleted. Without any: step 0 and ``like`` itself. Raises RunError when all are damaged.
+        """
+        steps = sorted(self.manager.all_steps(), reverse=True)
+        for step in steps:
+            state, reason = self._read(step, like)
+            if hosts.all(state is not None):
+                return step, state  # type: ignore[return-value]
+            say(f"  checkpoint {step} is damaged ({reason or 'on another host'}); taking the one before")
+            self.manager.delete(step)
+        if steps:
+            raise RunError(
+                f"{self.manager.directory}: no checkpoint can be read; delete the folder to begin the phase anew"
+            )
+        return 0, like
+
+    def _read(self, step: int, like: T) -> tuple[T | None, str]:
+        try:
+            saved = self.manager.restore(step, args=ocp.args.StandardRestore(_named(like)))
+            state = jax.tree.unflatten(jax.tree.structure(like), [saved[name] for name in _named(like)])
+            return jax.block_until_ready(state), ""
+        except Exception as e:  # whatever a truncated or missing file makes of it
+            return None, " ".join(str(e).split())[:120]
 
     def close(self) -> None:
         """Wait until everything is on disk."""

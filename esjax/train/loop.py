@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from esjax.config import InputError, OptimSettings
+from esjax.hosts import Stopped, deferred
 from esjax.mesh import batch_groups, put_batch
 from esjax.model.lora import Adapter
 from esjax.model.weights import Backbone
@@ -71,10 +72,9 @@ def train(phase: Phase, backbone: Backbone, adapter: Adapter) -> Adapter:
     step_fn = make_step(backbone.definition, phase.loss, tx, s.micro_rows, _most_targets(phase.examples, steps, s), how)
     adapter = jax.tree.map(jnp.copy, adapter)  # the step donates its adapter, and the caller may need his own
     opt_state = init_optimiser(tx, adapter)
-    checkpoints = Checkpoints(phase.folder / "checkpoint")
-    done = checkpoints.latest() or 0
+    checkpoints = Checkpoints(phase.folder / "checkpoint", s.checkpoints_kept)
+    done, (adapter, opt_state) = checkpoints.restore((adapter, opt_state))
     if done:
-        adapter, opt_state = checkpoints.restore(done, (adapter, opt_state))
         say(f"  {phase.name}: continuing after step {done} of {len(steps)}")
     log = StepLog(phase, learning_rate(s, len(steps)), done)
 
@@ -85,7 +85,7 @@ def train(phase: Phase, backbone: Backbone, adapter: Adapter) -> Adapter:
 
     if done < len(steps):
         compiled = compile_step(phase.name, step_fn, adapter, opt_state, backbone.base, *feed(done))
-    with progress(f"{phase.name} steps", len(steps), done) as advance:
+    with progress(f"{phase.name} steps", len(steps), done) as advance, deferred() as stops:
         for number in range(done, len(steps)):
             adapter, opt_state, computed = compiled(adapter, opt_state, backbone.base, *feed(number))
             log.finish()  # the step before
@@ -93,10 +93,15 @@ def train(phase: Phase, backbone: Backbone, adapter: Adapter) -> Adapter:
             last = number + 1 == len(steps)
             if phase.validate is not None and (last or (number + 1) % phase.validate_every == 0):
                 log.add(valid_loss=phase.validate(adapter))
-            if last or (number + 1) % s.checkpoint_every == 0:
+            stop = stops()
+            if last or stop or (number + 1) % s.checkpoint_every == 0:
                 log.finish()  # nothing broken is kept
                 checkpoints.save(number + 1, (adapter, opt_state))
             advance(1)
+            if stop and not last:
+                checkpoints.close()
+                say(f"  {phase.name}: stopped by SIGTERM; step {number + 1} of {len(steps)} is saved")
+                raise Stopped
     checkpoints.close()
     log.metrics.close()
     return adapter

@@ -1,0 +1,156 @@
+"""The programs of a run, with the shapes that its config implies and every argument in its place; nothing is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from esjax.config import Config, DpoSettings, OptimSettings
+from esjax.configfile import read_text
+from esjax.mesh import batch_groups, placed, placed_batch
+from esjax.model.cached import Chunk, cache_shapes
+from esjax.model.decoder import Decoder, Execution
+from esjax.model.families import Architecture
+from esjax.model.lora import lora_from
+from esjax.rows import Rows
+from esjax.sample.constrain import free
+from esjax.sample.decode import idle_lanes
+from esjax.sample.generate import BUCKET, SHARED_LANES, sampling_programs, windows_of
+from esjax.sample.score import SCORE
+from esjax.train.losses import Pairs, dpo_loss, sft_loss
+from esjax.train.optim import optimiser
+from esjax.train.step import make_step
+
+Name = Literal["prefill", "decode", "score", "sft", "dpo"]
+NAMES: tuple[Name, ...] = get_args(Name)
+STATES = 128  # of a reflection's automaton; the sample run's has 96
+SEGMENTS, PAIRS = 4, 8  # examples packed into a row, and pairs on a trunk, of a preference step
+
+
+@dataclass(frozen=True)
+class Job:
+    """One program: how it is lowered, and its arguments by kind."""
+
+    name: Name
+    lower: Callable[[], Any]
+    held: dict[str, Any]  # kind -> shapes in their places: base, adapter, optimiser, cache, rows
+
+
+def jobs(config: Config, arch: Architecture, how: Execution, dtype: jnp.dtype, platform: str) -> Iterator[Job]:
+    """All programs of a run of this config on the mesh of the context.
+
+    Sizes that only data could tell are bounded from above: every token of a row is a target, prompts fill the window, and a
+    prompt file has a token every three characters.
+    """
+    lora = lora_from(config.lora)
+    abstract = nnx.eval_shape(lambda: Decoder(arch, lora, dtype, nnx.Rngs(params=0, lora=0)))
+    mesh = jax.sharding.get_mesh()
+    definition, adapter, base = nnx.split(abstract, nnx.LoRAParam, ...)  # type: ignore[misc]
+    adapter, base = placed(adapter, mesh), placed(base, mesh)
+    yield from _sampling(config, arch, how, dtype, platform, definition, adapter, base)
+
+    score_rows = _rows(config.dpo.micro_rows, config.dpo.row_length)
+    score_how = how._replace(layout="branched", remat="none")
+    held = {"base": base, "adapter": adapter, "rows": score_rows}
+    yield Job("score", lambda: SCORE.lower(definition, score_how, adapter, base, score_rows), held)
+
+    def training(name: Literal["sft", "dpo"], s: OptimSettings) -> Job:
+        loss = dpo_loss(s) if isinstance(s, DpoSettings) else sft_loss
+        tx = optimiser(s, 100)
+        state = placed(jax.eval_shape(tx.init, adapter), mesh)
+        rows = _rows(s.batch_rows, s.row_length)
+        extra = None
+        if isinstance(s, DpoSettings):
+            shape = (s.batch_rows, SEGMENTS, PAIRS)
+            extra = placed_batch(Pairs(_array((*shape, 2), np.float32), _array(shape, np.bool_)), mesh)
+        targets = s.micro_rows // batch_groups() * s.row_length
+        mine = how._replace(layout="packed" if name == "sft" else "branched")
+        step: Any = make_step(definition, loss, tx, s.micro_rows, targets, mine)
+        held = {"base": base, "adapter": adapter, "optimiser": state, "rows": (rows, extra)}
+        return Job(name, lambda: step.lower(adapter, state, base, rows, extra), held)
+
+    yield training("sft", config.sft)
+    yield training("dpo", config.dpo)
+
+
+def _sampling(
+    config: Config,
+    arch: Architecture,
+    how: Execution,
+    dtype: jnp.dtype,
+    platform: str,
+    definition: nnx.GraphDef[Decoder],
+    adapter: nnx.State,
+    base: nnx.State,
+) -> Iterator[Job]:
+    e = config.evolve
+    lanes = e.batch
+    shared = SHARED_LANES if lanes % (batch_groups() * SHARED_LANES) == 0 else 1
+    rows = lanes // shared
+    slots, new = row_slots(config, shared), longest_reply(config)
+    kept = dtype if config.model.cache_dtype == "auto" else jnp.dtype(config.model.cache_dtype)
+    programs = sampling_programs(arch, definition, dtype, how)
+    weights: Any = (adapter, base)
+    if how.weights == "apart":
+        made = programs.weights.lower(adapter, base).compile()  # type: ignore[attr-defined]
+        shapes = jax.eval_shape(programs.weights, adapter, base)
+        weights = jax.tree.map(
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, made.output_shardings
+        )
+    cache = cache_shapes(arch, rows, shared, slots, new, kept)
+    count, width = windows_of(platform)
+    first, table = _array((count * batch_groups(),), np.int32), _array((count * batch_groups(), width), np.int32)
+    valid = _array(table.shape, np.bool_)
+    chunk = _everywhere(Chunk(first, first, table, table, valid, table, table, table))
+    state = _everywhere(jax.eval_shape(lambda: idle_lanes(rows, shared)))
+    waiting = _everywhere(jax.tree.map(lambda x: _array((rows, 4 * shared), x.dtype), state.leaf))
+    counts, stop, patience = _everywhere((_array((rows,), np.int32), _array((1,), np.int32), _array((), np.int32)))
+    constraint = _everywhere(jax.tree.map(lambda x: _array((STATES, *x.shape[1:]), x.dtype), free(arch.vocab)))
+    held = {"base": weights[1], "adapter": weights[0]} if how.weights == "shared" else {"base": (weights, base)}
+    held = {**held, "cache": cache}
+    yield Job("prefill", lambda: programs.prefill.lower(weights, cache, chunk), held)
+    yield Job(
+        "decode",
+        lambda: programs.decode.lower(weights, cache, state, waiting, counts, stop, constraint, patience),
+        {**held, "constraint": constraint},
+    )
+
+
+def row_slots(config: Config, shared: int) -> int:
+    """Slots of a sampler's row: the longest context, what a reflection asks, and a few refinements' requests."""
+    p = config.prompts
+    asked = {name: -(-len(read_text(getattr(p, name))) // 3) for name in ("principles", "reflect", "refine")}
+    reflecting = asked["principles"] + asked["reflect"]
+    refining = asked["principles"] + asked["refine"] + config.evolve.draft.max_tokens + reflection_tokens(config)
+    need = config.context_room + reflecting + max(reflecting, refining) * (shared + 1)
+    return -(-need // BUCKET) * BUCKET
+
+
+def longest_reply(config: Config) -> int:
+    """Tokens of the longest reply of any kind."""
+    e = config.evolve
+    return max(e.draft.max_tokens, e.refinement.max_tokens, reflection_tokens(config), config.reply.max_tokens)
+
+
+def reflection_tokens(config: Config) -> int:
+    """Tokens of a reflection at most: three fields with their labels."""
+    return 3 * (config.evolve.reflection.field_tokens + 6)
+
+
+def _array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _rows(count: int, length: int) -> Rows:
+    whole, weight = _array((count, length), np.int32), _array((count, length), np.float32)
+    return placed_batch(Rows(whole, whole, whole, whole, whole, weight), jax.sharding.get_mesh())
+
+
+def _everywhere(tree: Any) -> Any:
+    return placed(tree, jax.sharding.get_mesh())
