@@ -1,0 +1,635 @@
+"""The launchers: what they would run exists as documented, and what they do when things go wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+LAUNCH = ROOT / "launch"
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"])
+WORK = ["evolve", "--config", "configs/llama3-8b.yaml", "--run-dir", "/mnt/runs/a b"]
+
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="the launchers need bash")
+
+# What each command takes, as its documentation says; `=` marks an option with a value, `[=]` one whose value can be left out.
+# Compared with the tools, too: `--help` of gcloud 528 and docker 28, the parsers of xpk 1.16 and skypilot 0.14, the manual pages
+# of Slurm 22.05.
+GCLOUD_WIDE = """--access-token-file= --account= --billing-project= --configuration= --flags-file= --flatten= --format= --help
+    --impersonate-service-account= --log-http --project= --quiet --trace-token= --user-output-enabled[=] --verbosity="""
+TPU_SSH = """--dry-run --force-key-file-overwrite --internal-ip --plain --ssh-key-file= --strict-host-key-checking= --worker=
+    --zone= --ssh-key-expiration= --ssh-key-expire-after="""
+XPK_SHARED = (
+    "--project= --project-number= --zone= --namespace= --dry-run --skip-validation --quiet --sandbox-kubeconfig"
+)
+DOCUMENTED: dict[str, str] = {
+    # https://cloud.google.com/sdk/gcloud/reference/compute/tpus/queued-resources/create
+    "gcloud compute tpus queued-resources create": f"""--zone= --runtime-version= --accelerator-type= --topology= --type=
+        --node-id= --node-count= --node-prefix= --async --data-disk= --description= --guaranteed --internal-ips --labels=
+        --metadata= --metadata-from-file= --network= --range= --reserved --scopes= --service-account= --shielded-secure-boot
+        --spot --subnetwork= --tags= --valid-after-duration= --valid-after-time= --valid-until-duration= --valid-until-time=
+        --reservation-host-folder= --reservation-host-organization= --reservation-host-project= {GCLOUD_WIDE}""",
+    # https://cloud.google.com/sdk/gcloud/reference/compute/tpus/queued-resources/delete
+    "gcloud compute tpus queued-resources delete": f"--zone= --async --force {GCLOUD_WIDE}",
+    # https://cloud.google.com/sdk/gcloud/reference/compute/tpus/queued-resources/list
+    "gcloud compute tpus queued-resources list": f"""--zone= --filter= --limit= --page-size= --sort-by= --uri
+        {GCLOUD_WIDE}""",
+    # https://cloud.google.com/sdk/gcloud/reference/compute/tpus/tpu-vm/ssh
+    "gcloud compute tpus tpu-vm ssh": f"{TPU_SSH} --command= --output-directory= --ssh-flag= {GCLOUD_WIDE}",
+    # https://cloud.google.com/sdk/gcloud/reference/compute/tpus/tpu-vm/scp
+    "gcloud compute tpus tpu-vm scp": f"{TPU_SSH} --compress --recurse --scp-flag= {GCLOUD_WIDE}",
+    # https://git-scm.com/docs/git and https://git-scm.com/docs/git-archive
+    "git": "-C= --format= --prefix= --output= --remote= --worktree-attributes --verbose",
+    # https://www.gnu.org/software/coreutils/manual/html_node/mkdir-invocation.html
+    "mkdir": "-p",
+    # https://github.com/AI-Hypercomputer/xpk/blob/main/docs/usage/workloads.md, src/xpk/parser/workload.py
+    "xpk workload create": f"""{XPK_SHARED} --workload= --cluster= --command= --tpu-type= --device-type= --num-slices=
+        --num-nodes= --storage= --scheduler= --ramdisk-directory= --mtc-enabled --debug-dump-gcs= --deploy-stacktrace-sidecar
+        --restart-on-exit-codes= --docker-name= --use-parallel-containers --output-manifest-file= --priority= --max-restarts=
+        --ttl-seconds-after-finished= --termination-grace-period-seconds= --enable-debug-logs --env-file= --env=
+        --base-docker-image= --script-dir= --docker-image= --docker-image-pull-secret= --use-vertex-tensorboard
+        --experiment-name= --on-demand --reservation= --spot --flex""",
+    # https://github.com/AI-Hypercomputer/xpk/blob/main/docs/usage/workloads.md, src/xpk/parser/workload.py
+    "xpk workload delete": f"""{XPK_SHARED} --cluster= --workload= --filter-by-job= --filter-by-status= --force""",
+    # https://slurm.schedmd.com/sbatch.html
+    "sbatch": """--account= --array= --constraint= --cpus-per-gpu= --cpus-per-task= --dependency= --error= --exclusive[=]
+        --export= --gpus= --gpus-per-node= --gpus-per-task= --gres= --job-name= --mem= --mem-per-gpu= --no-requeue --nodelist=
+        --nodes= --ntasks= --ntasks-per-gpu= --ntasks-per-node= --open-mode= --output= --partition= --qos= --requeue --signal=
+        --time= --time-min=""",
+    # https://slurm.schedmd.com/srun.html
+    "srun": """--cpu-bind= --cpus-per-gpu= --cpus-per-task= --error= --exact --exclusive[=] --export= --gpu-bind= --gpus=
+        --gpus-per-node= --gpus-per-task= --input= --kill-on-bad-exit[=] --label --mem= --mpi= --nodes= --ntasks=
+        --ntasks-per-gpu= --ntasks-per-node= --output= --overlap --time= --unbuffered --wait=""",
+    # https://slurm.schedmd.com/scontrol.html
+    "scontrol requeue": "",
+    # https://docs.skypilot.co/en/latest/reference/cli.html#sky-jobs-launch
+    "sky jobs launch": """--name= --workdir= --infra= --num-nodes= --cpus= --memory= --disk-size= --disk-tier= --network-tier=
+        --use-spot --no-use-spot --image-id= --env-file= --env= --secret-file= --secret= --gpus= --instance-type= --ports=
+        --priority= --async --no-async --job-recovery= --detach-run --pool= --num-jobs= --git-url= --git-ref= --config= --yes""",
+    # https://docs.docker.com/reference/cli/docker/buildx/build/
+    "docker build": """--add-host= --build-arg= --cache-from= --file= --label= --network= --no-cache --platform= --pull --quiet
+        --shm-size= --tag= --target= --ulimit=""",
+    # https://www.gnu.org/software/coreutils/manual/html_node/env-invocation.html
+    "env": "",
+}
+RUNS_ANOTHER = ("srun", "env")  # what follows their options is another command
+
+
+def faults(command: list[str]) -> list[str]:
+    """What the documentation of a command does not have: its name, options, and values missing or too many."""
+    name = next((n for n in DOCUMENTED if command[: len(n.split())] == n.split()), None)
+    if name is None:
+        return [f"unknown command {shlex.join(command)}"]
+    options = DOCUMENTED[name].split()
+    found, rest = [], command[len(name.split()) :]
+    while rest:
+        option, equals, _ = rest.pop(0).partition("=")
+        if not option.startswith("-"):
+            if name in RUNS_ANOTHER and not equals:
+                break
+        elif f"{option}[=]" in options:
+            pass
+        elif f"{option}=" in options:
+            if not equals and (not rest or rest.pop(0).startswith("--")):
+                found.append(f"{name} {option} lacks its value")
+        elif option not in options:
+            found.append(f"{name} has no {option}")
+        elif equals:
+            found.append(f"{name} {option} takes no value")
+    return found
+
+
+def run(script: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = ["bash", str(LAUNCH / script), *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=60, env={**os.environ, **environment}, stdin=subprocess.DEVNULL
+    )
+
+
+def printed(script: str, *arguments: object, **environment: str) -> list[list[str]]:
+    """The commands that a dry run prints, all of them as documented."""
+    done = run(script, "--dry-run", *arguments, **environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    commands = [shlex.split(line) for line in done.stdout.splitlines()]
+    assert commands
+    assert [f for command in commands for f in faults(command)] == []
+    return commands
+
+
+def value(command: list[str], option: str) -> str:
+    [found] = [word.removeprefix(f"{option}=") for word in command if word.startswith(f"{option}=")]
+    return found
+
+
+TPU = ["--name=n", "--zone=z", "--accelerator-type=v5litepod-16", "--runtime-version=v2-alpha-tpuv5-lite"]
+XPK = ["--workload=w", "--cluster=c", "--tpu-type=v5litepod-16", "--docker-image=registry/image:1"]
+
+
+def test_tpu_vm() -> None:
+    commands = printed("tpu_vm.sh", *TPU, "--spot", "--delete", "--create-flag=--network=mine", "--", *WORK)
+    verbs = [" ".join(c[3:5]) if c[0] == "gcloud" else c[0] for c in commands]
+    assert verbs == [
+        *("mkdir", "git", "queued-resources list", "queued-resources create", "queued-resources list"),
+        *("tpu-vm scp", "tpu-vm ssh", "tpu-vm ssh", "tpu-vm scp", "queued-resources delete"),
+    ]
+    create, install, work = commands[3], commands[6], commands[7]
+    assert "--spot" in create
+    assert value(create, "--node-id") == "n"
+    assert value(create, "--network") == "mine"
+    assert "esjax[tpu]" in value(install, "--command")
+    assert value(work, "--worker") == "all"
+    ran = shlex.split(value(work, "--command"))
+    at = ran.index("../esjax-venv/bin/esjax")
+    assert ran[at + 1 : at + 7] == [*WORK, "--distributed"]  # quoted once for gcloud, once for the worker's shell
+
+
+def test_tpu_vm_slices() -> None:
+    commands = printed("tpu_vm.sh", *TPU, "--project", "p", "--node-count", "2", "--", *WORK)
+    [create] = [c for c in commands if "create" in c]
+    assert value(create, "--node-count") == "2"
+    work = [c for c in commands if "ssh" in c and "flock" in value(c, "--command")]
+    assert [c[5] for c in work] == ["n-0", "n-1"]
+    assert all("--project=p" in c for c in commands if c[0] == "gcloud")
+    assert not any("delete" in c for c in commands)
+
+
+def test_gke_xpk() -> None:
+    [create] = printed("gke_xpk.sh", *XPK, "--storage", "s", "--env", "A=1", "--num-slices", "2", "--", *WORK)
+    assert shlex.split(value(create, "--command")) == ["exec", "esjax", *WORK, "--distributed"]
+    assert value(create, "--restart-on-exit-codes") == "1"
+    assert value(create, "--env") == "A=1"
+    [delete] = printed("gke_xpk.sh", *XPK[:2], "--delete")
+    assert delete[:3] == ["xpk", "workload", "delete"]
+
+
+def test_slurm() -> None:
+    [command] = printed("slurm.sbatch", "--", *WORK, ESJAX="python -m esjax", SLURM_CPUS_PER_TASK="5")
+    assert command[-9:] == ["python", "-m", "esjax", *WORK, "--distributed"]
+    assert value(command, "--cpus-per-task") == "5"
+    lines = (LAUNCH / "slurm.sbatch").read_text().splitlines()
+    directives = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")]
+    assert lines[1 : 1 + len(directives)] == [f"#SBATCH {d}" for d in directives]  # sbatch stops at the first command
+    assert faults(["sbatch", *directives]) == []
+    settings = dict(d.lstrip("-").partition("=")[::2] for d in directives)
+    assert settings["ntasks-per-node"] == settings["gpus-per-node"]
+    assert settings["signal"] == "TERM@120"
+    assert "requeue" in settings
+
+
+def test_skypilot() -> None:
+    [command] = printed(
+        "skypilot.sh", "--gpus", "tpu-v6e-16", "--num-nodes=1", "--extra=tpu", "--nfs=h:/x", "--", *WORK
+    )
+    values = dict(command[i + 1].split("=", 1) for i, word in enumerate(command) if word == "--env")
+    assert shlex.split(values["ESJAX_ARGS"]) == WORK
+    assert (values["EXTRA"], values["NFS_EXPORT"]) == ("tpu", "h:/x")
+    assert Path(command[-1]) == LAUNCH / "skypilot.yaml"
+    [command] = printed(
+        "skypilot.sh", "--name", "n", "--infra", "gcp", "--no-use-spot", "--yes", "--secret", "K", "--", *WORK
+    )
+    assert command[3:11] == ["--name", "n", "--infra", "gcp", "--no-use-spot", "--yes", "--secret", "K"]
+
+
+@pytest.mark.parametrize("kind", ["gpu", "tpu"])
+def test_build(kind: str) -> None:
+    [command] = printed("build.sh", kind, "registry/image:1", "--base", "mirror/python:3.11", "--user=root")
+    assert Path(command[command.index("--file") + 1]) == LAUNCH / f"Dockerfile.{kind}"
+    assert command[command.index("--tag") + 1] == "registry/image:1"
+    assert {"BASE=mirror/python:3.11", "RUN_AS=root"} < set(command)
+    assert Path(command[-1]) == ROOT
+
+
+def test_local() -> None:
+    commands = printed("local_multiprocess.sh", "--processes=3", "--port", "1234", "--", *WORK, XLA_FLAGS="--xla_a=b")
+    for i, command in enumerate(commands):
+        assert command == [
+            *(
+                "env",
+                "JAX_PLATFORMS=cpu",
+                "XLA_FLAGS=--xla_a=b --xla_force_host_platform_device_count=4",
+                "esjax",
+                *WORK,
+            ),
+            *("--coordinator", "127.0.0.1:1234", "--num-processes", "3", "--process-id", str(i)),
+        ]
+    assert len(commands) == 3
+
+
+def test_undocumented() -> None:
+    ssh = ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "n"]
+    assert faults([*ssh, "--worker=all", "--everywhere"]) == ["gcloud compute tpus tpu-vm ssh has no --everywhere"]
+    assert faults([*ssh, "--worker"]) == ["gcloud compute tpus tpu-vm ssh --worker lacks its value"]
+    assert faults([*ssh, "--plain=1"]) == ["gcloud compute tpus tpu-vm ssh --plain takes no value"]
+    assert faults(["gcloud", "compute", "tpus", "start"]) == ["unknown command gcloud compute tpus start"]
+    assert faults(["srun", "--retries=3", "esjax", "--run-dir", "x"]) == ["srun has no --retries"]
+    assert faults(["sky", "jobs", "launch", "--env", "--yes", "x"]) == ["sky jobs launch --env lacks its value"]
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "says"),
+    [
+        ("tpu_vm.sh", [*TPU, "--sopt", "--", *WORK], "unknown option --sopt"),
+        ("tpu_vm.sh", [*TPU[1:], "--", *WORK], "--name is missing"),
+        ("tpu_vm.sh", [*TPU, "--project"], "--project needs a value"),
+        ("tpu_vm.sh", [*TPU, "--project", "--spot", "--", *WORK], "--project needs a value"),
+        ("tpu_vm.sh", [*TPU, "--retries", "many", "--", *WORK], "--retries needs a number, not many"),
+        ("tpu_vm.sh", [*TPU, "--node-count=0", "--", *WORK], "--node-count needs at least 1"),
+        ("tpu_vm.sh", TPU, "the esjax command is missing"),
+        ("gke_xpk.sh", [*XPK, "--tpus=3", "--", *WORK], "unknown option --tpus"),
+        ("gke_xpk.sh", [*XPK[:3], "--", *WORK], "--docker-image is missing"),
+        ("gke_xpk.sh", [*XPK, "--storage="], "--storage needs a value"),
+        ("gke_xpk.sh", XPK, "the esjax command is missing"),
+        ("slurm.sbatch", ["--nodes=4", "--", *WORK], "unknown option --nodes=4"),
+        ("slurm.sbatch", [], "the esjax command is missing"),
+        ("skypilot.sh", ["--dryrun", "--", *WORK], "unknown option --dryrun"),
+        ("skypilot.sh", ["--extra", "rocm", "--", *WORK], "--extra is cuda or tpu, not rocm"),
+        ("skypilot.sh", ["--gpus"], "--gpus needs a value"),
+        ("skypilot.sh", ["--yes"], "the esjax command is missing"),
+        ("local_multiprocess.sh", ["--procs", "2", "--", *WORK], "unknown option --procs"),
+        ("local_multiprocess.sh", ["--processes", "two", "--", *WORK], "--processes needs a number"),
+        ("local_multiprocess.sh", ["--processes=0", "--", *WORK], "need at least 1"),
+        ("local_multiprocess.sh", ["--log-dir", "--", *WORK], "--log-dir needs a value"),
+        ("local_multiprocess.sh", ["--processes", "2"], "the esjax command is missing"),
+        ("build.sh", ["gpu"], "needs gpu or tpu, and the image's name"),
+        ("build.sh", ["cpu", "image"], "builds gpu or tpu, not cpu"),
+        ("build.sh", ["--push", "gpu", "image"], "unknown option --push"),
+        ("build.sh", ["gpu", "image", "--base"], "--base needs a value"),
+    ],
+)
+def test_options(script: str, arguments: list[str], says: str) -> None:
+    done = run(script, "--dry-run", *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert says in done.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
+def test_scripts(script: Path) -> None:
+    text = script.read_text()
+    assert os.access(script, os.X_OK)
+    assert "\nset -euo pipefail\n" in text
+    assert max(map(len, text.splitlines())) <= 120
+    shown = run(script.name, "--help")
+    assert shown.returncode == 0
+    assert "Prerequisites" in shown.stdout
+    assert "set -" not in shown.stdout
+    assert f"`{script.name}`" in (LAUNCH / "README.md").read_text()
+
+
+def shellcheck(*arguments: object, text: str | None = None) -> None:
+    tool = shutil.which("shellcheck", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    assert tool is not None, "the `test` extra brings shellcheck"
+    done = subprocess.run([tool, *map(str, arguments)], input=text, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_shellcheck() -> None:
+    shellcheck(*SCRIPTS)
+    for section in ("setup", "run"):
+        shellcheck("--shell=bash", "-", text=skypilot()[section])
+
+
+# https://docs.skypilot.co/en/latest/reference/yaml-spec.html
+TASK_KEYS = {
+    "name",
+    "workdir",
+    "num_nodes",
+    "resources",
+    "envs",
+    "secrets",
+    "volumes",
+    "file_mounts",
+    "setup",
+    "run",
+    "config",
+}
+RESOURCES_KEYS = set(
+    """infra accelerators accelerator_args cpus memory instance_type use_spot disk_size disk_tier network_tier ports image_id
+    labels any_of ordered job_recovery autostop priority local_disk""".split()
+)
+JOB_RECOVERY_KEYS = {"strategy", "max_restarts_on_errors", "recover_on_exit_codes"}
+
+
+def skypilot() -> dict[str, Any]:
+    return yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
+
+
+def test_skypilot_keys() -> None:
+    task = skypilot()
+    assert set(task) <= TASK_KEYS
+    assert set(task["resources"]) <= RESOURCES_KEYS
+    assert set(task["resources"]["job_recovery"]) <= JOB_RECOVERY_KEYS
+    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [143]
+    assert task["envs"]["ESJAX_ARGS"] is None  # so that sky refuses a launch without it
+    assert all(v is None or isinstance(v, str) for v in task["envs"].values())
+    given = set(re.findall(r"\$\{?(SKYPILOT_\w+)", task["run"]))
+    # https://docs.skypilot.co/en/latest/running-jobs/environment-variables.html
+    assert given == {"SKYPILOT_NODE_IPS", "SKYPILOT_NUM_NODES", "SKYPILOT_NODE_RANK"}
+
+
+@pytest.mark.parametrize(("code", "times"), [(0, 1), (2, 1), (143, 1), (1, 4)])
+@pytest.mark.parametrize("extra", ["cuda", "tpu"])
+def test_skypilot_run(extra: str, code: int, times: int, tmp_path: Path) -> None:
+    esjax, calls = tmp_path / "esjax-venv" / "bin" / "esjax", tmp_path / "calls"
+    esjax.parent.mkdir(parents=True)
+    esjax.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >>"{calls}"\nexit {code}\n')
+    esjax.chmod(0o755)
+    given = {"HOME": str(tmp_path), "EXTRA": extra, "ESJAX_ARGS": shlex.join(WORK), "RETRY_SECONDS": "0"}
+    nodes = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1"}
+    environment = {**os.environ, **given, **nodes}
+    done = subprocess.run(["bash", "-c", skypilot()["run"]], env=environment, capture_output=True, text=True)
+    assert done.returncode == code
+    where = "--coordinator 10.0.0.1:8476 --num-processes 2 --process-id 1" if extra == "cuda" else "--distributed"
+    assert calls.read_text().splitlines() == [f"{' '.join(WORK)} {where}"] * times
+
+
+@pytest.mark.parametrize("kind", ["gpu", "tpu"])
+def test_dockerfile(kind: str) -> None:
+    text = (LAUNCH / f"Dockerfile.{kind}").read_text()
+    steps = [line.split(maxsplit=1) for line in text.splitlines() if line and not line.startswith("#")]
+    # https://docs.docker.com/reference/dockerfile/
+    assert {step[0] for step in steps} <= {"ARG", "FROM", "ENV", "RUN", "WORKDIR", "COPY", "USER", "ENTRYPOINT"}
+    assert ["ARG", "BASE=python:3.11-slim"] in steps  # no registry of ours
+    assert ["FROM", "${BASE}"] in steps
+    assert steps[-3:] == [["ARG", "RUN_AS=esjax"], ["USER", "${RUN_AS}"], ["ENTRYPOINT", '["esjax"]']]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    [extra] = re.findall(r'pip install --no-cache-dir "\.\[(\w+)\]"', text)
+    assert extra == {"gpu": "cuda", "tpu": "tpu"}[kind]
+    assert extra in project["project"]["optional-dependencies"]
+    copied = {word for name, rest in steps if name == "COPY" for word in rest.split()[:-1]}
+    wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
+    needed = {"pyproject.toml", project["project"]["readme"], *wheel["packages"], *wheel["force-include"]}
+    assert copied == needed
+    sent = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert copied == sent
+    assert all((ROOT / name).exists() for name in copied)
+
+
+@pytest.fixture
+def tools(tmp_path: Path) -> Tools:
+    return Tools(tmp_path)
+
+
+class Tools:
+    """Stand-ins for the tools, first on PATH: they note their arguments and answer as told."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.log = folder, folder / "calls.jsonl"
+        self.environment = {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+        (folder / "bin").mkdir()
+        for name in ("gcloud", "git", "srun", "scontrol", "xpk", "sky", "docker"):
+            tool = folder / "bin" / name
+            tool.write_text(
+                f"#!{sys.executable}\n"
+                "import json, pathlib, sys\n"
+                f"folder, call = pathlib.Path({str(folder)!r}), [{name!r}, *sys.argv[1:]]\n"
+                "with open(folder / 'calls.jsonl', 'a') as f: f.write(json.dumps(call) + '\\n')\n"
+                "for answers in folder.glob('answers-*.json'):\n"
+                "    left = json.loads(answers.read_text())\n"
+                "    if any(answers.stem.removeprefix('answers-') in word for word in call) and left:\n"
+                "        answers.write_text(json.dumps(left[1:]))\n"
+                "        print(left[0][0], end='')\n"
+                "        sys.exit(left[0][1])\n"
+            )
+            tool.chmod(0o755)
+
+    def answer(self, word: str, *answers: tuple[str, int]) -> None:
+        """To the calls with this word, one after another; then, and to all others: nothing, and success."""
+        (self.folder / f"answers-{word}.json").write_text(json.dumps(answers))
+
+    def calls(self) -> list[list[str]]:
+        calls = [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
+        assert [f for call in calls for f in faults(call)] == []
+        return calls
+
+    def steps(self) -> list[str]:
+        """What gcloud did, a word a call."""
+        steps = []
+        for call in self.calls():
+            if call[0] == "gcloud":
+                step = call[4]
+                if step == "ssh":
+                    step = "work" if "flock" in value(call, "--command") else "install"
+                elif step == "scp":
+                    step = "fetch" if "--recurse" in call else "send"
+                steps.append(step)
+        return steps
+
+    def tpu_vm(self, *arguments: object) -> subprocess.CompletedProcess[str]:
+        logs = self.folder / "logs"
+        return run("tpu_vm.sh", *TPU, "--poll=0", "--log-dir", logs, *arguments, "--", *WORK, **self.environment)
+
+
+START = ["send", "install", "work"]
+
+
+def test_tpu_vm_preempted(tools: Tools) -> None:
+    states = ["", "WAITING_FOR_RESOURCES", "ACTIVE", "SUSPENDING", "SUSPENDED", "", "ACTIVE"]
+    tools.answer("list", *((state, 0) for state in states))
+    tools.answer("flock", ("", 255), ("", 0))
+    done = tools.tpu_vm("--spot", "--delete")
+    assert done.returncode == 0
+    assert "cost" not in done.stderr
+    assert tools.steps() == [
+        *("list", "create", "list", "list", *START),
+        *("list", "list", "delete", "list", "create", "list", *START, "fetch", "delete"),
+    ]
+
+
+def test_tpu_vm_fails(tools: Tools) -> None:
+    tools.answer("list", *[("ACTIVE", 0)] * 9)
+    tools.answer("flock", ("", 1), ("", 134), ("", 143), ("", 1))
+    done = tools.tpu_vm("--retries", "2")
+    assert done.returncode == 143
+    assert tools.steps() == ["list", *START, "list", "work", "list", "work", "fetch"]  # what is installed stays
+    assert "go on, and cost" in done.stderr
+
+
+def test_tpu_vm_bad_input(tools: Tools) -> None:
+    tools.answer("list", ("ACTIVE", 0))
+    tools.answer("flock", ("", 2))
+    assert tools.tpu_vm().returncode == 2
+    assert tools.steps() == ["list", *START, "fetch"]
+
+
+def test_tpu_vm_refused(tools: Tools) -> None:
+    tools.answer("create", ("", 1))
+    assert tools.tpu_vm().returncode == 1
+    assert tools.steps() == ["list", "create"]
+
+
+def test_tpu_vm_failed(tools: Tools) -> None:
+    tools.answer("list", ("FAILED", 0), ("", 1), ("FAILED", 0))
+    assert tools.tpu_vm("--retries=2").returncode == 1
+    assert tools.steps() == ["list", "delete", "list", "list"]
+
+
+def test_tpu_vm_slices_run(tools: Tools) -> None:
+    tools.answer("list", ("ACTIVE", 0))
+    assert tools.tpu_vm("--node-count", "3").returncode == 0
+    assert sorted(tools.steps()) == sorted(["list", *START * 3, *["fetch"] * 3])
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "requeued"), [(0, 0, False), (143, 0, True), (143, 7, False), (1, 0, False), (2, 0, False)]
+)
+def test_slurm_requeue(code: int, restarts: int, requeued: bool, tools: Tools) -> None:
+    tools.answer("evolve", ("", code))
+    job = {"SLURM_JOB_ID": "42", "SLURM_RESTART_COUNT": str(restarts), "MAX_REQUEUES": "7"}
+    assert run("slurm.sbatch", "--", *WORK, **tools.environment, **job).returncode == code
+    calls = tools.calls()
+    assert calls[0][0] == "srun"
+    assert calls[1:] == ([["scontrol", "requeue", "Incomplete", "42"]] if requeued else [])
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("gke_xpk.sh", [*XPK, "--", *WORK]),
+        ("skypilot.sh", ["--", *WORK]),
+        ("build.sh", ["gpu", "image"]),
+    ],
+)
+def test_runs_what_it_prints(script: str, arguments: list[str], tools: Tools) -> None:
+    tools.answer("", ("", 7))
+    assert run(script, *arguments, **tools.environment).returncode == 7
+    assert tools.calls() == printed(script, *arguments)
+
+
+class Local:
+    """local_multiprocess.sh with a stand-in for esjax that does what `plan` says: at start i, what process j does.
+
+    A number is an exit code, given once all processes have started; `wait` ends with 143 at SIGTERM, `stay` ignores it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.starts, self.logs = folder / "starts", folder / "logs"
+        self.starts.mkdir()
+        self.esjax = folder / "esjax.py"
+        self.esjax.write_text(
+            "import json, os, pathlib, signal, sys, time\n"
+            f"folder = pathlib.Path({str(self.starts)!r})\n"
+            "me, total = int(sys.argv[-1]), int(sys.argv[-3])\n"
+            "attempt = len(list(folder.glob(f'*-{me}.json')))\n"
+            "does = json.loads(os.environ['PLAN'])[attempt][me]\n"
+            "def end(*_):\n"
+            "    (folder / f'{attempt}-{me}.ended').touch()\n"
+            "    print('saved', file=sys.stderr)\n"
+            "    sys.exit(143)\n"
+            "signal.signal(signal.SIGTERM, end if does == 'wait' else signal.SIG_IGN if does == 'stay' else signal.SIG_DFL)\n"
+            "kept = {k: os.environ.get(k) for k in ('JAX_PLATFORMS', 'XLA_FLAGS')}\n"
+            "note = folder / f'{attempt}-{me}.json'\n"
+            "note.with_suffix('.part').write_text(json.dumps({'arguments': sys.argv[1:], **kept}))\n"
+            "note.with_suffix('.part').rename(note)\n"
+            "print(f'out of {me}', flush=True)\n"
+            "print(f'err of {me}', file=sys.stderr, flush=True)\n"
+            "while len(list(folder.glob(f'{attempt}-*.json'))) < total: time.sleep(0.01)\n"
+            "if isinstance(does, int): sys.exit(does)\n"
+            "while True: time.sleep(0.01)\n"
+        )
+
+    def start(self, plan: list[list[int | str]], *options: object) -> subprocess.Popen[str]:
+        command = [
+            "bash",
+            LAUNCH / "local_multiprocess.sh",
+            "--processes",
+            len(plan[0]),
+            "--log-dir",
+            self.logs,
+            *options,
+        ]
+        environment = {
+            **os.environ,
+            "ESJAX": f"{sys.executable} {self.esjax}",
+            "PLAN": json.dumps(plan),
+            "XLA_FLAGS": "--a=b",
+        }
+        pipe = subprocess.PIPE
+        return subprocess.Popen([*map(str, command), "--", *WORK], env=environment, stdout=pipe, stderr=pipe, text=True)
+
+    def run(self, plan: list[list[int | str]], *options: object) -> tuple[int, str, str]:
+        launcher = self.start(plan, *options)
+        out, err = launcher.communicate(timeout=60)
+        return launcher.returncode, out, err
+
+    def names(self, ending: str) -> list[str]:
+        """ATTEMPT-PROCESS of those that started (`json`) or were told to end (`ended`)."""
+        return sorted(path.stem for path in self.starts.glob(f"*.{ending}"))
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Local:
+    return Local(tmp_path)
+
+
+def test_local_run(local: Local) -> None:
+    code, out, err = local.run([[0, 0, 0]], "--devices=2")
+    assert (code, out, err) == (0, "out of 0\n", "err of 0\n")
+    assert local.names("json") == ["0-0", "0-1", "0-2"]
+    ports = set()
+    for i in range(3):
+        note = json.loads((local.starts / f"0-{i}.json").read_text())
+        assert note["JAX_PLATFORMS"] == "cpu"
+        assert note["XLA_FLAGS"] == "--a=b --xla_force_host_platform_device_count=2"
+        coordinator, host, *rest = note["arguments"][len(WORK) :]
+        assert note["arguments"][: len(WORK)] == WORK
+        assert (coordinator, rest) == ("--coordinator", ["--num-processes", "3", "--process-id", str(i)])
+        ports.add(host)
+        log = (local.logs / f"process-{i}.log").read_text()
+        assert log.count(f"out of {i}") == log.count(f"err of {i}") == 1
+    [port] = ports
+    assert re.fullmatch(r"127\.0\.0\.1:\d+", port)
+
+
+def test_local_again(local: Local) -> None:
+    code, _, err = local.run([["wait", 3, "wait"], [0, 0, 0]])
+    assert code == 0
+    assert local.names("json") == ["0-0", "0-1", "0-2", "1-0", "1-1", "1-2"]
+    assert local.names("ended") == ["0-0", "0-2"]
+    assert "process 1 ended with exit code 3" in err
+    assert "saved" in err  # process 0's output while it ends
+    assert (local.logs / "process-1.log").read_text().count("out of 1") == 2
+
+
+def test_local_gives_up(local: Local) -> None:
+    code, _, _ = local.run([["wait", 3]] * 3, "--retries", "2")
+    assert code == 3
+    assert len(local.names("json")) == 6
+
+
+def test_local_bad_input(local: Local) -> None:
+    code, _, _ = local.run([[2, 2]])
+    assert code == 2
+    assert local.names("json") == ["0-0", "0-1"]
+
+
+def test_local_stubborn(local: Local) -> None:
+    code, _, _ = local.run([["stay", 1]], "--retries=0", "--grace=1")
+    assert code == 1
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_local_signal(sent: signal.Signals, local: Local) -> None:
+    launcher = local.start([["wait", "wait", "wait"]])
+    deadline = time.monotonic() + 30
+    while len(local.names("json")) < 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    launcher.send_signal(sent)
+    _, err = launcher.communicate(timeout=30)
+    assert launcher.returncode == 143
+    assert local.names("ended") == ["0-0", "0-1", "0-2"]
+    assert "saved" in err
+    assert len(local.names("json")) == 3  # and not once more
