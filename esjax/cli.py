@@ -289,6 +289,22 @@ def _settings_help() -> str:
     return "\n".join(lines)
 
 
+Option = tuple[str, dict[str, object]]
+# Of the commands that compute on all devices of all processes.
+SEVERAL: tuple[Option, ...] = (
+    (
+        "--distributed",
+        {
+            "action": "store_true",
+            "help": "join the other processes as Cloud TPU's metadata, Slurm, a JobSet or Open MPI say",
+        },
+    ),
+    ("--coordinator", {"metavar": "HOST:PORT", "help": "join them at this address: the first process'"}),
+    ("--num-processes", {"type": int, "metavar": "N", "help": "how many processes there are"}),
+    ("--process-id", {"type": int, "metavar": "I", "help": "which of them this is, from 0"}),
+)
+
+
 def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     parser = _Parser(
         prog="esjax",
@@ -298,9 +314,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     sub = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     commands: dict[str, _Parser] = {}
 
-    def command(
-        function: Callable[[argparse.Namespace, Config], None], *options: tuple[str, dict[str, object]]
-    ) -> None:
+    def command(function: Callable[[argparse.Namespace, Config], None], *options: Option) -> None:
         text = (function.__doc__ or "").strip()
         p = sub.add_parser(
             function.__name__,
@@ -320,7 +334,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         return {"required": True, "type": Path, "metavar": metavar, "help": text}
 
     run_dir = ("--run-dir", need("DIR", "the run directory; made when it is not there, continued when it is"))
-    model: tuple[str, dict[str, object]] = (
+    model: Option = (
         "--model",
         {
             "required": True,
@@ -332,38 +346,26 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         "metavar": "M",
         "help": "RUN_DIR:m0 to start from (and to be the reference); the backbone when left out",
     }
-    several: tuple[tuple[str, dict[str, object]], ...] = (
-        (
-            "--distributed",
-            {
-                "action": "store_true",
-                "help": "join the other processes as Cloud TPU's metadata, Slurm, a JobSet or Open MPI say",
-            },
-        ),
-        ("--coordinator", {"metavar": "HOST:PORT", "help": "join them at this address: the first process'"}),
-        ("--num-processes", {"type": int, "metavar": "N", "help": "how many processes there are"}),
-        ("--process-id", {"type": int, "metavar": "I", "help": "which of them this is, from 0"}),
-    )
-    command(evolve, run_dir, *several)
-    command(sft, run_dir, *several)
+    command(evolve, run_dir, *SEVERAL)
+    command(sft, run_dir, *SEVERAL)
     command(
         dpo,
         run_dir,
-        *several,
+        *SEVERAL,
         ("--pairs", need("FILE", "pairs.jsonl: prompt, chosen, rejected as message lists")),
         ("--model", start),
     )
     command(
         sample,
         model,
-        *several,
+        *SEVERAL,
         ("--prompts", need("FILE", "prompts.jsonl")),
         ("--out", need("FILE", "replies.jsonl")),
         ("--num-samples", {"type": int, "default": 1, "metavar": "N", "help": "answers to each prompt"}),
         ("--regex", {"metavar": "PATTERN", "help": "a regular expression that every answer matches as a whole"}),
         ("--json-schema", {"type": Path, "metavar": "FILE", "help": "a JSON schema that every answer obeys"}),
     )
-    command(score, model, *several, ("--data", need("FILE", "chats.jsonl")), ("--out", need("FILE", "scores.jsonl")))
+    command(score, model, *SEVERAL, ("--data", need("FILE", "chats.jsonl")), ("--out", need("FILE", "scores.jsonl")))
     which: dict[str, object] = {"required": True, "metavar": "mT", "help": "which model of the run: m0, m1, ..."}
     form: dict[str, object] = {
         "required": True,

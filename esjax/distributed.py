@@ -11,6 +11,7 @@ from jax.experimental import multihost_utils
 
 from esjax.config import InputError
 from esjax.hosts import hosts
+from esjax.runlog import RunError
 
 HEARTBEAT = 30  # seconds without a sign of life after which the others give up
 PATIENCE = 1800  # seconds that a process waits for the slowest
@@ -19,16 +20,17 @@ PATIENCE = 1800  # seconds that a process waits for the slowest
 def start(coordinator: str | None, processes: int | None, index: int | None) -> None:
     """Join the other processes. Without an address, Cloud TPU's metadata, Slurm, GKE's JobSet or Open MPI must tell it.
 
-    Raises InputError where they do not, or where nobody answers.
+    Raises InputError where they do not, RunError where not all processes come in time.
     """
     try:
         jax.distributed.initialize(coordinator, processes, index, heartbeat_timeout_seconds=HEARTBEAT)
-    except (RuntimeError, ValueError, OSError, KeyError) as e:
-        reason = " ".join(str(e).split())[:200]
+    except (ValueError, KeyError) as e:
         raise InputError(
-            f"--distributed: the processes did not find one another ({reason}); run on a TPU slice, under Slurm or a JobSet, or "
-            "give --coordinator HOST:PORT --num-processes N --process-id I"
+            f"--distributed: nothing here says where the other processes are ({_line(e)}); run on a TPU slice, under Slurm or a "
+            "JobSet, or give --coordinator HOST:PORT --num-processes N --process-id I"
         ) from e
+    except (RuntimeError, OSError) as e:
+        raise RunError(f"the processes of this run did not find one another ({_line(e)}); start them all again") from e
     hosts.index, hosts.count = jax.process_index(), jax.process_count()
     numbers, points = count(), count()
     client: Any = jax._src.distributed.global_state.client
@@ -50,3 +52,7 @@ def start(coordinator: str | None, processes: int | None, index: int | None) -> 
 
     if hosts.count > 1:
         hosts.wait, hosts.share, hosts.all, hosts.told = wait, share, all_of, told
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -17,9 +17,9 @@ RANKS = {
     "rows": 0,
     "hosts": 0,
     "mesh": 1,
-    "distributed": 1,
     "runlog": 1,
     "rundir": 1.5,  # writes with runlog
+    "distributed": 1.5,
     "programs": 1,
     "corpus": 2,
     "hub": 2,

@@ -151,9 +151,10 @@ def run(
 
     blank = jnp.full((steps, r, m), -1, jnp.int32)
     log = Log(blank, blank, blank.astype(jnp.float32), blank > 0)
-    begin = Called(lanes, cache, jnp.zeros(r, jnp.int32), jnp.int32(0), log)
-    made = jax.lax.while_loop(go_on, advance, everywhere(begin._replace(cache=()))._replace(cache=cache))
-    return everywhere(made._replace(cache=()))._replace(cache=pinned(made.cache))
+    begin = Called(everywhere(lanes), cache, jnp.zeros(r, jnp.int32), jnp.int32(0), everywhere(log))
+    made = jax.lax.while_loop(go_on, advance, begin)
+    small = everywhere((made.lanes, made.started, made.steps, made.log))  # for every host to read
+    return Called(small[0], pinned(made.cache), *small[1:])
 
 
 def _take(lanes: Lanes, waiting: Leaf, count: Array, started: Array) -> tuple[Lanes, Array]:
