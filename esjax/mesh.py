@@ -229,6 +229,16 @@ def batch_groups() -> int:
     return sizes["data"] * sizes["fsdp"]
 
 
+def check_split(setting: str, count: int) -> None:
+    """Raise InputError unless the devices that share the batch divide so many rows or replies."""
+    groups = batch_groups()
+    if count % groups:
+        raise InputError(
+            f"{setting}={count} cannot be split over mesh.data x mesh.fsdp = {groups} devices: choose a multiple of {groups}, or "
+            "a smaller mesh"
+        )
+
+
 def per_device(
     function: Callable[..., T],
     arguments: Sequence[Sequence[str | None]],

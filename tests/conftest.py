@@ -54,7 +54,7 @@ def save_tokenizer(folder: Path, vocab: int = 1024) -> PreTrainedTokenizerFast:
     return fast
 
 
-def save_tiny_model(folder: Path, seed: int = 0) -> None:
+def save_tiny_model(folder: Path, seed: int = 0, kv_heads: int = 2) -> None:
     """A random two-layer Llama that ends its replies after some twenty tokens, so that the whole pipeline has work to do."""
     fast = save_tokenizer(folder)
     config = LlamaConfig(
@@ -63,7 +63,7 @@ def save_tiny_model(folder: Path, seed: int = 0) -> None:
         intermediate_size=96,
         num_hidden_layers=2,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=kv_heads,
         head_dim=16,
         max_position_embeddings=4096,
         rope_theta=10000.0,

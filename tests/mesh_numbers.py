@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from esjax import rows
 from esjax.config import DpoSettings, SamplingSettings, SftSettings
@@ -38,7 +37,7 @@ def filled(adapter: Adapter) -> Adapter:
     """An adapter that changes something: fixed random values in the places of a fresh one."""
     rng = np.random.default_rng(1)
     flat = {
-        path: like.replace(jax.device_put(0.1 * rng.normal(size=like.shape).astype(np.float32), like[...].sharding))
+        path: like.replace(jax.device_put(0.3 * rng.normal(size=like.shape).astype(np.float32), like[...].sharding))
         for path, like in flatten(adapter).items()
     }
     return unflatten(flat)
@@ -75,6 +74,7 @@ def trained(backbone: Backbone, task: str, made: Rows) -> dict[str, Any]:
     step = make_step(backbone.definition, loss, tx, MICRO, targets, how)
     state = init_optimiser(tx, adapter)
     placed = put_batch((made, extra))
+    text = step.lower(adapter, state, backbone.base, *placed).compile().as_text()  # type: ignore[attr-defined]
     where = [describe(adapter), describe(state)]
     metrics = []
     for _ in range(2):
@@ -82,7 +82,18 @@ def trained(backbone: Backbone, task: str, made: Rows) -> dict[str, Any]:
         metrics.append({k: float(v) for k, v in computed.items()})
     assert where == [describe(adapter), describe(state)], "a step moved what it trains"
     values = np.concatenate([np.ravel(gathered(x)) for x in jax.tree.leaves(adapter)])
-    return {"metrics": metrics, "adapter": values.tolist(), "state": describe(state)}
+    width = backbone.arch.width
+    return {
+        "metrics": metrics,
+        "adapter": values.tolist(),
+        "placed": {
+            "adapter": describe(adapter),
+            "optimiser": describe(state),
+            "rows": describe(jax.device_put(placed)),
+        },
+        # Activations of all rows of a micro-batch, and of one device's share of them, in the program of one device.
+        "activations": {rows: f"f32[{rows},{LENGTH},{width}]" in text for rows in (MICRO, MICRO // batch_groups())},
+    }
 
 
 def describe(tree: Any) -> dict[str, list[Any]]:
@@ -103,9 +114,19 @@ def sampled(backbone: Backbone) -> dict[str, Any]:
     stem = [int(i) for i in rng.integers(3, 1000, 150)]
     prompts = [[*stem[:n], *(int(i) for i in rng.integers(3, 1000, 5))] for n in rng.integers(5, 150, 40)]
     generator = Generator(backbone, 16, end_of_turn=1)
+    cache: dict[str, Any] = {}
+    decode = generator._run
+
+    def watched(weights: Any, given: Any, *rest: Any) -> Any:
+        cache["before"] = describe(given)
+        made = decode(weights, given, *rest)
+        cache["after"] = describe(made.cache)
+        return made
+
+    generator._run = watched
     adapter = filled(backbone.fresh_adapter(0))
     made = generator.generate(adapter, prompts, range(40), SamplingSettings(temperature=0.0), 24)
-    return {"tokens": [m.token_ids for m in made], "logprobs": [m.logprobs for m in made]}
+    return {"tokens": [m.token_ids for m in made], "logprobs": [m.logprobs for m in made], "cache": cache}
 
 
 def main(folder: str, *jobs: str) -> None:
@@ -136,5 +157,4 @@ def main(folder: str, *jobs: str) -> None:
 
 
 if __name__ == "__main__":
-    assert nnx
     main(*sys.argv[1:])

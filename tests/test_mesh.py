@@ -1,170 +1,242 @@
-"""The training step on a mesh: the same numbers on four simulated devices, and programs compiled for TPUs not at hand."""
+"""Meshes: 8 simulated devices compute what one does, every array lies where it should, and what does not divide is refused."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
+from conftest import save_tiny_model, tiny_overrides
 
-from esjax.config import InputError
-from esjax.mesh import RULES, spec, topology_mesh
+from esjax.config import InputError, MeshSettings
+from esjax.mesh import AXES, make_mesh, mesh_shape, spec, topology_devices
 
-# A process of its own, for the number of devices is fixed when JAX starts. Prints, for each mesh, the first step's metrics
-# and the trained adapter's values.
-STEP = """
-import contextlib, json, sys
-import jax, numpy as np, optax
-from esjax import rows
-from esjax.bench.workload import parts
-from esjax.config import DpoSettings
-from esjax.mesh import batch_groups, make_mesh, placed
-from esjax.model.decoder import Execution
-from esjax.model.families import Architecture
-from esjax.model.layers import LINEARS, Lora
-from esjax.train.losses import Pairs, dpo_loss
-from esjax.train.step import make_step
-
-arch = Architecture("llama", 96, 64, 2, 4, 2, 16, 96, 1e-5, 1e4, None, False, False, 512)
-lora = Lora(LINEARS, 4, 2.0)
-rng = np.random.default_rng(0)
-ids = lambda n: [int(i) for i in rng.integers(0, 96, n)]
-def row():
-    d = ids(int(rng.integers(8, 24)))
-    return rows.pack([rows.trunk_with_replies(d, [(n, ids(int(rng.integers(1, 7)))) for n in (5, 5, len(d), len(d))])], 64)
-batch = rows.stack([row() for _ in range(8)])
-if sys.argv[2] == "broken":
-    batch = batch._replace(limit=batch.limit - (batch.limit > 0))
-extra = Pairs(rng.normal(size=(8, 1, 2, 2)).astype(np.float32), np.ones((8, 1, 2), bool))
-definition, make = parts(arch, lora, np.dtype("float32"))
-out = []
-for shape in json.loads(sys.argv[1]):
-    trained, frozen = make()
-    leaves, tree = jax.tree.flatten(trained)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    trained = jax.tree.unflatten(tree, [0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves)])
-    mesh = make_mesh(jax.devices()[: np.prod(shape)], *shape) if shape else None
-    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
-        share = 4 // batch_groups()
-        targets = max(int((w != 0).sum()) for w in np.split(batch.weight, 8 // share))
-        how = Execution(sys.argv[3], "branched", "full", interpret=True)
-        tx = optax.sgd(1.0)
-        step = make_step(definition, dpo_loss(DpoSettings()), tx, 4, targets, how)
-        if mesh:
-            where = lambda t: jax.tree.map(lambda s: s.sharding, placed(jax.eval_shape(lambda: t), mesh))
-            trained, frozen = (jax.device_put(t, where(t)) for t in (trained, frozen))
-        trained, _, metrics = step(trained, tx.init(trained), frozen, batch, extra)
-    values = np.concatenate([np.ravel(x) for x in jax.tree.leaves(trained)])
-    out.append([float(metrics["loss"]), float(metrics["grad_norm"]), values.tolist()])
-print(json.dumps(out))
-"""
+Mesh = tuple[int, int, int]  # data, fsdp, tensor
+MESHES: list[Mesh] = [(1, 8, 1), (2, 2, 2), (1, 1, 4)]
+Numbers = dict[str, Any]
 
 
-def steps(shapes: list[list[int]], path: str, batch: str = "good") -> list[Any]:
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", STEP, json.dumps(shapes), batch, path]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+@pytest.fixture(scope="module")
+def four_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with as many key/value heads as a mesh with tensor 4 wants."""
+    folder = tmp_path_factory.mktemp("four-heads")
+    save_tiny_model(folder, kv_heads=4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def numbers(four_heads: Path) -> dict[str, Numbers]:
+    """What mesh_numbers.py finds: on one device, by wrong rows on one device, and on each mesh."""
+    jobs: dict[str, tuple[list[int], dict[str, Any]]] = {
+        "one": ([], {}),
+        "broken": ([], {"broken": True, "what": ["sft", "dpo", "score"]}),
+        **{str(m): (list(m), {"weights": "shared"}) for m in MESHES},
+        "apart": ([2, 2, 2], {"what": ["sample"]}),
+        "shared": ([], {"what": ["sample"], "weights": "shared"}),
+        "splash": ([2, 2, 2], {"what": ["dpo"], "attention": "splash"}),
+    }
+    command = [sys.executable, str(Path(__file__).with_name("mesh_numbers.py")), str(four_heads)]
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [*command, *(json.dumps(j) for j in jobs.values())],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    return list(json.loads(done.stdout.splitlines()[-1]))
+    return dict(zip(jobs, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
-@pytest.mark.parametrize("path", ["chunked", "splash"])
-def test_a_step_on_four_devices_is_that_on_one(path: str) -> None:
-    """Two micro-batches of four rows; the reference is the dense path on one device."""
-    (expected,) = steps([[]], "dense")
-    (broken,) = steps([[]], "dense", "broken")
-
-    def apart(a: Any, b: Any) -> float:
-        loss, norm = (abs(x - y) / abs(y) for x, y in zip(a[:2], b[:2], strict=True))
-        moved = np.linalg.norm(np.subtract(a[2], b[2])) / np.linalg.norm(b[2])
-        return float(max(loss, norm, moved))
-
-    for got in steps([[1, 4, 1], [2, 2, 1], [1, 2, 2], [4, 1, 1]], path):
-        assert apart(got, expected) <= 1e-5
-    assert apart(broken, expected) > 1e-3
+def apart(a: Any, b: Any) -> float:
+    """How far two arrays are apart, relative to their size."""
+    a, b = np.asarray(a), np.asarray(b)
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-def test_every_axis_has_one_rule() -> None:
+def flat(lists: list[list[float]]) -> list[float]:
+    return [x for values in lists for x in values]
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_training_and_scoring_agree_with_one_device(numbers: dict[str, Numbers], mesh: Mesh) -> None:
+    got, expected, broken = numbers[str(mesh)], numbers["one"], numbers["broken"]
+    for task in ("sft", "dpo"):
+        for mine, theirs in zip(got[task]["metrics"], expected[task]["metrics"], strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+        assert apart(got[task]["adapter"], expected[task]["adapter"]) < 1e-5
+        assert apart(broken[task]["adapter"], expected[task]["adapter"]) > 1e-4
+        assert broken[task]["metrics"][0]["loss"] != pytest.approx(expected[task]["metrics"][0]["loss"], rel=5e-5)
+    assert apart(flat(got["score"]), flat(expected["score"])) < 1e-5
+    assert apart(flat(broken["score"]), flat(expected["score"])) > 1e-3
+
+
+def test_the_splash_kernel_on_a_mesh_trains_alike(numbers: dict[str, Numbers]) -> None:
+    assert apart(numbers["splash"]["dpo"]["adapter"], numbers["one"]["dpo"]["adapter"]) < 1e-5
+
+
+@pytest.mark.parametrize("which", [*map(str, MESHES), "apart", "shared"])
+def test_greedy_replies_are_those_of_one_device(numbers: dict[str, Numbers], which: str) -> None:
+    """Forty prompts in sixteen lanes, with shared beginnings; training's arrays read in place, or layers of their own."""
+    got, expected = numbers[which]["sample"], numbers["one"]["sample"]
+    assert got["tokens"] == expected["tokens"]
+    assert len({tuple(t) for t in expected["tokens"]}) > 20
+    assert apart(flat(got["logprobs"]), flat(expected["logprobs"])) < 1e-5
+
+
+def parts(described: dict[str, list[list[int]]]) -> dict[str, int]:
+    """Path -> over how many devices an array is split."""
+    return {path: math.prod(whole) // math.prod(part) for path, (whole, part) in described.items()}
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_every_array_lies_where_it_should(numbers: dict[str, Numbers], mesh: Mesh) -> None:
+    """Parameters, adapter, optimiser state, rows, activations and cache: nothing is repeated that a rule splits."""
+    data, fsdp, tensor = mesh
+    got = numbers[str(mesh)]
+    for path, over in parts(got["base"]).items():
+        assert over == (fsdp if "norm" in path else fsdp * tensor), path
+    # A [R, in] of a layer is split along its input, B [R, out] along its output; the model's width lies over fsdp.
+    from_width = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+    for task in ("sft", "dpo"):
+        where = got[task]["placed"]
+        for path, over in {**parts(where["adapter"]), **parts(where["optimiser"])}.items():
+            if "lora" in path:
+                wide = any(name in path for name in from_width) == ("lora_a" in path)
+                assert over == (fsdp if wide else tensor), path
+            else:
+                assert path.endswith("count"), path  # of the optimiser's steps
+        assert sum("lora" in path for path in where["optimiser"]) == 2 * len(where["adapter"])  # both moments
+        assert set(parts(where["rows"]).values()) == {data * fsdp}
+        if data * fsdp > 1:
+            assert got[task]["activations"] == {"8": False, str(8 // (data * fsdp)): True}
+    for when in ("before", "after"):
+        assert set(parts(got["sample"]["cache"][when]).values()) == {data * fsdp * tensor}
+    assert set(parts(numbers["one"]["base"]).values()) == {1}
+
+
+def test_axes_of_one_array_may_not_want_the_same_devices() -> None:
     assert tuple(spec(("layers", "embed", "mlp"))) == (None, "fsdp", "tensor")
     assert tuple(spec(("batch", None, "heads"))) == (("data", "fsdp"), None, "tensor")
     with pytest.raises(KeyError):
         spec(("width",))
-    # No parameter's two axes may want the same devices.
-    for axes in (("embed", "heads"), ("embed", "mlp"), ("vocab", "embed"), ("embed", "lora"), ("lora", "mlp")):
-        wanted = [RULES[a] for a in axes if RULES[a] is not None]
-        assert len(set(wanted)) == len(wanted)
+    with pytest.raises(ValueError, match=r"\('batch', 'embed'\) collide"):
+        spec(("batch", "embed"))
+    with pytest.raises(ValueError, match="collide"):
+        spec(("heads", "mlp"))
 
 
-# --- programs for TPUs ------------------------------------------------------------------------------------------------
+# --- making a mesh ----------------------------------------------------------------------------------------------------
 
 
-def bench(*options: str) -> list[dict[str, Any]]:
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "esjax", "bench", *options]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+@pytest.mark.parametrize(
+    ("settings", "count", "shape"),
+    [
+        ((1, -1, 1), 8, (1, 8, 1)),
+        ((2, -1, 2), 8, (2, 2, 2)),
+        ((1, 1, 1), 8, (1, 1, 1)),
+        ((1, -1, 1), 1, (1, 1, 1)),
+        ((2, 2, 1), 8, (2, 2, 1)),
+    ],
+)
+def test_the_rest_of_the_devices_goes_to_fsdp(settings: Mesh, count: int, shape: Mesh) -> None:
+    assert mesh_shape(MeshSettings(data=settings[0], fsdp=settings[1], tensor=settings[2]), count) == shape
 
 
-def test_the_steps_compile_for_a_tpu(tmp_path: Path) -> None:
-    """A small model with heads of 128, DPO and SFT, LoRA and all parameters; splash is in the programs."""
+@pytest.mark.parametrize(
+    ("settings", "count", "message"),
+    [
+        ((3, -1, 1), 8, "8 devices cannot be divided so"),
+        ((1, 0, 1), 8, "8 devices cannot be divided so"),
+        ((2, 8, 1), 8, "takes 16 devices of 8; lower one of them"),
+    ],
+)
+def test_meshes_that_do_not_fit_are_refused(settings: Mesh, count: int, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        mesh_shape(MeshSettings(data=settings[0], fsdp=settings[1], tensor=settings[2]), count)
+
+
+def test_data_spans_slices_else_fsdp() -> None:
+    """Two slices of four TPUs: neighbours on the tensor and fsdp axes are of one slice."""
     pytest.importorskip("libtpu")
-    file = Path(__file__).parent.parent / "configs" / "workload.json"
-    work = json.loads(file.read_text())["tiny"]
-    work["dtype"] = "bfloat16"
-    work["model"] |= {"head_dim": 128, "hidden_size": 256, "vocab_size": 1024}
-    work["dpo"]["pairs"] = work["sft"]["batch"] = 8
-    (tmp_path / "workload.json").write_text(json.dumps({"small": work}))
-    options = ("--workload", str(tmp_path / "workload.json"), "--profile", "small", "--topology", "v5e:2x2")
-    made = bench(*options, "--tasks", "dpo,sft")
-    assert [(m["task"], m["variant"]) for m in made] == [("dpo", "lora"), ("sft", "lora"), ("sft", "full")]
-    assert all(m["kernels"] >= 3 and 0 < m["mem_gib"] < 1 for m in made)  # forward, dq, dkv
+    devices = topology_devices("v5e:2x2", slices=2)
+
+    def slices(mesh: jax.sharding.Mesh, axis: str) -> int:
+        """Most slices that a line of devices along an axis touches."""
+        index = np.vectorize(lambda d: d.slice_index)(mesh.devices)
+        lines = np.moveaxis(index, AXES.index(axis), 0).reshape(mesh.shape[axis], -1)
+        return max(len(set(line)) for line in lines.T)
+
+    assert len(devices) == 8
+    by_data = make_mesh(devices, (2, 2, 2))
+    assert [slices(by_data, a) for a in AXES] == [2, 1, 1]
+    by_fsdp = make_mesh(devices, (1, 4, 2))
+    assert [slices(by_fsdp, a) for a in AXES] == [1, 2, 1]
+    with pytest.raises(InputError, match="must be a multiple of 2"):
+        make_mesh(devices, (1, 1, 8))
 
 
-def test_the_sampler_compiles_for_a_tpu(tmp_path: Path) -> None:
-    """Both programs, with two devices to a layer; a number that does not divide the heads is refused."""
-    pytest.importorskip("libtpu")
-    file = Path(__file__).parent.parent / "configs" / "workload.json"
-    work = json.loads(file.read_text())["tiny"]
-    work["dtype"] = "bfloat16"
-    work["model"] |= {"head_dim": 128, "hidden_size": 256, "vocab_size": 1024}
-    (tmp_path / "workload.json").write_text(json.dumps({"small": work}))
-    options = ("--workload", str(tmp_path / "workload.json"), "--profile", "small", "--topology", "v5e:2x2")
-    made = bench(*options, "--tasks", "sample,round", "--tensor", "2")
-    assert [m["task"] for m in made] == ["sample", "round"]
-    for m in made:
-        assert m["mesh"] == {"data": 2, "fsdp": 1, "tensor": 2}
-        assert all(
-            0 <= m[f"{program}_mem_gib"] < 1 and m[f"{program}_compile_s"] > 0 for program in ("prefill", "decode")
-        )
-    with pytest.raises(AssertionError, match="--tensor 4: it must divide the 4 devices and the 2 key/value heads"):
-        bench(*options, "--tasks", "sample")
+@dataclass(frozen=True)
+class FakeDevice:
+    id: int
+    process_index: int
+    platform: str = "gpu"
+    device_kind: str = "none"
 
 
-@pytest.mark.slow
-def test_the_sampler_of_an_8b_model_fits_four_small_chips() -> None:
-    pytest.importorskip("libtpu")
-    for made in bench("--profile", "8b", "--tasks", "sample,round", "--topology", "v5e:2x2"):
-        print(made)
-        assert max(made["prefill_mem_gib"], made["decode_mem_gib"]) < 16
+def test_hosts_between_which_the_network_is_slow_are_spanned_by_data() -> None:
+    fake = [FakeDevice(i, i // 4) for i in range(8)]
+    mesh = make_mesh(fake, (2, 2, 2))
+    assert [{d.process_index for d in part.flat} for part in mesh.devices] == [{0}, {1}]
+    with pytest.raises(InputError, match="leaves 4 idle on other hosts"):
+        make_mesh(fake, (1, 2, 2))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("topology", "hbm"), [("v5e:4x4", 16), ("v5p:2x2x2", 95)])
-def test_the_steps_of_an_8b_model_compile(topology: str, hbm: int) -> None:
-    pytest.importorskip("libtpu")
-    for task in ("dpo", "sft"):
-        for made in bench("--profile", "8b", "--tasks", task, "--topology", topology):
-            print(made)
-            assert made["kernels"] >= 3
-            assert made["variant"] == "full" or made["mem_gib"] < hbm
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--mesh.tensor", "4"], "mesh.tensor=4 does not divide the model's 2 key/value heads: choose a divisor of 2"),
+        (
+            ["--mesh.fsdp", "8", "--sft.micro_rows", "4"],
+            "(sft.micro_rows, dpo.micro_rows)=4 cannot be split over mesh.data x mesh.fsdp = 8",
+        ),
+        (["--mesh.fsdp", "16"], "takes 16 devices of 8"),
+    ],
+    ids=["heads", "rows", "devices"],
+)
+def test_sizes_that_do_not_divide_end_the_command(
+    tiny_folder: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    command = [sys.executable, "-m", "esjax", "sft", "--run-dir", str(tmp_path / "run"), *tiny_overrides(tiny_folder)]
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert message in done.stderr
+
+
+def test_lanes_that_do_not_divide_end_the_command(four_heads: Path, tmp_path: Path) -> None:
+    """The sampler's rows are split as training's are."""
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"id": "a", "messages": [{"role": "user", "content": "Hi."}]}))
+    command = [sys.executable, "-m", "esjax", "sample", "--model", str(four_heads)]
+    files = ["--prompts", str(tmp_path / "prompts.jsonl"), "--out", str(tmp_path / "out.jsonl")]
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    options = ["--mesh.fsdp", "8", "--reply.batch", "4", "--reply.max_tokens", "4"]
+    done = subprocess.run([*command, *files, *options], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert (
+        "reply.batch)=4 cannot be split over mesh.data x mesh.fsdp = 8 devices: choose a multiple of 8"
+        in done.stderr
+    )
 
 
 def test_an_unknown_topology_is_refused() -> None:
     with pytest.raises(InputError, match=r"topology v9z:1x1: .*give one like v5e:4x4"):
-        topology_mesh("v9z:1x1", 1)
+        topology_devices("v9z:1x1")

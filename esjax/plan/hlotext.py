@@ -149,15 +149,16 @@ def _instruction(line: str) -> tuple[Instruction, bool]:
     text = STRING.sub('""', COMMENT.sub("", line))
     head = ASSIGNED.match(text)
     try:
-        assert head
+        if not head:
+            raise ValueError
         made, at = _type(text, head.end())
-        opcode = OPCODE.match(text, at)
-        assert opcode
+        if not (opcode := OPCODE.match(text, at)):
+            raise ValueError
         at, depth = opcode.end(), 1
         while depth:
             depth += {"(": 1, ")": -1}.get(text[at], 0)
             at += 1
-    except (AssertionError, ValueError, IndexError) as e:
+    except (ValueError, IndexError) as e:
         raise ValueError(f"not an HLO instruction that can be read: {line.strip()[:300]}") from e
     inside, op = text[opcode.end() : at - 1], opcode[1]
     operands = re.findall(r"%([\w.\-]+)", inside) or re.findall(r"([\w.\-]+)(?:,|$)", inside)

@@ -19,9 +19,10 @@ from esjax.model.decoder import Decoder, Execution
 from esjax.model.families import Architecture
 from esjax.model.lora import lora_from
 from esjax.rows import Rows
+from esjax.sample.compiled import sampling_programs, windows_of
 from esjax.sample.constrain import free
 from esjax.sample.decode import idle_lanes
-from esjax.sample.generate import BUCKET, SHARED_LANES, sampling_programs, windows_of
+from esjax.sample.generate import BUCKET, SHARED_LANES
 from esjax.sample.score import SCORE
 from esjax.train.losses import Pairs, dpo_loss, sft_loss
 from esjax.train.optim import optimiser

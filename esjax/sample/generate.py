@@ -8,30 +8,26 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count, islice
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from esjax.config import InputError
 from esjax.hosts import Stopped, deferred
-from esjax.mesh import batch_groups, put_everywhere
-from esjax.model.cached import Cache, Chunk, Weights, empty_cache, layered, load
-from esjax.model.decoder import Decoder, Execution
-from esjax.model.families import Architecture
+from esjax.mesh import batch_groups, check_split, put_everywhere
+from esjax.model.cached import Cache, Chunk, empty_cache
 from esjax.model.lora import Adapter
-from esjax.model.weights import Backbone, bind
-from esjax.programs import program
+from esjax.model.weights import Backbone
 from esjax.rows import common_prefix
+from esjax.sample.compiled import sampling_programs, windows_of
 from esjax.sample.constrain import START, Automaton, free
-from esjax.sample.decode import Called, Draw, Lanes, Leaf, Log, idle_lanes, run
+from esjax.sample.decode import Draw, Lanes, Leaf, Log, idle_lanes
 from esjax.sample.rowbook import Group, Placed, Request, RowBook, together, windows
 from esjax.tokens.batches import alike
 
 BUCKET = 128  # rows have a multiple of so many slots, so that a run compiles a handful of programs
-STEPS = 128  # most steps between two looks of the host
 SHARED_LANES = 2  # lanes that read a row together, where prompts share trunks
 
 
@@ -203,13 +199,8 @@ class Generator:
         """Decide once how many lanes read a row together. Raises InputError where the devices do not divide the lanes."""
         if self.shared:
             return
-        devices = batch_groups()
-        if self.lanes % devices:
-            raise InputError(
-                f"{self.lanes} replies at once cannot be split over mesh.data x mesh.fsdp = {devices} devices: choose a multiple "
-                f"of {devices} for evolve.batch (for `esjax sample`: reply.batch)"
-            )
-        self.shared = SHARED_LANES if wanted and self.lanes % (devices * SHARED_LANES) == 0 else 1
+        check_split("replies at once (evolve.batch, in `esjax sample` reply.batch)", self.lanes)
+        self.shared = SHARED_LANES if wanted and self.lanes % (batch_groups() * SHARED_LANES) == 0 else 1
 
     def _fit(self, groups: Sequence[list[Request]]) -> None:
         """Shapes that hold these groups."""
@@ -219,55 +210,6 @@ class Generator:
             beyond = (len(r.prompt) - common_prefix(r.prompt, g[0].prompt) for g in groups for r in g[1:])
             self.fix_shapes(longest, max(beyond, default=0), 0)
         self.new = max(self.new, max(r.max_tokens for g in groups for r in g))
-
-
-class SamplingPrograms(NamedTuple):
-    """What sampling runs. ``weights`` gives what the other two take as weights: adapter and base themselves, or a copy."""
-
-    weights: Callable[[Adapter, nnx.State], Any]
-    prefill: Any  # (weights, cache, chunk) -> cache
-    decode: Any  # (weights, cache, lanes, waiting, counts, stop, constraint, patience) -> Called
-
-
-def sampling_programs(
-    arch: Architecture, definition: nnx.GraphDef[Decoder], dtype: jnp.dtype, how: Execution
-) -> SamplingPrograms:
-    """The programs for a model. The cache is donated."""
-    merge = dtype.itemsize == 4  # exact to rounding in float32, and a little faster; see layered
-
-    def apart(adapter: Adapter, base: nnx.State) -> Weights:
-        return layered(bind(definition, adapter, base), merge)
-
-    def see(weights: Any) -> Weights:
-        """The layers of what a program was given."""
-        return weights if isinstance(weights, Weights) else layered(bind(definition, *weights), False)
-
-    def prefill(weights: Any, cache: Cache, chunk: Chunk) -> Cache:
-        return load(arch, see(weights), cache, chunk, how)
-
-    def decode(
-        weights: Any,
-        cache: Cache,
-        lanes: Lanes,
-        waiting: Leaf,
-        count: jax.Array,
-        stop: jax.Array,
-        constraint: Automaton,
-        patience: jax.Array,
-    ) -> Called:
-        return run(arch, lambda: see(weights), cache, lanes, waiting, count, stop, constraint, patience, STEPS, how)
-
-    return SamplingPrograms(
-        weights=program("weights", apart) if how.weights == "apart" else lambda adapter, base: (adapter, base),
-        prefill=program("prefill", prefill, donate_argnums=1),
-        decode=program("decode", decode, donate_argnums=1),
-    )
-
-
-def windows_of(platform: str) -> tuple[int, int]:
-    """How many windows of how many slots one load computes on a device: more would hardly be faster, only more often padding."""
-    count, width = (2, 64) if platform == "cpu" else (8, 128)
-    return max(1, count // batch_groups()), width
 
 
 class _Session:

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from esjax.mesh import everywhere, put_batch
+from esjax.mesh import check_split, everywhere, put_batch
 from esjax.model.decoder import Decoder, Execution, token_logprobs
 from esjax.model.lora import Adapter
 from esjax.model.weights import Backbone, bind
@@ -21,6 +21,7 @@ class Scorer:
     """Token log-probs of rows under base + adapter, packed into rows of ``row_length``, ``batch_rows`` at a time."""
 
     def __init__(self, backbone: Backbone, row_length: int, batch_rows: int) -> None:
+        check_split("rows scored at once (sft.micro_rows, dpo.micro_rows)", batch_rows)
         self.backbone, self.row_length, self.batch_rows = backbone, row_length, batch_rows
 
     def score(

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esjax.config import InputError, OptimSettings
+from esjax.config import OptimSettings
 from esjax.hosts import Stopped, deferred
-from esjax.mesh import batch_groups, put_batch
+from esjax.mesh import batch_groups, check_split, put_batch
 from esjax.model.lora import Adapter
 from esjax.model.weights import Backbone
 from esjax.rows import Rows, check, layout, stack
@@ -57,11 +57,7 @@ def train(phase: Phase, backbone: Backbone, adapter: Adapter) -> Adapter:
     Raises InputError when an example does not fit a row, RunError when the loss is not finite or the first step is wrong.
     """
     s = phase.settings
-    if s.micro_rows % batch_groups():
-        raise InputError(
-            f"{phase.name}.micro_rows={s.micro_rows} rows cannot be split over mesh.data x mesh.fsdp = {batch_groups()} devices: "
-            f"choose a multiple of {batch_groups()} (and of that for {phase.name}.batch_rows), or a smaller mesh"
-        )
+    check_split(f"{phase.name}.micro_rows", s.micro_rows)
     for example in phase.examples:
         check(stack([example]))
     lengths = [len(e.tokens) for e in phase.examples]

@@ -1,0 +1,71 @@
+"""The two programs of sampling, prefill and decode, and what they read as weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from esjax.mesh import batch_groups
+from esjax.model.cached import Cache, Chunk, Weights, layered, load
+from esjax.model.decoder import Decoder, Execution
+from esjax.model.families import Architecture
+from esjax.model.lora import Adapter
+from esjax.model.weights import bind
+from esjax.programs import program
+from esjax.sample.constrain import Automaton
+from esjax.sample.decode import Called, Lanes, Leaf, run
+
+STEPS = 128  # most steps between two looks of the host
+
+
+class SamplingPrograms(NamedTuple):
+    """What sampling runs. ``weights`` gives what the other two take as weights: adapter and base themselves, or a copy."""
+
+    weights: Callable[[Adapter, nnx.State], Any]
+    prefill: Any  # (weights, cache, chunk) -> cache
+    decode: Any  # (weights, cache, lanes, waiting, counts, stop, constraint, patience) -> Called
+
+
+def sampling_programs(
+    arch: Architecture, definition: nnx.GraphDef[Decoder], dtype: jnp.dtype, how: Execution
+) -> SamplingPrograms:
+    """The programs for a model. The cache is donated."""
+    merge = dtype.itemsize == 4  # exact to rounding in float32, and a little faster; see layered
+
+    def apart(adapter: Adapter, base: nnx.State) -> Weights:
+        return layered(bind(definition, adapter, base), merge)
+
+    def see(weights: Any) -> Weights:
+        """The layers of what a program was given."""
+        return weights if isinstance(weights, Weights) else layered(bind(definition, *weights), False)
+
+    def prefill(weights: Any, cache: Cache, chunk: Chunk) -> Cache:
+        return load(arch, see(weights), cache, chunk, how)
+
+    def decode(
+        weights: Any,
+        cache: Cache,
+        lanes: Lanes,
+        waiting: Leaf,
+        count: jax.Array,
+        stop: jax.Array,
+        constraint: Automaton,
+        patience: jax.Array,
+    ) -> Called:
+        return run(arch, lambda: see(weights), cache, lanes, waiting, count, stop, constraint, patience, STEPS, how)
+
+    return SamplingPrograms(
+        weights=program("weights", apart) if how.weights == "apart" else lambda adapter, base: (adapter, base),
+        prefill=program("prefill", prefill, donate_argnums=1),
+        decode=program("decode", decode, donate_argnums=1),
+    )
+
+
+def windows_of(platform: str) -> tuple[int, int]:
+    """How many windows of how many slots one load computes on a device: more would hardly be faster, only more often padding."""
+    count, width = (2, 64) if platform == "cpu" else (8, 128)
+    return max(1, count // batch_groups()), width
