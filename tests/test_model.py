@@ -281,7 +281,7 @@ def test_adapters_merged_and_apart_are_the_decoders(tiny: Backbone) -> None:
 
     def last(adapter: Any, merge: bool) -> np.ndarray:
         weights = layered(bind(tiny.definition, adapter, tiny.base), merge)
-        assert (weights.layers[0].qkv.adapter is None) == merge
+        assert (weights.layers[0].q_proj.lora_a is None) == merge
         cache = empty_cache(tiny.arch, 1, 1, 64, 8, jnp.dtype("float32"))
         chunk = together([windows(0, [Run(0, tokens[:-1], 0, (0, 0))], 64, 64)], 1)
         cache = load(tiny.arch, weights, cache, chunk, tiny.execution)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from esjax.mesh import constrain, home, per_device
+from esjax.mesh import batch_groups, constrain, home, per_device
 from esjax.model.attention import Spans, sees
 from esjax.model.decoder import Decoder, Execution
 from esjax.model.families import LINEARS, Architecture
@@ -36,6 +36,7 @@ class Weights(NamedTuple):
     head: Array  # [V, D]; the same array as embed where the two are tied
     norm: Array  # [D]
     layers: tuple[Block, ...]  # their arrays lack the leading axis
+    stacked: Block | None = None  # training's own form, where the layers are slices of it
 
 
 class Cache(NamedTuple):
@@ -112,7 +113,7 @@ def layered(model: Decoder, merge: bool) -> Weights:
         for i in range(model.arch.layers)
     )
     embed, head = (constrain(x, "vocab", "embed") for x in (model.embed[...], model.head_weight))
-    return Weights(embed, head, constrain(model.norm[...], "embed"), layers)
+    return Weights(embed, head, constrain(model.norm[...], "embed"), layers, None if merge else model.layers)
 
 
 def _merged(block: Block) -> Block:
@@ -137,15 +138,37 @@ def load(arch: Architecture, weights: Weights, cache: Cache, chunk: Chunk, how: 
     row_k, row_v = list(cache.row_k), list(cache.row_v)
     write = per_device(_write, [CACHE, CACHE, KEYS, KEYS, ("batch",)], [CACHE, CACHE])
     attend = per_device(partial(_attend_chunk, how=how), [KEYS, CACHE, CACHE, ("batch",)])
-    for i, block in enumerate(weights.layers):
-        q, k, v = _qkv(arch, block, x, rope)
-        row_k[i], row_v[i] = write(row_k[i], row_v[i], k, v, chunk)
-        if i + 1 < arch.layers:  # the last layer's keys and values are all that is wanted of it
-            x = _rest(arch, block, x, attend(q, row_k[i], row_v[i], chunk))
+    if weights.stacked is not None:  # many large products: unrolled, they would take minutes to compile
+        definition, stacked = nnx.split(weights.stacked)
+        pick = per_device(lambda rows, chunk: rows[chunk.row], [CACHE, ("batch",)])
+        rows = [jnp.stack([pick(x, chunk) for x in layers]) for layers in (row_k, row_v)]
+        own = chunk._replace(row=_own_rows(len(chunk.row)))
+
+        def layer(x: Array, given: Any) -> tuple[Array, tuple[Array, Array]]:
+            state, k_rows, v_rows = given
+            block = nnx.merge(definition, state)
+            q, k, v = _qkv(arch, block, x, rope)
+            k_rows, v_rows = write(k_rows, v_rows, k, v, own)
+            return _rest(arch, block, x, attend(q, k_rows, v_rows, own)), (k, v)
+
+        _, made = jax.lax.scan(layer, x, (stacked, *rows))
+        for i, (k, v) in enumerate(zip(*made, strict=True)):
+            row_k[i], row_v[i] = write(row_k[i], row_v[i], k, v, chunk)
+    else:
+        for i, block in enumerate(weights.layers):
+            q, k, v = _qkv(arch, block, x, rope)
+            row_k[i], row_v[i] = write(row_k[i], row_v[i], k, v, chunk)
+            if i + 1 < arch.layers:  # the last layer's keys and values are all that is wanted of it
+                x = _rest(arch, block, x, attend(q, row_k[i], row_v[i], chunk))
     return pinned(cache._replace(row_k=tuple(row_k), row_v=tuple(row_v)))
 
 
 KEYS = ("batch", None, "kv_heads")  # of queries, keys and values [P, C, K, ...]
+
+
+def _own_rows(windows: int) -> Array:
+    """For each window its own place among those of its device."""
+    return jnp.arange(windows) % (windows // batch_groups())
 
 
 def step(

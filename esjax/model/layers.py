@@ -85,10 +85,7 @@ class Linear(nnx.Module):
 
     def base(self, x: Array, gather: bool) -> Array:
         """x W + b for x [n, in]: the frozen part."""
-        kernel = self.kernel[...]
-        if gather:  # what is split over fsdp is gathered here, one layer at a time; what is split over tensor stays so
-            kernel = constrain(kernel, *(None if axis == "embed" else axis for axis in KERNEL_AXES[self.name]))
-        y = x @ kernel
+        y = x @ _gathered(self.kernel[...], KERNEL_AXES[self.name], gather)
         return y if self.bias is None else y + self.bias[...]
 
 
@@ -107,11 +104,17 @@ def project(x: Array, linears: Sequence[Linear], gather: bool = True) -> list[Ar
         if l.lora_a is not None and l.lora_b is not None
     ]
     if adapters:
-        joined = jnp.concatenate([a.astype(x.dtype) for _, a, _ in adapters], axis=0)
+        axes_in = (None, KERNEL_AXES[linears[0].name][0])  # of all: they have one input
+        joined = _gathered(jnp.concatenate([a.astype(x.dtype) for _, a, _ in adapters], axis=0), axes_in, gather)
         narrow = jnp.split(flat @ joined.T * linears[0].scale, len(adapters), axis=1)
         for (i, _, b), u in zip(adapters, narrow, strict=True):
-            out[i] = out[i] + u @ b.astype(x.dtype)
+            out[i] = out[i] + u @ _gathered(b.astype(x.dtype), (None, KERNEL_AXES[linears[i].name][1]), gather)
     return [y.reshape(*x.shape[:-1], -1) for y in out]
+
+
+def _gathered(weight: Array, axes: tuple[str | None, ...], gather: bool) -> Array:
+    """What is split over fsdp, gathered one layer at a time; what is split over tensor stays so. Or all as it is."""
+    return constrain(weight, *(None if axis == "embed" else axis for axis in axes)) if gather else weight
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:

@@ -54,10 +54,10 @@ def bind(definition: nnx.GraphDef[Decoder], adapter: Adapter, base: nnx.State) -
     return nnx.merge(definition, adapter, base)
 
 
-def compute_dtype(name: str) -> jnp.dtype:
-    """The dtype for ``model.dtype``: auto is float32 on CPU, bfloat16 elsewhere."""
+def compute_dtype(name: str, platform: str | None = None) -> jnp.dtype:
+    """The dtype for ``model.dtype``: auto is float32 on CPU, bfloat16 elsewhere; this machine's platform if not said."""
     if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        name = "float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16"
     return jnp.dtype(name)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
@@ -13,7 +14,7 @@ from flax import nnx
 
 from esjax.config import Config, DpoSettings, OptimSettings
 from esjax.configfile import read_text
-from esjax.mesh import batch_groups, placed, placed_batch
+from esjax.mesh import batch_groups, mesh_sizes, placed, placed_batch
 from esjax.model.cached import Chunk, cache_shapes
 from esjax.model.decoder import Decoder, Execution
 from esjax.model.families import Architecture
@@ -41,6 +42,7 @@ class Job:
     name: Name
     lower: Callable[[], Any]
     held: dict[str, Any]  # kind -> shapes in their places: base, adapter, optimiser, cache, rows
+    kernel_flops: float = 0.0  # of attention on one device where a kernel computes it, which states no cost
 
 
 def jobs(config: Config, arch: Architecture, how: Execution, dtype: jnp.dtype, platform: str) -> Iterator[Job]:
@@ -59,7 +61,9 @@ def jobs(config: Config, arch: Architecture, how: Execution, dtype: jnp.dtype, p
     score_rows = _rows(config.dpo.micro_rows, config.dpo.row_length)
     score_how = how._replace(layout="branched", remat="none")
     held = {"base": base, "adapter": adapter, "rows": score_rows}
-    yield Job("score", lambda: SCORE.lower(definition, score_how, adapter, base, score_rows), held)
+    attention = partial(kernel_flops, arch, how)
+    flops = attention(config.dpo.micro_rows, config.dpo.row_length, passes=1)
+    yield Job("score", lambda: SCORE.lower(definition, score_how, adapter, base, score_rows), held, flops)
 
     def training(name: Literal["sft", "dpo"], s: OptimSettings) -> Job:
         loss = dpo_loss(s) if isinstance(s, DpoSettings) else sft_loss
@@ -74,7 +78,10 @@ def jobs(config: Config, arch: Architecture, how: Execution, dtype: jnp.dtype, p
         mine = how._replace(layout="packed" if name == "sft" else "branched")
         step: Any = make_step(definition, loss, tx, s.micro_rows, targets, mine)
         held = {"base": base, "adapter": adapter, "optimiser": state, "rows": (rows, extra)}
-        return Job(name, lambda: step.lower(adapter, state, base, rows, extra), held)
+        # The backward pass makes the scores again, and two products more for each of the forward pass' two.
+        again = 0 if how.remat == "none" else 1
+        flops = attention(s.batch_rows, s.row_length, passes=1 + again + 2.5)
+        return Job(name, lambda: step.lower(adapter, state, base, rows, extra), held, flops)
 
     yield training("sft", config.sft)
     yield training("dpo", config.dpo)
@@ -121,6 +128,15 @@ def _sampling(
         lambda: programs.decode.lower(weights, cache, state, waiting, counts, stop, constraint, patience),
         {**held, "constraint": constraint},
     )
+
+
+def kernel_flops(arch: Architecture, how: Execution, rows: int, length: int, passes: float) -> float:
+    """FLOPs of attention on one device where a kernel does it: full causal rows, so an upper bound for packed ones."""
+    if how.attention not in ("splash", "pallas", "cudnn"):
+        return 0.0
+    sizes = mesh_sizes()
+    share = rows / (sizes["data"] * sizes["fsdp"]) * arch.heads / sizes["tensor"]
+    return passes * arch.layers * share * 2.0 * length**2 * arch.head_size
 
 
 def row_slots(config: Config, shared: int) -> int:

@@ -1,0 +1,106 @@
+"""What one program needs on one device: memory by kind, FLOPs, traffic and network by the compiled text, and a time."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from esjax.plan.chips import Chip
+from esjax.plan.hlo import Collective, Tally, analyse
+from esjax.plan.jobs import Job
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Needs:
+    """One program on one device. Of a decoding loop, ``step`` numbers are those of one step for all lanes."""
+
+    name: str
+    compile_seconds: float
+    memory: dict[str, float]
+    """GiB by kind: base, adapter, optimiser, cache, rows (and other small inputs), work (activations and buffers)."""
+    limit: float | None
+    """GiB of the device, as documented; None where that is not known."""
+    refused: str = ""
+    """The compiler's own words where the program is too large for it."""
+    flops: float = 0.0
+    traffic: float = 0.0
+    """Bytes read and written in main memory, an estimate."""
+    collectives: dict[str, Collective] = field(default_factory=dict)
+    seconds: float | None = None
+    """The longest of FLOPs, traffic and network at the chip's stated rates: an estimate, and a lower bound."""
+    bound: str = ""
+    """Which of the three that is."""
+
+    @property
+    def total(self) -> float:
+        """GiB, all kinds."""
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device holds it."""
+        return not self.refused and (self.limit is None or self.total <= self.limit)
+
+    def as_json(self) -> dict[str, Any]:
+        """For --json."""
+        return asdict(self) | {"total": self.total, "fits": self.fits}
+
+
+def measure(job: Job, chip: Chip | None, limit: float | None) -> Needs:
+    """Compile one job and read what it needs."""
+    began = time.perf_counter()
+    held = {kind: held_bytes(tree) / GIB for kind, tree in job.held.items()}
+    try:
+        compiled = job.lower().compile()
+    except jax.errors.JaxRuntimeError as e:
+        reason = " ".join(str(e).split())
+        if "RESOURCE_EXHAUSTED" not in reason and "out of memory" not in reason.lower():
+            raise
+        used = re.search(r"Used ([\d.]+[KMG]?) of ([\d.]+[KMG]?)", reason)
+        said = f"the compiler wants {used[1]} of {used[2]}" if used else reason[:160]
+        return Needs(job.name, time.perf_counter() - began, held, limit, refused=said)
+    seconds = time.perf_counter() - began
+    m = compiled.memory_analysis()
+    work = m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes + m.generated_code_size_in_bytes
+    memory = held | {"rows": (m.argument_size_in_bytes - sum(v for k, v in held.items() if k != "rows") * GIB) / GIB}
+    memory["rows"] = max(0.0, memory["rows"])
+    memory["work"] = work / GIB
+    found = analyse(compiled.as_text())
+    tally = found.each if job.name == "decode" else found.once
+    flops = tally.flops + job.kernel_flops
+    times = {} if chip is None else _times(flops, tally, chip)
+    bound = max(times, key=lambda k: times[k]) if times else ""
+    return Needs(
+        name=job.name,
+        compile_seconds=seconds,
+        memory=memory,
+        limit=limit,
+        flops=flops,
+        traffic=tally.bytes,
+        collectives=dict(tally.collectives),
+        seconds=times[bound] if times else None,
+        bound=bound,
+    )
+
+
+def _times(flops: float, tally: Tally, chip: Chip) -> dict[str, float]:
+    sent = sum(c.bytes for c in tally.collectives.values())
+    return {
+        "FLOPs": flops / chip.flops,
+        "memory": tally.bytes / chip.hbm_bandwidth,
+        "network": sent / chip.interconnect,
+    }
+
+
+def held_bytes(tree: Any) -> int:
+    """Bytes that one device holds of a tree of shapes in their places."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize for x in leaves)

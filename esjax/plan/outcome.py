@@ -1,0 +1,72 @@
+"""``esjax plan`` as a whole: what was planned, what came of it, and how it is told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from esjax.config import Config, InputError
+from esjax.model.families import Architecture
+from esjax.plan.jobs import NAMES
+from esjax.plan.measure import Needs
+from esjax.plan.report import Change, Hardware, plan, remedies, table, words
+from esjax.plan.shape import shape_of
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run's programs need of the hardware, and a change under which those that do not fit would."""
+
+    config: Config
+    arch: Architecture
+    hardware: Hardware
+    found: Sequence[Needs]
+    change: Change | None
+    changed: Sequence[Needs]
+
+    @classmethod
+    def of(
+        cls, config: Config, shape: str | None, topology: str | None, slices: int, programs: str, tries: int
+    ) -> Outcome:
+        """Compile everything; arguments as on the command line. Raises InputError."""
+        asked = programs.split(",")
+        names = [n for n in NAMES if n in asked]
+        if len(names) < len(asked):
+            raise InputError(f"--programs {programs}: allowed: {', '.join(NAMES)}")
+        if slices < 1:
+            raise InputError(f"--slices {slices}: at least 1")
+        arch, hardware = shape_of(shape, config), Hardware.of(topology, slices)
+        found = list(plan(config, arch, hardware, names))
+        failed = [name for name, n in zip(names, found, strict=True) if not n.fits]
+        change, changed = next(remedies(config, arch, hardware, failed, tries), (None, [])) if failed else (None, [])
+        return cls(config, arch, hardware, found, change, changed)
+
+    def tables(self) -> list[Table]:
+        """For people."""
+        title = f"{self.arch.family}, {self.arch.layers} layers of {self.arch.width}, on {self.hardware.name}"
+        lanes = self.config.evolve.batch
+        out = [table(title, self.found, lanes)]
+        if self.change is not None:
+            out.append(
+                table(f"it fits with {words(self.change)}", self.changed, self.change.get("evolve.batch", lanes))
+            )
+        return out
+
+    def json(self) -> str:
+        """For programs: one object."""
+        hardware = {"hardware": self.hardware.name, "devices": len(self.hardware.devices)}
+        fits = {"mesh": self.config.mesh.model_dump(), "fits": all(n.fits for n in self.found)}
+        more = {"change": self.change, "changed": [n.as_json() for n in self.changed]}
+        return json.dumps({**hardware, **fits, "programs": [n.as_json() for n in self.found], **more})
+
+    @property
+    def misfit(self) -> str | None:
+        """One line on what does not fit and what would; None where everything does."""
+        why = [f"{n.name}: {n.refused or f'{n.total:.1f} GiB of {n.limit:.0f}'}" for n in self.found if not n.fits]
+        if not why:
+            return None
+        known = f"it does with {words(self.change)}" if self.change else "no change tried is enough: take more devices"
+        return f"does not fit {self.hardware.name} ({'; '.join(why)}); {known}"

@@ -1,0 +1,181 @@
+"""``esjax plan``: does a run fit the hardware, before anybody pays for it; and if not, which change would make it fit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import jax
+from rich.table import Table
+
+from esjax.config import Config, InputError
+from esjax.mesh import check_split, make_mesh, mesh_shape, topology_devices
+from esjax.model.families import Architecture
+from esjax.model.weights import check_divisible, choose_execution, compute_dtype
+from esjax.plan.chips import Chip, chip_of
+from esjax.plan.jobs import Name, jobs
+from esjax.plan.measure import GIB, Needs, measure
+from esjax.runlog import say
+
+Change = dict[str, Any]  # settings, by dotted name
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What a run is planned for."""
+
+    name: str
+    devices: Sequence[Any]
+    platform: str
+    chip: Chip | None  # None: rates unknown, as of a CPU
+    memory: float | None  # GiB a device
+
+    @classmethod
+    def of(cls, topology: str | None, slices: int) -> Hardware:
+        """TPUs by the topology's name, or what is at hand. Raises InputError."""
+        if topology is not None:
+            devices = topology_devices(topology, slices)
+            chip = chip_of(devices[0].device_kind)
+            name = topology if slices == 1 else f"{slices} x {topology}"
+            return cls(name, devices, "tpu", chip, chip.hbm / GIB)
+        devices = jax.devices()
+        platform = jax.default_backend()
+        name = f"{len(devices)} x {devices[0].device_kind}"
+        if platform == "cpu":  # all devices share the machine's memory
+            whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+            return cls(name, devices, platform, None, whole / len(devices))
+        chip = chip_of(devices[0].device_kind)
+        return cls(name, devices, platform, chip, chip.hbm / GIB)
+
+
+def plan(config: Config, arch: Architecture, hardware: Hardware, names: Sequence[Name]) -> Iterator[Needs]:
+    """What each of the named programs of a run needs. Raises InputError where the mesh does not divide the sizes."""
+    m = config.model
+    dtype = compute_dtype(m.dtype, hardware.platform)
+    how = choose_execution(m.attention, m.remat, dtype, hardware.platform, m.decoding_weights)
+    mesh = make_mesh(hardware.devices, mesh_shape(config.mesh, len(hardware.devices)))
+    with jax.set_mesh(mesh):
+        check_divisible(arch)
+        for setting, count in (
+            ("sft.micro_rows", config.sft.micro_rows),
+            ("dpo.micro_rows", config.dpo.micro_rows),
+            ("evolve.batch", config.evolve.batch),
+        ):
+            check_split(setting, count)
+        for job in jobs(config, arch, how, dtype, hardware.platform):
+            if job.name in names:
+                yield measure(job, hardware.chip, hardware.memory)
+
+
+# --- what would make it fit ------------------------------------------------------------------------------------------
+
+
+def remedies(
+    config: Config, arch: Architecture, hardware: Hardware, failed: Sequence[Name], most: int
+) -> Iterator[tuple[Change, list[Needs]]]:
+    """Changes under which all programs that did not fit do, the nearest first, found by compiling at most ``most`` of them."""
+    single = list(_changes(config, arch, len(hardware.devices), failed))
+    tried = 0
+    for size in (1, 2, 3):
+        for parts in combinations(single, size):
+            change: Change = {k: v for part in parts for k, v in part.items()}
+            if len(change) < sum(map(len, parts)):
+                continue  # two of them change the same setting
+            if tried == most:
+                return
+            tried += 1
+            say(f"  trying {words(change)}")
+            try:
+                found = []
+                for needs in plan(changed(config, change), arch, hardware, failed):
+                    found.append(needs)
+                    if not needs.fits:
+                        break
+            except InputError as e:
+                say(f"    not possible: {e}")
+                continue
+            if all(n.fits for n in found):
+                yield change, found
+                return
+
+
+def _changes(config: Config, arch: Architecture, devices: int, failed: Sequence[Name]) -> Iterator[Change]:
+    """Changes of one kind each, from those that cost least to those that cost most."""
+    m = config.mesh
+    data, fsdp, tensor = mesh_shape(m, devices)
+    trains = [n for n in ("sft", "dpo") if n in failed]
+    rows = data * fsdp
+    if data > 1 or data * fsdp * tensor < devices:  # every device holds a share of the weights
+        yield {"mesh.data": 1, "mesh.fsdp": devices // tensor}
+    if trains and config.model.remat != "full":
+        yield {"model.remat": "full"}
+    smaller: Change = {}
+    for name in trains:
+        micro = getattr(config, name).micro_rows
+        if micro > rows:
+            smaller[f"{name}.micro_rows"] = max(rows, micro // 4)
+    if "score" in failed and config.dpo.micro_rows > rows:
+        smaller["dpo.micro_rows"] = max(rows, config.dpo.micro_rows // 4)
+    if smaller:
+        yield smaller
+    if ("prefill" in failed or "decode" in failed) and config.evolve.batch > rows:
+        yield {"evolve.batch": max(rows, config.evolve.batch // 4 // rows * rows)}
+        yield {"model.cache_dtype": "float8_e4m3fn"}
+    wider = 2 * tensor
+    while wider <= devices and arch.kv_heads % wider == 0 and fsdp % (wider // tensor) == 0:
+        yield {"mesh.tensor": wider, "mesh.fsdp": fsdp * tensor // wider}
+        wider *= 2
+    if trains and config.model.remat == "full":
+        yield {"model.remat": "offload"}
+
+
+def changed(config: Config, change: Change) -> Config:
+    """The config with these settings."""
+    tree = config.model_dump()
+    for key, value in change.items():
+        *sections, last = key.split(".")
+        node = tree
+        for section in sections:
+            node = node[section]
+        node[last] = value
+    return Config.model_validate(tree).validate_together()
+
+
+def words(change: Change) -> str:
+    """As on the command line."""
+    return " ".join(f"--{k} {v}" for k, v in change.items())
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def table(title: str, found: Sequence[Needs], lanes: int) -> Table:
+    """All programs, a column each."""
+    out = Table(title=title, title_justify="left")
+    out.add_column("a device")
+    for n in found:
+        out.add_column(n.name + (" (a step)" if n.name == "decode" else ""), justify="right")
+    kinds = list(dict.fromkeys(k for n in found for k in n.memory))
+    for kind in kinds:
+        out.add_row(f"{kind}, GiB", *(f"{n.memory[kind]:.2f}" if kind in n.memory else "" for n in found))
+    limit = next((n.limit for n in found if n.limit), None)
+    of = f" of {limit:.0f}" if limit else ""
+    out.add_row(f"all{of}, GiB", *(f"{n.total:.2f}" if n.fits else "does not fit" for n in found))
+    out.add_row("TFLOP", *("" if n.refused else f"{n.flops / 1e12:.3g}" for n in found))
+    out.add_row("memory traffic, GiB", *("" if n.refused else f"{n.traffic / GIB:.3g}" for n in found))
+    sent = list(dict.fromkeys(k for n in found for k in n.collectives))
+    for kind in sent:
+        cells = [n.collectives.get(kind) for n in found]
+        out.add_row(f"{kind}, sent", *(f"{c.count} x, {c.bytes / 2**20:.4g} MiB" if c else "" for c in cells))
+    out.add_row("compiled in, s", *(f"{n.compile_seconds:.0f}" for n in found))
+    out.add_row(
+        "estimate by stated rates",
+        *(f"{1e3 * n.seconds:.3g} ms, {n.bound}" if n.seconds is not None else "-" for n in found),
+    )
+    decode = next((n for n in found if n.name == "decode" and n.seconds), None)
+    if decode is not None and decode.seconds is not None:
+        out.caption = f"{lanes} replies at once: at most {lanes / decode.seconds:,.0f} tokens/s by that estimate"
+    return out
