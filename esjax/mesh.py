@@ -106,11 +106,18 @@ def topology_devices(name: str, slices: int = 1) -> list[Any]:
 
     Raises InputError for an unknown topology.
     """
-    # Nothing is run, so no TPU has to be asked for or kept from others.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # Nothing is run, so no TPU has to be asked for or kept from others, and libtpu need not say that it finds none.
+    for name, value in (
+        ("TPU_SKIP_MDS_QUERY", "1"),
+        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
+        ("TPU_STDERR_LOG_LEVEL", "3"),
+    ):
+        os.environ.setdefault(name, value)
+    jax.config.update("jax_enable_compilation_cache", False)  # programs for absent devices cannot be read back from it
     try:
-        more = {"num_slices": slices} if slices > 1 else {}
+        more: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+        if name.startswith("v4:"):
+            more["chip_config_name"] = "megacore"  # one device a chip, as programs see it
         return list(topologies.get_topology_desc(name, platform="tpu", **more).devices)
     except Exception as e:  # every kind, from a missing libtpu to a name it does not know
         reason = " ".join(str(e).split())[:200]

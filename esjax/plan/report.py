@@ -152,14 +152,16 @@ def words(change: Change) -> str:
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
+KINDS = ("base", "adapter", "optimiser", "cache", "constraint", "rows", "work")
+
+
 def table(title: str, found: Sequence[Needs], lanes: int) -> Table:
     """All programs, a column each."""
     out = Table(title=title, title_justify="left")
     out.add_column("a device")
     for n in found:
         out.add_column(n.name + (" (a step)" if n.name == "decode" else ""), justify="right")
-    kinds = list(dict.fromkeys(k for n in found for k in n.memory))
-    for kind in kinds:
+    for kind in (k for k in KINDS if any(k in n.memory for n in found)):
         out.add_row(f"{kind}, GiB", *(f"{n.memory[kind]:.2f}" if kind in n.memory else "" for n in found))
     limit = next((n.limit for n in found if n.limit), None)
     of = f" of {limit:.0f}" if limit else ""
