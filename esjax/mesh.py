@@ -107,12 +107,13 @@ def topology_devices(name: str, slices: int = 1) -> list[Any]:
     Raises InputError for an unknown topology.
     """
     # Nothing is run, so no TPU has to be asked for or kept from others, and libtpu need not say that it finds none.
-    for name, value in (
+    for variable, value in (
         ("TPU_SKIP_MDS_QUERY", "1"),
         ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
+        ("TPU_WORKER_HOSTNAMES", "localhost"),
         ("TPU_STDERR_LOG_LEVEL", "3"),
     ):
-        os.environ.setdefault(name, value)
+        os.environ.setdefault(variable, value)
     jax.config.update("jax_enable_compilation_cache", False)  # programs for absent devices cannot be read back from it
     try:
         more: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
