@@ -25,7 +25,12 @@ def _number(metavar: str, text: str, default: int | None = None) -> dict[str, An
 
 RUN_DIR: Option = (
     "--run-dir",
-    _need("DIR", "the run directory; made when it is not there, continued when it is; on storage that all hosts share"),
+    {
+        "required": True,
+        "metavar": "DIR",
+        "help": "the run directory; made when it is not there, continued when it is; on storage that all hosts share, or a URL "
+        "such as gs://BUCKET/RUN",
+    },
 )
 MODEL: Option = (
     "--model",
@@ -104,7 +109,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         ),
     ),
     "export": (
-        ("--run-dir", _need("DIR", "the run")),
+        ("--run-dir", {"required": True, "metavar": "DIR", "help": "the run: a folder or a URL"}),
         ("--model", {"required": True, "metavar": "mT", "help": "which model of the run: m0, m1, ..."}),
         (
             "--format",

@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
+from esjax import storage
 from esjax.config import Config, InputError
 from esjax.configfile import bundled, differing, dump, load
 from esjax.hosts import hosts
@@ -28,9 +29,10 @@ class RunDir:
     The directory is claimed for its config when the first stage starts, so that bad input leaves no config behind.
     """
 
-    def __init__(self, path: Path, config: Config) -> None:
-        self.path, self.config = path, config
-        self.manifest_path = path / "manifest.json"
+    def __init__(self, place: str | Path, config: Config) -> None:
+        """``place`` is a folder that all hosts share, or a URL such as gs://BUCKET/RUN."""
+        self.path, self.config = storage.local(place), config
+        self.manifest_path = self.path / "manifest.json"
         self.manifest: dict[str, Any] = {"stages": {}}
         self._lock: TextIO | None = None
 
@@ -67,7 +69,7 @@ class RunDir:
 
     def _check_shared(self) -> None:
         """All processes must see one directory."""
-        if hosts.count == 1:
+        if hosts.count == 1 or storage.in_bucket(self.path):
             return
         token = hosts.share(int.from_bytes(os.urandom(4), "big") >> 1)
         if self._lock is not None:
@@ -115,11 +117,13 @@ class RunDir:
                 return
         if hosts.writer and not (self.path / "config.yaml").exists():
             write_text(self.path / "config.yaml", dump(self.config))
+            storage.keep(self.path / "config.yaml", now=True)
         say(f"{name}: started")
         self._record(name, {"status": "started", "inputs": inputs})
         start = time.monotonic()
         facts = work() or {}
-        hosts.wait(f"{name} worked")
+        for output in outputs:
+            storage.publish(output)
         absent = [str(p) for p in outputs if not p.exists()]
         if absent:
             raise AssertionError(f"stage {name} did not make {absent[0]}")

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 from tensorboardX import SummaryWriter
 
+from esjax import storage
 from esjax.config import InputError
 from esjax.hosts import hosts
 
@@ -121,7 +122,7 @@ def publish_text(path: Path, text: str) -> None:
     """Write a whole file of the run: the first process does, and all go on when it is there."""
     if hosts.writer:
         write_text(path, text)
-    hosts.wait(path.name)
+    storage.publish(path)
 
 
 def publish_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -164,8 +165,9 @@ class Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._file is not None:
+        if self._file is not None and not self._file.closed:
             self._file.close()
+            storage.keep(self._part, now=True)
 
     @property
     def missing(self) -> list[int]:
@@ -180,6 +182,7 @@ class Journal:
         if self._file is not None:
             self._file.write((json.dumps([index, row], ensure_ascii=False) + "\n").encode())
             self._file.flush()
+            storage.keep(self._part)
 
     def finish(self) -> list[dict[str, Any]]:
         """Write the file, and return its rows."""
@@ -190,7 +193,9 @@ class Journal:
             write_jsonl(self.path, rows)
             self._file.close()
             self._part.unlink()
-        hosts.wait(f"{self.path.name} finished")
+        storage.publish(self.path)
+        if self._file is not None:
+            storage.keep(self._part, now=True)  # it is gone
         return rows
 
 
@@ -276,9 +281,15 @@ class Metrics:
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
 
+    def keep(self) -> None:
+        """What was logged so far outlives this machine, as a checkpoint that follows will."""
+        if self.board is not None:
+            storage.keep(self.path, now=True)
+
     def close(self) -> None:
         if self.board is not None:
             self.board.close()
+            self.keep()
 
 
 def sha256(path: Path) -> str:

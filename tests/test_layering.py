@@ -16,6 +16,7 @@ RANKS = {
     "configfile": 0.5,  # reads what config describes
     "rows": 0,
     "hosts": 0,
+    "storage": 0.5,  # waits for the hosts
     "mesh": 1,
     "runlog": 1,
     "rundir": 1.5,  # writes with runlog

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from esjax import storage
 from esjax.config import Config, InputError
 from esjax.configfile import load, read_text
 from esjax.corpus.dialogue import Dialogue
@@ -98,7 +99,7 @@ def open_model(spec: str, config: Config) -> tuple[Lab, Adapter]:
         model = config.model.model_copy(update={"source": spec, "sha256": given})
         lab = Lab.open(config.model_copy(update={"model": model, "prompts": prompts}), adapted=False)
         return lab, nnx.State({})
-    run, t = Path(match[1]), int(match[2])
+    run, t = storage.local(match[1]), int(match[2])
     if not (run / "config.yaml").exists():
         raise InputError(f"{spec}: {run} is not a run directory (no config.yaml in it)")
     folder = adapter_folder(run, t)

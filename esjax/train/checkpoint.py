@@ -25,10 +25,11 @@ class Checkpoints:
     """Numbered checkpoints in a folder, of which the newest ``keep`` stay. A half-written one is never seen (orbax renames)."""
 
     def __init__(self, folder: Path, keep: int) -> None:
+        """``folder`` is an absolute path, or orbax's form of one in a bucket."""
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # what orbax logs as an error, it raises as well
         # Without several to fall back on, a damaged checkpoint would cost the whole phase.
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self.manager = ocp.CheckpointManager(folder, options=options)
 
     def save(self, step: int, state: Any) -> None:
         """Save a pytree of arrays; returns before the files are written. Raises OSError when the disk has no room for them.
@@ -36,7 +37,7 @@ class Checkpoints:
         That is asked beforehand: a write that fails inside orbax leaves its threads' tracebacks on the screen.
         """
         folder, need = self.manager.directory, sum(x.nbytes for x in jax.tree.leaves(state)) + MARGIN
-        if shutil.disk_usage(folder).free < need:
+        if "://" not in str(folder) and shutil.disk_usage(folder).free < need:
             raise OSError(errno.ENOSPC, f"a checkpoint needs {need} bytes", str(folder))
         self.manager.save(step, args=ocp.args.StandardSave(_named(state)))
 

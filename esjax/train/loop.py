@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from esjax import storage
 from esjax.config import OptimSettings
 from esjax.hosts import Stopped, deferred
 from esjax.mesh import batch_groups, check_split, put_batch
@@ -68,7 +69,7 @@ def train(phase: Phase, backbone: Backbone, adapter: Adapter) -> Adapter:
     step_fn = make_step(backbone.definition, phase.loss, tx, s.micro_rows, _most_targets(phase.examples, steps, s), how)
     adapter = jax.tree.map(jnp.copy, adapter)  # the step donates its adapter, and the caller may need his own
     opt_state = init_optimiser(tx, adapter)
-    checkpoints = Checkpoints(phase.folder / "checkpoint", s.checkpoints_kept)
+    checkpoints = Checkpoints(storage.checkpoints(phase.folder / "checkpoint"), s.checkpoints_kept)
     done, (adapter, opt_state) = checkpoints.restore((adapter, opt_state))
     if done:
         say(f"  {phase.name}: continuing after step {done} of {len(steps)}")
@@ -92,6 +93,7 @@ def train(phase: Phase, backbone: Backbone, adapter: Adapter) -> Adapter:
             stop = stops()
             if last or stop or (number + 1) % s.checkpoint_every == 0:
                 log.finish()  # nothing broken is kept
+                log.metrics.keep()
                 checkpoints.save(number + 1, (adapter, opt_state))
             advance(1)
             if stop and not last:

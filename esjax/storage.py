@@ -1,0 +1,126 @@
+"""Run directories in a bucket: each process works on a copy on its own disk, and the bucket holds what is done.
+
+A URL such as gs://BUCKET/RUN names one; fsspec reads and writes it (gs:// needs gcsfs, esjax's gcs extra). Objects appear
+whole or not at all, as renamed files do. Checkpoints do not pass through here: orbax writes them into the bucket itself.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from esjax.config import InputError
+from esjax.hosts import hosts
+
+EVERY = 30.0  # seconds between two uploads of a file that grows
+LEFT = ("checkpoint", "tensorboard")  # folders that nobody needs a copy of
+
+
+class Bucket:
+    """A run directory behind a URL, and this process' copy of it."""
+
+    def __init__(self, url: str) -> None:
+        """Copy what is there. Raises InputError where the URL cannot be used."""
+        self.url = url.rstrip("/")
+        self.local = (
+            Path(tempfile.gettempdir()) / "esjax" / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{os.getpid()}"
+        )
+        try:
+            options = {"auto_mkdir": True} if url.startswith("file://") else {}
+            self.files, self.root = fsspec.core.url_to_fs(self.url, **options)
+            found = self.files.find(self.root)
+        except Exception as e:  # whatever a driver raises that is missing, or may not look
+            reason = " ".join(str(e).split())[:200]
+            raise InputError(f"{url}: cannot be read ({reason}); for gs:// install esjax's gcs extra and log in") from e
+        self.local.mkdir(parents=True, exist_ok=True)
+        self._sent: dict[Path, float] = {}
+        for name in found:
+            path = self.local / Path(name).relative_to(self.root)
+            if not set(LEFT) & set(path.relative_to(self.local).parts):
+                self.pull(path)
+
+    def push(self, path: Path) -> None:
+        """Send a file or a folder; a file that is gone here goes there, too."""
+        where = self._there(path)
+        if path.is_dir():
+            for file in (p for p in path.rglob("*") if p.is_file()):
+                self.push(file)
+        elif path.exists():
+            self.files.put_file(str(path), where)
+        elif self.files.exists(where):
+            self.files.rm_file(where)
+
+    def push_now_and_then(self, path: Path) -> None:
+        """Send a file that grows, if it was not sent lately."""
+        if time.monotonic() - self._sent.get(path, 0.0) > EVERY:
+            self._sent[path] = time.monotonic()
+            self.push(path)
+
+    def pull(self, path: Path) -> None:
+        """Fetch a file or a folder."""
+        where = self._there(path)
+        for name in [where] if self.files.isfile(where) else self.files.find(where):
+            file = self.local / Path(name).relative_to(self.root)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self.files.get_file(name, str(file))
+
+    def _there(self, path: Path) -> str:
+        return f"{self.root}/{path.relative_to(self.local).as_posix()}"
+
+
+_buckets: dict[str, Bucket] = {}
+
+
+def local(place: str | Path) -> Path:
+    """Where this process finds a run directory: a path itself, or its copy of what lies behind a URL. Raises InputError."""
+    if "://" not in str(place):
+        return Path(place)
+    if str(place) not in _buckets:
+        _buckets[str(place)] = Bucket(str(place))
+        atexit.register(shutil.rmtree, _buckets[str(place)].local, ignore_errors=True)
+    return _buckets[str(place)].local
+
+
+def _of(path: Path) -> Bucket | None:
+    return next((b for b in _buckets.values() if path.is_relative_to(b.local)), None)
+
+
+def in_bucket(path: Path) -> bool:
+    """Whether a path is a copy of something in a bucket."""
+    return _of(path) is not None
+
+
+def publish(path: Path) -> None:
+    """What the first process wrote is now for all to read; every process calls this."""
+    bucket = _of(path)
+    if bucket is not None and hosts.writer:
+        bucket.push(path)
+    hosts.wait(path.name)
+    if bucket is not None and not hosts.writer:
+        bucket.pull(path)
+
+
+def keep(path: Path, now: bool = False) -> None:
+    """Send a file that grows, now or if it was not sent lately; the first process calls this."""
+    bucket = _of(path)
+    if bucket is not None:
+        bucket.push(path) if now else bucket.push_now_and_then(path)
+
+
+def checkpoints(folder: Path) -> Any:
+    """Where orbax finds a folder: in the bucket itself, or on the disk."""
+    bucket = _of(folder)
+    if bucket is None:
+        return folder.absolute()
+    from etils import epath
+
+    url = f"{bucket.url}/{folder.relative_to(bucket.local).as_posix()}"
+    return epath.Path(url.removeprefix("file://"))
