@@ -15,8 +15,15 @@ from esjax.configfile import keys
 Option = tuple[str, dict[str, Any]]
 
 
+def _path(text: str) -> Path:
+    """A path on this machine. Raises InputError for a URL, which would become a folder named after its scheme."""
+    if "://" in text:
+        raise InputError(f"{text}: give a path on this machine; of a URL only --run-dir and --model can make use")
+    return Path(text)
+
+
 def _need(metavar: str, text: str) -> dict[str, Any]:
-    return {"required": True, "type": Path, "metavar": metavar, "help": text}
+    return {"required": True, "type": _path, "metavar": metavar, "help": text}
 
 
 def _number(metavar: str, text: str, default: int | None = None) -> dict[str, Any]:
@@ -74,7 +81,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         ("--out", _need("FILE", "replies.jsonl")),
         ("--num-samples", _number("N", "answers to each prompt", 1)),
         ("--regex", {"metavar": "PATTERN", "help": "a regular expression that every answer matches as a whole"}),
-        ("--json-schema", {"type": Path, "metavar": "FILE", "help": "a JSON schema that every answer obeys"}),
+        ("--json-schema", {"type": _path, "metavar": "FILE", "help": "a JSON schema that every answer obeys"}),
         *SEVERAL,
     ),
     "score": (
@@ -105,7 +112,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         ("--micro-rows", _number("N", "rows computed at once; all when left out")),
         (
             "--trace",
-            {"type": Path, "metavar": "DIR", "help": "write a profiler trace of one training step of each job"},
+            {"type": _path, "metavar": "DIR", "help": "write a profiler trace of one training step of each job"},
         ),
     ),
     "export": (
