@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from flax import nnx
 
 from esjax.config import Config, DpoSettings, OptimSettings
 from esjax.configfile import read_text
+from esjax.evolve.reflect import FIELDS
 from esjax.mesh import batch_groups, mesh_sizes, placed, placed_batch
 from esjax.model.cached import Chunk, cache_shapes
 from esjax.model.decoder import Decoder, Execution
@@ -32,7 +34,8 @@ from esjax.train.step import make_step
 Name = Literal["prefill", "decode", "score", "sft", "dpo"]
 NAMES: tuple[Name, ...] = get_args(Name)
 STATES = 128  # of a reflection's automaton; the sample run's has 96
-SEGMENTS, PAIRS = 4, 8  # examples packed into a row, and pairs on a trunk, of a preference step
+SEGMENT, PAIR = 32, 16  # fewest tokens of an example packed into a row, and of a pair's two replies
+TOKEN = 2  # fewest bytes of a prompt file that a token stands for, on average; a large vocabulary's has four
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def jobs(config: Config, arch: Architecture, how: Execution, dtype: jnp.dtype, p
     """All programs of a run of this config on the mesh of the context.
 
     Sizes that only data could tell are bounded from above: every token of a row is a target, prompts fill the window, and a
-    prompt file has a token every three characters.
+    prompt file has a token every two bytes. Both phases score; the larger of the two batches is planned.
     """
     lora = lora_from(config.lora)
     abstract = nnx.eval_shape(lambda: Decoder(arch, lora, dtype, nnx.Rngs(params=0, lora=0)))
@@ -58,11 +61,13 @@ def jobs(config: Config, arch: Architecture, how: Execution, dtype: jnp.dtype, p
     adapter, base = placed(adapter, mesh), placed(base, mesh)
     yield from _sampling(config, arch, how, dtype, platform, definition, adapter, base)
 
-    score_rows = _rows(config.dpo.micro_rows, config.dpo.row_length)
-    score_how = how._replace(layout="branched", remat="none")
+    sft, dpo = ((s.micro_rows, s.row_length) for s in (config.sft, config.dpo))
+    score_size = max(sft, dpo, key=math.prod)
+    score_rows = _rows(*score_size)
+    score_how = how._replace(layout="branched" if score_size == dpo else "packed", remat="none")
     held = {"base": base, "adapter": adapter, "rows": score_rows}
     attention = partial(kernel_flops, arch, how)
-    flops = attention(config.dpo.micro_rows, config.dpo.row_length, passes=1)
+    flops = attention(*score_size, passes=1)
     yield Job("score", lambda: SCORE.lower(definition, score_how, adapter, base, score_rows), held, flops)
 
     def training(name: Literal["sft", "dpo"], s: OptimSettings) -> Job:
@@ -72,7 +77,7 @@ def jobs(config: Config, arch: Architecture, how: Execution, dtype: jnp.dtype, p
         rows = _rows(s.batch_rows, s.row_length)
         extra = None
         if isinstance(s, DpoSettings):
-            shape = (s.batch_rows, SEGMENTS, PAIRS)
+            shape = (s.batch_rows, s.row_length // SEGMENT, s.row_length // PAIR)
             extra = placed_batch(Pairs(_array((*shape, 2), np.float32), _array(shape, np.bool_)), mesh)
         targets = s.micro_rows // batch_groups() * s.row_length
         mine = how._replace(layout="packed" if name == "sft" else "branched")
@@ -122,11 +127,11 @@ def _sampling(
     constraint = _everywhere(jax.tree.map(lambda x: _array((STATES, *x.shape[1:]), x.dtype), free(arch.vocab)))
     held = {"base": weights[1], "adapter": weights[0]} if how.weights == "shared" else {"base": (weights, base)}
     held = {**held, "cache": cache}
-    yield Job("prefill", lambda: programs.prefill.lower(weights, cache, chunk), held)
+    yield Job("prefill", lambda: programs.prefill.lower(weights, cache, chunk), {**held, "rows": chunk})
     yield Job(
         "decode",
         lambda: programs.decode.lower(weights, cache, state, waiting, counts, stop, constraint, patience),
-        {**held, "constraint": constraint},
+        {**held, "constraint": constraint, "rows": (state, waiting, counts, stop, patience)},
     )
 
 
@@ -140,12 +145,19 @@ def kernel_flops(arch: Architecture, how: Execution, rows: int, length: int, pas
 
 
 def row_slots(config: Config, shared: int) -> int:
-    """Slots of a sampler's row: the longest context, what a reflection asks, and a few refinements' requests."""
+    """Slots of a sampler's row: the longest context, what a reflection asks, and a few refinements' requests.
+
+    Contexts of the closing table may be longer than a round's; then rows grow for them and what they do not share.
+    """
     p = config.prompts
-    asked = {name: -(-len(read_text(getattr(p, name))) // 3) for name in ("principles", "reflect", "refine")}
+    asked = {name: _tokens(read_text(getattr(p, name))) for name in ("principles", "reflect", "refine")}
     reflecting = asked["principles"] + asked["reflect"]
+    opened = reflecting + reflection_tokens(config)
     refining = asked["principles"] + asked["refine"] + config.evolve.draft.max_tokens + reflection_tokens(config)
-    need = config.context_room + reflecting + max(reflecting, refining) * (shared + 1)
+    need = config.context_room + reflecting + max(opened, refining) * (shared + 1)
+    answered = config.data.window - config.reply.max_tokens
+    if answered > need:
+        need = answered + answered // 2 * (shared + 1)
     return -(-need // BUCKET) * BUCKET
 
 
@@ -156,8 +168,13 @@ def longest_reply(config: Config) -> int:
 
 
 def reflection_tokens(config: Config) -> int:
-    """Tokens of a reflection at most: three fields with their labels."""
-    return 3 * (config.evolve.reflection.field_tokens + 6)
+    """Tokens of a reflection at most: its fields, their labels and its end."""
+    labels = "\n".join(f"{label} {opening}" for label, opening in FIELDS.values())
+    return len(FIELDS) * config.evolve.reflection.field_tokens + _tokens(labels) + 1
+
+
+def _tokens(text: str) -> int:
+    return -(-len(text.encode()) // TOKEN)
 
 
 def _array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:

@@ -16,6 +16,8 @@ from esjax.plan.hlo import Collective, Tally, analyse
 from esjax.plan.jobs import Job
 
 GIB = 2**30
+SIZE = r"([\d.]+[KMGT]?)"
+OF_MEMORY = re.compile(rf"Used {SIZE} of {SIZE}|\({SIZE}\) exceeds available HBM \({SIZE}\)")
 
 
 @dataclass(frozen=True)
@@ -64,15 +66,15 @@ def measure(job: Job, chip: Chip | None, limit: float | None) -> Needs:
         reason = " ".join(str(e).split())
         if "RESOURCE_EXHAUSTED" not in reason and "out of memory" not in reason.lower():
             raise
-        used = re.search(r"Used ([\d.]+[KMG]?) of ([\d.]+[KMG]?)", reason)
-        said = f"the compiler wants {used[1]} of {used[2]}" if used else reason[:160]
+        used = OF_MEMORY.search(reason)
+        said = "the compiler wants {} of {}".format(*filter(None, used.groups())) if used else reason[:160]
         return Needs(job.name, time.perf_counter() - began, held, limit, refused=said)
     seconds = time.perf_counter() - began
     m = compiled.memory_analysis()
     work = m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes + m.generated_code_size_in_bytes
-    memory = held | {"rows": (m.argument_size_in_bytes - sum(v for k, v in held.items() if k != "rows") * GIB) / GIB}
-    memory["rows"] = max(0.0, memory["rows"])
-    memory["work"] = work / GIB
+    # Arguments may take more than their sizes where a device pads them; it is put with the small ones.
+    padded = m.argument_size_in_bytes / GIB - sum(held.values())
+    memory = held | {"rows": held["rows"] + max(0.0, padded), "work": work / GIB}
     found = analyse(compiled.as_text())
     tally = found.each if job.name == "decode" else found.once
     flops = tally.flops + job.kernel_flops

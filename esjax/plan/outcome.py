@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from esjax.config import Config, InputError
+from esjax.mesh import AXES, mesh_shape
 from esjax.model.families import Architecture
 from esjax.plan.jobs import NAMES
 from esjax.plan.measure import Needs
@@ -38,15 +39,20 @@ class Outcome:
             raise InputError(f"--programs {programs}: allowed: {', '.join(NAMES)}")
         if slices < 1:
             raise InputError(f"--slices {slices}: at least 1")
+        if tries < 0:
+            raise InputError(f"--tries {tries}: at least 0")
         arch, hardware = shape_of(shape, config), Hardware.of(topology, slices)
         found = list(plan(config, arch, hardware, names))
         failed = [name for name, n in zip(names, found, strict=True) if not n.fits]
-        change, changed = next(remedies(config, arch, hardware, failed, tries), (None, [])) if failed else (None, [])
+        ways = remedies(config, arch, hardware, names, failed, tries) if failed else iter(())
+        change, changed = next(ways, (None, []))
         return cls(config, arch, hardware, found, change, changed)
 
     def tables(self) -> list[Table]:
         """For people."""
-        title = f"{self.arch.family}, {self.arch.layers} layers of {self.arch.width}, on {self.hardware.name}"
+        mesh = " x ".join(map(str, mesh_shape(self.config.mesh, len(self.hardware.devices))))
+        model = f"{self.arch.family}, {self.arch.layers} layers of {self.arch.width}"
+        title = f"{model}, on {self.hardware.name} as {mesh} (data x fsdp x tensor)"
         lanes = self.config.evolve.batch
         out = [table(title, self.found, lanes)]
         if self.change is not None:
@@ -58,14 +64,15 @@ class Outcome:
     def json(self) -> str:
         """For programs: one object."""
         hardware = {"hardware": self.hardware.name, "devices": len(self.hardware.devices)}
-        fits = {"mesh": self.config.mesh.model_dump(), "fits": all(n.fits for n in self.found)}
+        shape = mesh_shape(self.config.mesh, len(self.hardware.devices))
+        fits = {"mesh": dict(zip(AXES, shape, strict=True)), "fits": all(n.fits for n in self.found)}
         more = {"change": self.change, "changed": [n.as_json() for n in self.changed]}
         return json.dumps({**hardware, **fits, "programs": [n.as_json() for n in self.found], **more})
 
     @property
     def misfit(self) -> str | None:
         """One line on what does not fit and what would; None where everything does."""
-        why = [f"{n.name}: {n.refused or f'{n.total:.1f} GiB of {n.limit:.0f}'}" for n in self.found if not n.fits]
+        why = [f"{n.name}: {n.refused or f'{n.total:.4g} GiB of {n.limit:.4g}'}" for n in self.found if not n.fits]
         if not why:
             return None
         known = f"it does with {words(self.change)}" if self.change else "no change tried is enough: take more devices"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import chain, combinations
 from typing import Any
 
 import jax
@@ -74,9 +74,9 @@ def plan(config: Config, arch: Architecture, hardware: Hardware, names: Sequence
 
 
 def remedies(
-    config: Config, arch: Architecture, hardware: Hardware, failed: Sequence[Name], most: int
+    config: Config, arch: Architecture, hardware: Hardware, names: Sequence[Name], failed: Sequence[Name], most: int
 ) -> Iterator[tuple[Change, list[Needs]]]:
-    """Changes under which all programs that did not fit do, the nearest first, found by compiling at most ``most`` of them."""
+    """The nearest change under which the programs ``failed`` fit, and the other ``names`` still do; ``most`` are tried."""
     single = list(_changes(config, arch, len(hardware.devices), failed))
     tried = 0
     for size in (1, 2, 3):
@@ -88,9 +88,12 @@ def remedies(
                 return
             tried += 1
             say(f"  trying {words(change)}")
+            # Another mesh is another program for all; any other change makes no program larger.
+            others = [n for n in names if n not in failed and any(k.startswith("mesh.") for k in change)]
             try:
-                found = []
-                for needs in plan(changed(config, change), arch, hardware, failed):
+                now, found = changed(config, change), []
+                rest = plan(now, arch, hardware, others) if others else ()
+                for needs in chain(plan(now, arch, hardware, failed), rest):
                     found.append(needs)
                     if not needs.fits:
                         break
@@ -113,12 +116,10 @@ def _changes(config: Config, arch: Architecture, devices: int, failed: Sequence[
     if trains and config.model.remat != "full":
         yield {"model.remat": "full"}
     smaller: Change = {}
-    for name in trains:
-        micro = getattr(config, name).micro_rows
-        if micro > rows:
-            smaller[f"{name}.micro_rows"] = max(rows, micro // 4)
-    if "score" in failed and config.dpo.micro_rows > rows:
-        smaller["dpo.micro_rows"] = max(rows, config.dpo.micro_rows // 4)
+    for name, s in (("sft", config.sft), ("dpo", config.dpo)):
+        fewer = [n for n in range(rows, max(rows, s.micro_rows // 4) + 1, rows) if s.batch_rows % n == 0]
+        if (name in trains or "score" in failed) and fewer and fewer[-1] < s.micro_rows:
+            smaller[f"{name}.micro_rows"] = fewer[-1]
     if smaller:
         yield smaller
     if ("prefill" in failed or "decode" in failed) and config.evolve.batch > rows:
