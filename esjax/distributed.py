@@ -14,6 +14,7 @@ from esjax.hosts import hosts
 from esjax.runlog import RunError
 
 HEARTBEAT = 30  # seconds without a sign of life after which the others give up
+PARTING = 60  # seconds that a process which ends, by an error perhaps, waits for the others; then it takes them along
 PATIENCE = 1800  # seconds that a process waits for the slowest
 
 
@@ -23,7 +24,9 @@ def start(coordinator: str | None, processes: int | None, index: int | None) -> 
     Raises InputError where they do not, RunError where not all processes come in time.
     """
     try:
-        jax.distributed.initialize(coordinator, processes, index, heartbeat_timeout_seconds=HEARTBEAT)
+        jax.distributed.initialize(
+            coordinator, processes, index, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=PARTING
+        )
     except (ValueError, KeyError) as e:
         raise InputError(
             f"--distributed: nothing here says where the other processes are ({_line(e)}); run on a TPU slice, under Slurm or a "

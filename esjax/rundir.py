@@ -7,11 +7,13 @@ killed and resumed run ends with the same bytes as an undisturbed one.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
@@ -39,16 +41,18 @@ class RunDir:
     def __enter__(self) -> RunDir:
         """Open or create. Raises InputError when the directory belongs to another config or is in use."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as e:
-            raise InputError(f"{self.path}: not a folder; choose another --run-dir") from e
-        if hosts.writer:
-            self._take_lock()
-        try:
+            with _together():
+                self._make()
             self._check_shared()
-            self._check_config()
-            if self.manifest_path.exists():
-                self.manifest = json.loads(self.manifest_path.read_text())
+            alike = _alike(dump(self.config))
+            with _together():
+                if not alike:
+                    raise InputError(
+                        "the processes of this run have different settings; start all with the same command"
+                    )
+                self._check_config()
+                if self.manifest_path.exists():
+                    self.manifest = json.loads(self.manifest_path.read_text())
         except BaseException:
             self.__exit__()
             raise
@@ -58,6 +62,14 @@ class RunDir:
     def __exit__(self, *_: object) -> None:
         if self._lock is not None:
             self._lock.close()
+
+    def _make(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as e:
+            raise InputError(f"{self.path}: not a folder; choose another --run-dir") from e
+        if hosts.writer:
+            self._take_lock()
 
     def _take_lock(self) -> None:
         self._lock = open(self.path / ".lock", "a+")  # noqa: SIM115  closed in __exit__, or by the end of the process
@@ -100,21 +112,18 @@ class RunDir:
         """Do ``work`` unless the manifest says it is done; then record inputs, seconds, versions and what work returned.
 
         ``inputs`` maps a name to a hash. A stage that was begun or finished with other inputs is refused by name (what it
-        left behind would mix with the new), and so is a finished one whose outputs are gone.
+        left behind would mix with the new), and so is a finished one whose outputs are gone, or one whose inputs are not the
+        same on all hosts.
         """
         entry = self.manifest["stages"].get(name)
-        if entry is not None:
-            begun = "is done" if entry["status"] == "done" else "was begun"
-            changed = [key for key, value in inputs.items() if entry["inputs"].get(key) != value]
-            lost = [str(p) for p in outputs if not p.exists()] if entry["status"] == "done" else []
-            if changed or lost:
-                what = f"{', '.join(changed)} changed since" if changed else f"{lost[0]} is gone"
-                raise InputError(
-                    f"{self.path}: stage {name} {begun}, but {what}; restore it or choose another --run-dir"
-                )
-            if entry["status"] == "done":
-                say(f"{name}: done before, {entry['seconds']:.0f} s then")
-                return
+        alike = _alike(inputs)
+        with _together():
+            if not alike:
+                raise InputError(f"stage {name}: not the same on all hosts: one of {', '.join(inputs)}")
+            self._check_inputs(name, outputs, inputs)
+        if entry is not None and entry["status"] == "done":
+            say(f"{name}: done before, {entry['seconds']:.0f} s then")
+            return
         if hosts.writer and not (self.path / "config.yaml").exists():
             write_text(self.path / "config.yaml", dump(self.config))
             storage.keep(self.path / "config.yaml", now=True)
@@ -130,9 +139,41 @@ class RunDir:
         seconds = round(time.monotonic() - start, 2)
         self._record(name, {"status": "done", "inputs": inputs, "seconds": seconds, "versions": versions(), **facts})
 
+    def _check_inputs(self, name: str, outputs: list[Path], inputs: dict[str, str]) -> None:
+        entry = self.manifest["stages"].get(name)
+        if entry is None:
+            return
+        begun = "is done" if entry["status"] == "done" else "was begun"
+        changed = [key for key, value in inputs.items() if entry["inputs"].get(key) != value]
+        lost = [str(p) for p in outputs if not p.exists()] if entry["status"] == "done" else []
+        if changed or lost:
+            what = f"{', '.join(changed)} changed since" if changed else f"{lost[0]} is gone"
+            raise InputError(f"{self.path}: stage {name} {begun}, but {what}; restore it or choose another --run-dir")
+
     def _record(self, name: str, entry: dict[str, Any]) -> None:
         self.manifest["stages"][name] = entry
         publish_text(self.manifest_path, json.dumps(self.manifest, indent=1) + "\n")
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """What one process of the run refuses, all do; else they would wait for it."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as e:
+        error = e
+    fine = hosts.all(error is None)
+    if error is not None:
+        raise error
+    if not fine:
+        raise InputError("another process of this run has bad input; see what it says")
+
+
+def _alike(value: object) -> bool:
+    """Whether this process has the first process' value; every process asks."""
+    number = int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:4], "big") >> 1
+    return hosts.share(number) == number
 
 
 def versions() -> dict[str, str]:

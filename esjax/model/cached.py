@@ -214,7 +214,7 @@ def _qkv(arch: Architecture, block: Block, x: Array, rope: Any) -> tuple[Array, 
     h = rms_norm(x, block.attn_norm[...], arch.norm_eps)
     made = project(h, (block.q_proj, block.k_proj, block.v_proj), gather=False)
     q, k, v = (
-        constrain(y.reshape(*x.shape[:2], -1, arch.head_size), "batch", None, heads, None)
+        _own(y.reshape(*x.shape[:2], -1, arch.head_size), heads, None)
         for y, heads in zip(made, ("heads", "kv_heads", "kv_heads"), strict=True)
     )
     q = rotate(q, rope) * arch.head_size**-0.5
@@ -223,16 +223,24 @@ def _qkv(arch: Architecture, block: Block, x: Array, rope: Any) -> tuple[Array, 
 
 def _rest(arch: Architecture, block: Block, x: Array, attended: Array) -> Array:
     """Output projection and MLP, both added to x [B, T, D]."""
-    wide = constrain(attended.reshape(*x.shape[:2], -1), "stream", None, "heads")
-    (o,) = project(wide, (block.o_proj,), gather=False)
+    (o,) = project(
+        constrain(attended.reshape(*x.shape[:2], -1), "stream", None, "heads"), (block.o_proj,), gather=False
+    )
     x = constrain(x + o, "stream", None, "embed")
     h = rms_norm(x, block.mlp_norm[...], arch.norm_eps)
     made = project(h, (block.gate_proj, block.up_proj), gather=False)
-    gate, up = (
-        constrain(y, "batch", None, "mlp") for y in made
-    )  # half as much to send as if both were summed everywhere
+    gate, up = (_own(y, "mlp") for y in made)  # so that their product alone is sent on
     (down,) = project(constrain(jax.nn.silu(gate) * up, "stream", None, "mlp"), (block.down_proj,), gather=False)
     return constrain(x + down, "stream", None, "embed")
+
+
+def _own(y: Array, *axes: str | None) -> Array:
+    """Each device's rows of a product [B, T, ...] that is summed over devices.
+
+    Two steps: asked for its rows at once, the compiler may split the product by rows to overlap it with sending, and reads
+    the weights as often as there are devices. That suits many tokens; here the weights are what costs.
+    """
+    return constrain(constrain(y, "stream", None, *axes), "batch", None, *axes)
 
 
 def _write(row_k: Array, row_v: Array, k: Array, v: Array, chunk: Chunk) -> tuple[Array, Array]:

@@ -147,17 +147,18 @@ def kernel_flops(arch: Architecture, how: Execution, rows: int, length: int, pas
 def row_slots(config: Config, shared: int) -> int:
     """Slots of a sampler's row: the longest context, what a reflection asks, and a few refinements' requests.
 
-    Contexts of the closing table may be longer than a round's; then rows grow for them and what they do not share.
+    Contexts of the closing table may be longer than a round's rows; then rows grow for them and what they do not share.
     """
-    p = config.prompts
+    p, e = config.prompts, config.evolve
     asked = {name: _tokens(read_text(getattr(p, name))) for name in ("principles", "reflect", "refine")}
     reflecting = asked["principles"] + asked["reflect"]
     opened = reflecting + reflection_tokens(config)
-    refining = asked["principles"] + asked["refine"] + config.evolve.draft.max_tokens + reflection_tokens(config)
+    refining = asked["principles"] + asked["refine"] + e.draft.max_tokens + reflection_tokens(config)
     need = config.context_room + reflecting + max(opened, refining) * (shared + 1)
+    least = config.context_room + (e.draft.max_tokens + len(FIELDS) * e.reflection.field_tokens) * (shared + 1)
     answered = config.data.window - config.reply.max_tokens
-    if answered > need:
-        need = answered + answered // 2 * (shared + 1)
+    if answered > least:  # what a round's rows have at least
+        need = max(need, answered + answered // 2 * (shared + 1))
     return -(-need // BUCKET) * BUCKET
 
 

@@ -122,9 +122,11 @@ def _changes(config: Config, arch: Architecture, devices: int, failed: Sequence[
             smaller[f"{name}.micro_rows"] = fewer[-1]
     if smaller:
         yield smaller
-    if ("prefill" in failed or "decode" in failed) and config.evolve.batch > rows:
-        yield {"evolve.batch": max(rows, config.evolve.batch // 4 // rows * rows)}
-        yield {"model.cache_dtype": "float8_e4m3fn"}
+    if "prefill" in failed or "decode" in failed:
+        if config.evolve.batch > rows:
+            yield {"evolve.batch": max(rows, config.evolve.batch // 4 // rows * rows)}
+        if config.model.cache_dtype != "float8_e4m3fn":
+            yield {"model.cache_dtype": "float8_e4m3fn"}
     wider = 2 * tensor
     while wider <= devices and arch.kv_heads % wider == 0 and fsdp % (wider // tensor) == 0:
         yield {"mesh.tensor": wider, "mesh.fsdp": fsdp * tensor // wider}

@@ -28,9 +28,12 @@ def shape_of(given: str | None, config: Config) -> Architecture:
 
 def _read(path: str) -> Architecture:
     try:
-        return architecture(json.loads(read_text(path)), path)
+        read = json.loads(read_text(path))
     except ValueError as e:
         raise InputError(f"{path}: not JSON ({e})") from e
+    if not isinstance(read, dict):
+        raise InputError(f"{path}: not a JSON object; give a model's config.json")
+    return architecture(read, path)
 
 
 def _fetched(source: str) -> str:

@@ -44,15 +44,17 @@ class Checkpoints:
     def restore(self, like: T) -> tuple[int, T]:
         """The newest checkpoint that can be read, and its step, in the structure, dtypes and shardings of ``like``.
 
-        A damaged one is said and deleted. Without any: step 0 and ``like`` itself. Raises RunError when all are damaged.
+        A damaged one is said, and deleted where one before it can be read. Without any: step 0 and ``like`` itself. Raises
+        RunError when none can be read; then all stay, for the fault may lie elsewhere.
         """
         steps = sorted(self.manager.all_steps(), reverse=True)
-        for step in steps:
+        for number, step in enumerate(steps):
             state, reason = self._read(step, like)
             if hosts.all(state is not None):
+                for damaged in steps[:number]:
+                    self.manager.delete(damaged)
                 return step, state  # type: ignore[return-value]
             say(f"  checkpoint {step} is damaged ({reason or 'on another host'}); taking the one before")
-            self.manager.delete(step)
         if steps:
             raise RunError(
                 f"{self.manager.directory}: no checkpoint can be read; delete the folder to begin the phase anew"
@@ -60,8 +62,10 @@ class Checkpoints:
         return 0, like
 
     def _read(self, step: int, like: T) -> tuple[T | None, str]:
+        """This process' part. The manager would wait for the others, who may find their part in order, or not."""
+        folder = self.manager.directory / str(step) / ocp.checkpoint_manager.DEFAULT_ITEM_NAME
         try:
-            saved = self.manager.restore(step, args=ocp.args.StandardRestore(_named(like)))
+            saved = ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(_named(like)))
             state = jax.tree.unflatten(jax.tree.structure(like), [saved[name] for name in _named(like)])
             return jax.block_until_ready(state), ""
         except Exception as e:  # whatever a truncated or missing file makes of it

@@ -1,0 +1,427 @@
+"""Several processes on this machine are one run, and a run stopped by SIGTERM, or by the death of a process, goes on.
+
+The processes join through jax.distributed and compute together through gloo, on CPU devices that XLA simulates.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from conftest import tiny_overrides
+from safetensors.numpy import load_file
+from test_resume import files, stages
+
+from esjax import hosts
+from esjax.cli import main
+
+# Runs esjax with one function replaced: its n-th call sends this process a signal, or raises.
+SIGNALLER = """
+import importlib, os, signal, sys
+what, module, owner, name, nth, *arguments = sys.argv[1:]
+place = importlib.import_module(module)
+place = getattr(place, owner) if owner else place
+original, calls = getattr(place, name), 0
+def counted(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls == int(nth):
+        if what == "raise":
+            raise ValueError("this process alone fails")
+        os.kill(os.getpid(), getattr(signal, what))
+    return original(*args, **kwargs)
+setattr(place, name, counted)
+from esjax.cli import main
+main(arguments)
+"""
+Signal = tuple[str, str, str, str, int]  # what, module, class, function, call
+
+TEXTS = ("drafts", "reflections", "refinements", "m0", "m1", "m2")
+STOPPED = "esjax: stopped by SIGTERM; the same command continues"
+
+
+class Ended(NamedTuple):
+    """How a process ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def start(
+    folder: Path, arguments: list[list[str]], devices: int, signals: dict[int, Signal] | None = None, limit: float = 300
+) -> list[Ended]:
+    """Run a command as one process for each list of arguments, with that many simulated devices in all, until all end."""
+    count, signals = len(arguments), signals or {}
+    flags = f"--xla_force_host_platform_device_count={devices // count} --xla_backend_optimization_level=0"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    processes: list[subprocess.Popen[bytes]] = []
+    with ExitStack() as stack:
+        for i, words in enumerate(arguments):
+            begin = ["-c", SIGNALLER, *map(str, signals[i])] if i in signals else ["-m", "esjax"]
+            join = (
+                ["--coordinator", address, "--num-processes", str(count), "--process-id", str(i)] if count > 1 else []
+            )
+            out, err = (stack.enter_context(open(folder / f"{i}.{kind}", "wb")) for kind in ("out", "err"))
+            made = subprocess.Popen([sys.executable, *begin, *words, *join], env=environment, stdout=out, stderr=err)
+            stack.callback(made.kill)
+            processes.append(made)
+        end = time.monotonic() + limit
+        codes = [p.wait(max(0.1, end - time.monotonic())) for p in processes]
+    texts = [[(folder / f"{i}.{kind}").read_text() for kind in ("out", "err")] for i in range(count)]
+    return [Ended(code, *text) for code, text in zip(codes, texts, strict=True)]
+
+
+class Job:
+    """A two-round run of little work, in one folder."""
+
+    def __init__(self, model: Path, folder: Path, command: str = "evolve", mesh: str = "2,1,2", rows: int = 4) -> None:
+        values = {
+            "data.window": 256,
+            "sft.row_length": 256,
+            "sft.micro_rows": rows,
+            "sft.batch_rows": max(8, rows),
+            "dpo.micro_rows": rows,
+            "dpo.batch_rows": rows,
+            "dpo.row_length": 256,
+            "dpo.trunk": "prompt",
+            "evolve.contexts_per_round": 6,
+            "evolve.context_tokens": 160,
+            "evolve.batch": rows,
+            "evolve.draft.max_tokens": 24,
+            "evolve.refinement.max_tokens": 24,
+            "evolve.reflection.field_tokens": 4,
+            "reply.max_tokens": 24,
+            "reply.max_contexts": 2,
+        }
+        sizes = dict(zip(("data", "fsdp", "tensor"), map(int, mesh.split(",")), strict=True))
+        self.devices = int(np.prod(list(sizes.values())))
+        settings = [f"--{k}={v}" for k, v in (values | {f"mesh.{k}": v for k, v in sizes.items()}).items()]
+        self.folder, self.run = folder, folder / "run"
+        self.words = [command, "--run-dir", str(self.run), *tiny_overrides(model), *settings]
+
+    def start(self, processes: int = 1, signals: dict[int, Signal] | None = None) -> list[Ended]:
+        return start(self.folder, [self.words] * processes, self.devices, signals)
+
+    def finish(self, processes: int = 1) -> list[Ended]:
+        ended = self.start(processes)
+        assert [e.code for e in ended] == [0] * processes, ended[0].err[-2000:] + ended[-1].err[-2000:]
+        return ended
+
+
+def adapters(run: Path) -> dict[str, np.ndarray]:
+    """Each adapter of a run as one vector."""
+    found = sorted(run.rglob("adapter_model.safetensors"))
+    return {
+        str(f.relative_to(run)): np.concatenate([x.ravel() for _, x in sorted(load_file(f).items())]) for f in found
+    }
+
+
+def apart(a: Path, b: Path) -> float:
+    """How far the adapters of two runs are apart, relative to their norm: the most of any."""
+    left, right = adapters(a), adapters(b)
+    common = left.keys() & right.keys()
+    assert "sft/adapter/adapter_model.safetensors" in common
+    return max(float(np.linalg.norm(left[k] - right[k]) / np.linalg.norm(left[k])) for k in common)
+
+
+def texts(run: Path) -> dict[str, bytes]:
+    """What the models of a run wrote."""
+    return {str(p.relative_to(run)): p.read_bytes() for p in run.rglob("*.jsonl") if p.stem in TEXTS}
+
+
+def check_same(expected: Path, found: Path) -> None:
+    """Two whole runs have the same texts, and adapters that differ by rounding."""
+    assert len(adapters(found)) == 3
+    assert len(texts(found)) == 9
+    assert texts(found) == texts(expected)
+    assert apart(expected, found) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process with all four devices."""
+    job = Job(tiny_folder, tmp_path_factory.mktemp("alone"))
+    job.finish()
+    return job.run
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Ended]]:
+    """The same by two processes, with two devices each."""
+    job = Job(tiny_folder, tmp_path_factory.mktemp("pair"))
+    return job.run, job.finish(2)
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+
+def test_two_processes_do_what_one_does(alone: Path, pair: tuple[Path, list[Ended]]) -> None:
+    check_same(alone, pair[0])
+
+
+def test_another_seed_does_something_else(alone: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    """Negative control: the comparison above can fail."""
+    job = Job(tiny_folder, tmp_path, "sft")
+    job.words += ["--seed", "1"]
+    job.finish()
+    assert apart(alone, job.run) > 1e-2
+
+
+def test_only_the_first_process_speaks(pair: tuple[Path, list[Ended]]) -> None:
+    first, second = pair[1]
+    assert "Held-out dialogues" in first.out
+    assert "round2/dpo: started" in first.err
+    said = [line for line in (second.out + second.err).splitlines() if not line.startswith("[Gloo]")]
+    assert said == []
+
+
+def test_only_the_first_process_writes(pair: tuple[Path, list[Ended]]) -> None:
+    """Each metric is there once, and so is each row; nothing half-written is left."""
+    run = pair[0]
+    for file in run.rglob("metrics.jsonl"):
+        steps = [json.loads(line)["step"] for line in file.read_text().splitlines()]
+        assert steps == list(range(1, len(steps) + 1))
+    assert len((run / "round1" / "drafts.jsonl").read_text().splitlines()) == 6
+    assert len(list((run / "tensorboard" / "sft").iterdir())) == 1
+    assert [p for p in run.rglob("*") if p.name.endswith((".part", ".writing"))] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "mesh"), [(4, "2,1,2"), (2, "2,2,2"), (4, "2,2,2"), (2, "1,2,2"), (4, "1,4,1")])
+def test_processes_and_meshes(alone: Path, tiny_folder: Path, tmp_path: Path, processes: int, mesh: str) -> None:
+    """One to four devices a process, with data or fsdp between them."""
+    job = Job(tiny_folder, tmp_path, mesh=mesh)
+    job.finish(processes)
+    check_same(alone, job.run)
+
+
+@pytest.mark.slow
+def test_thirty_two_devices_do_what_one_does(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    one = Job(tiny_folder, tmp_path / "one", mesh="1,1,1", rows=16)
+    one.finish()
+    (tmp_path / "many").mkdir()
+    many = Job(tiny_folder, tmp_path / "many", mesh="4,4,2", rows=16)
+    assert many.devices == 32
+    many.finish()
+    check_same(one.run, many.run)
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_a_directory_that_is_not_shared_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    job = Job(tiny_folder, tmp_path, "sft")
+    other = [w if w != str(job.run) else str(tmp_path / "other") for w in job.words]
+    ended = start(tmp_path, [job.words, other], job.devices, limit=120)
+    assert [e.code for e in ended] == [2, 2]
+    for e in ended:
+        assert "not the same folder on all hosts; choose a --run-dir on storage that they share" in e.err
+    assert not (job.run / "config.yaml").exists()
+
+
+def test_other_settings_in_one_process_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    """Without a word, each would train its own model."""
+    job = Job(tiny_folder, tmp_path, "sft")
+    ended = start(tmp_path, [job.words, [*job.words, "--sft.learning_rate", "0.01"]], job.devices, limit=120)
+    assert [e.code for e in ended] == [2, 2]
+    assert "another process of this run has bad input" in ended[0].err
+    assert "the processes of this run have different settings" in ended[1].err
+
+
+@pytest.mark.slow
+def test_what_one_process_refuses_ends_all(tiny_folder: Path, tmp_path: Path) -> None:
+    job = Job(tiny_folder, tmp_path, "sft")
+    (tmp_path / "file").touch()
+    other = [w if w != str(job.run) else str(tmp_path / "file") for w in job.words]
+    ended = start(tmp_path, [job.words, other], job.devices, limit=120)
+    assert [e.code for e in ended] == [2, 2]
+    assert "not a folder" in ended[1].err
+
+
+def test_an_address_needs_all_three_options(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    three = {"--coordinator": "127.0.0.1:1", "--num-processes": "2", "--process-id": "0"}
+    for left_out in three:
+        given = [word for name, value in three.items() if name != left_out for word in (name, value)]
+        with pytest.raises(SystemExit) as end:
+            main(["sft", "--run-dir", str(tmp_path / "run"), *given])
+        assert end.value.code == 2
+        assert "give all three" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+# --- SIGTERM, one process --------------------------------------------------------------------------------------------
+
+# stage in which SIGTERM comes -> where exactly, and what is said of it
+TERMS: dict[str, tuple[Signal, str]] = {
+    "sft": (("SIGTERM", "esjax.runlog", "Metrics", "log", 3), "sft: stopped by SIGTERM; step 4 of 8 is saved"),
+    "round1/replies": (("SIGTERM", "esjax.runlog", "Journal", "add", 9), ""),
+    "round1/dpo": (("SIGTERM", "esjax.runlog", "Metrics", "log", 2), "dpo: stopped by SIGTERM; step 3 of 5 is saved"),
+    "round2/replies": (("SIGTERM", "esjax.evolve.rounds", "", "parse", 5), ""),
+}
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """A run stopped in four stages and then finished; and what was said after each stop."""
+    folder = tmp_path_factory.mktemp("stopped")
+    run = folder / "run"
+    words = ["evolve", "--run-dir", str(run), *tiny_overrides(tiny_folder)]
+    said: dict[str, str] = {}
+    stops: dict[int, Signal]
+    for number, (stage, (how, saved)) in enumerate([*TERMS.items(), ("", (None, ""))]):
+        stops = {} if how is None else {0: how}
+        (ended,) = start(folder, [words], 1, stops)
+        if number:
+            said[list(TERMS)[number - 1]] = ended.err
+        if how is None:
+            assert ended.code == 0, ended.err[-2000:]
+            break
+        assert ended.code == 143, f"{stage}: exit {ended.code}\n{ended.err[-2000:]}"
+        assert ended.err.rstrip().endswith(STOPPED)
+        assert saved in ended.err
+        assert "Traceback" not in ended.err
+        assert f"{stage}: started" in ended.err
+        assert stage not in stages(run)
+    return run, said
+
+
+def test_a_stopped_run_equals_an_undisturbed_run(tiny_run: Path, stopped: tuple[Path, dict[str, str]]) -> None:
+    expected, found = files(tiny_run), files(stopped[0])
+    assert sorted(found) == sorted(expected)
+    assert [name for name in expected if found[name] != expected[name]] == []
+
+
+def test_no_step_is_lost(stopped: tuple[Path, dict[str, str]]) -> None:
+    """The step under way when SIGTERM came is the last one saved, and the next run begins after it."""
+    _, said = stopped
+    assert "sft: continuing after step 4 of 8" in said["sft"]
+    assert "dpo: continuing after step 3 of 5" in said["round1/dpo"]
+
+
+def test_no_finished_reply_is_lost(stopped: tuple[Path, dict[str, str]]) -> None:
+    """What the next run still had to make is what had not ended."""
+    made = int(stopped[1]["round1/replies"].split("round 1 replies: ")[1].split()[0])
+    assert made <= 48 - 9
+
+
+def test_sigterm_elsewhere_stops_at_once(tiny_folder: Path, tmp_path: Path) -> None:
+    """While the model is loaded there is nothing to save."""
+    words = ["sft", "--run-dir", str(tmp_path / "run"), *tiny_overrides(tiny_folder)]
+    (ended,) = start(tmp_path, [words], 1, {0: ("SIGTERM", "esjax.evolve.lab", "", "load_backbone", 1)})
+    assert (ended.code, ended.err.strip()) == (143, STOPPED)
+
+
+# --- SIGTERM and SIGKILL, several processes --------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [0, 1])
+def test_sigterm_to_one_stops_both(
+    told: int, pair: tuple[Path, list[Ended]], tiny_folder: Path, tmp_path: Path
+) -> None:
+    """In training and in generation; the coordination service tells the other, and both stop after the same step."""
+    job = Job(tiny_folder, tmp_path)
+    ended = job.start(2, {told: ("SIGTERM", "esjax.train.loop", "StepLog", "finish", 2)})
+    assert [e.code for e in ended] == [143, 143], ended[0].err[-2000:] + ended[1].err[-2000:]
+    assert all(STOPPED in e.err for e in ended)
+    assert "sft: stopped by SIGTERM; step " in ended[0].err
+    step = ended[0].err.split("stopped by SIGTERM; step ")[1].split()[0]
+    assert len((job.run / "sft" / "metrics.jsonl").read_text().splitlines()) == int(step)
+
+    ended = job.start(2, {told: ("SIGTERM", "esjax.runlog", "Journal", "add", 5)})
+    assert f"sft: continuing after step {step} of 5" in ended[0].err
+    assert [e.code for e in ended] == [143, 143], ended[0].err[-2000:] + ended[1].err[-2000:]
+    assert "round1/replies" not in stages(job.run)
+    assert sum(len(p.read_text().splitlines()) for p in (job.run / "round1").glob("*.part")) >= 5
+
+    job.finish(2)
+    check_same(pair[0], job.run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_takes_the_other_along(
+    killed: int, pair: tuple[Path, list[Ended]], tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Gloo's error or the missing heartbeat ends it within a minute, and both go on from the last checkpoint."""
+    job = Job(tiny_folder, tmp_path, "sft")
+    began = time.monotonic()
+    ended = job.start(2, {killed: ("SIGKILL", "esjax.train.loop", "StepLog", "finish", 6)})
+    assert ended[killed].code == -signal.SIGKILL
+    assert ended[1 - killed].code not in (0, 2)
+    assert time.monotonic() - began < 150
+    first, _ = job.finish(2)
+    assert "sft: continuing after step 2 of 5" in first.err
+    assert apart(pair[0], job.run) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_failing_process_takes_the_other_along(tiny_folder: Path, tmp_path: Path) -> None:
+    job = Job(tiny_folder, tmp_path, "sft")
+    ended = job.start(2, {1: ("raise", "esjax.train.loop", "StepLog", "finish", 6)})
+    assert all(e.code not in (0, 2) for e in ended)
+    assert "ValueError: this process alone fails" in ended[1].err
+
+
+# --- without processes -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """SIGTERM is handled as in a command."""
+    monkeypatch.setattr(hosts, "_signalled", False)
+    before = signal.getsignal(signal.SIGTERM)
+    hosts.watch()
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_sigterm_is_deferred_within(watched: None) -> None:
+    with hosts.deferred() as stops:
+        assert not stops()
+        with hosts.deferred():
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert stops()
+    with hosts.deferred() as stops:
+        assert stops()  # whoever begins something later stops as well
+
+
+def test_sigterm_raises_outside(watched: None) -> None:
+    with hosts.deferred():
+        pass
+    with pytest.raises(hosts.Stopped):
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_sigterm_raises_after_an_error_within(watched: None) -> None:
+    """Leaving by an exception ends the deferral, too."""
+    with pytest.raises(ValueError, match="within"), hosts.deferred():
+        raise ValueError("within")
+    with pytest.raises(hosts.Stopped):
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_several_processes_stop_where_they_agree(watched: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal of one's own is no reason to stop before the others do."""
+    answers = iter([False, True])
+    monkeypatch.setattr(hosts.hosts, "told", lambda: next(answers))
+    with hosts.deferred() as stops:
+        signal.raise_signal(signal.SIGTERM)
+        assert [stops(), stops()] == [False, True]
