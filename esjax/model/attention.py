@@ -91,7 +91,7 @@ def attention(path: Path, rows: Rows, layout: Layout, interpret: bool = False) -
     """
     s, index = spans(rows), jnp.arange(rows.tokens.shape[1])
     if path == "chunked":
-        return lambda q, k, v: _chunked(q, k, v, s)
+        return lambda q, k, v: per_device(_chunked, [*[QUERY] * 3, ("batch",)])(q, k, v, s)
     if path == "pallas":
         return lambda q, k, v: per_device(
             partial(row_attention, interpret=interpret), [*[QUERY] * 3, *[("batch",)] * 3]

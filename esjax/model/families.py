@@ -76,6 +76,8 @@ def read_architecture(folder: Path) -> Architecture:
         raise InputError(f"{file}: cannot be read ({e.strerror}); a Hugging Face folder needs config.json") from e
     except ValueError as e:
         raise InputError(f"{file}: not JSON ({e})") from e
+    if not isinstance(config, dict):
+        raise InputError(f"{file}: expected a JSON object, found {type(config).__name__}")
     return architecture(config, str(file))
 
 
