@@ -59,6 +59,13 @@ class Ended(NamedTuple):
     err: str
 
 
+def free_address() -> str:
+    """A port of this machine where nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
 def start(
     folder: Path, arguments: list[list[str]], devices: int, signals: dict[int, Signal] | None = None, limit: float = 300
 ) -> list[Ended]:
@@ -68,9 +75,7 @@ def start(
     if devices > 1:  # their programs are compiled fast rather than well
         flags = f"--xla_force_host_platform_device_count={devices // count} --xla_backend_optimization_level=0"
         environment["XLA_FLAGS"] = flags
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = free_address()
     processes: list[subprocess.Popen[bytes]] = []
     with ExitStack() as stack:
         for i, words in enumerate(arguments):

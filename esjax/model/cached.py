@@ -142,7 +142,7 @@ def load(arch: Architecture, weights: Weights, cache: Cache, chunk: Chunk, how: 
         definition, stacked = nnx.split(weights.stacked)
         pick = per_device(lambda rows, chunk: rows[chunk.row], [CACHE, ("batch",)])
         rows = [jnp.stack([pick(x, chunk) for x in layers]) for layers in (row_k, row_v)]
-        own = chunk._replace(row=_own_rows(len(chunk.row)))
+        own = chunk._replace(row=_first_of_row(chunk.row))
 
         def layer(x: Array, given: Any) -> tuple[Array, tuple[Array, Array]]:
             state, k_rows, v_rows = given
@@ -166,9 +166,10 @@ def load(arch: Architecture, weights: Weights, cache: Cache, chunk: Chunk, how: 
 KEYS = ("batch", None, "kv_heads")  # of queries, keys and values [P, C, K, ...]
 
 
-def _own_rows(windows: int) -> Array:
-    """For each window its own place among those of its device."""
-    return jnp.arange(windows) % (windows // batch_groups())
+def _first_of_row(row: Array) -> Array:
+    """For each window [P] the first window of its device with the same row: they must see what each of them writes."""
+    of_device = row.reshape(batch_groups(), -1)
+    return jnp.argmax(of_device[:, :, None] == of_device[:, None, :], axis=2).reshape(-1)
 
 
 def step(
