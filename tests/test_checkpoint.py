@@ -28,6 +28,11 @@ from esjax.model.families import architecture
 from esjax.runlog import RunError
 from esjax.train.checkpoint import Checkpoints
 
+# Reading what is damaged leaves coroutines of orbax behind, which complain when they are collected.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine .* was never awaited:RuntimeWarning"
+)
+
 # --- another mesh ----------------------------------------------------------------------------------------------------
 
 ADAPTER = Path("sft", "adapter", "adapter_model.safetensors")
@@ -216,7 +221,6 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of orbax's coroutines, see gc below
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_any_damaged_file_is_survived(
     two: Path, tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]

@@ -183,9 +183,8 @@ def test_two_processes_do_what_one_does(alone: Path, pair: tuple[Path, list[Ende
 
 def test_another_seed_does_something_else(alone: Path, tiny_folder: Path, tmp_path: Path) -> None:
     """Negative control: the comparison above can fail."""
-    job = Job(tiny_folder, tmp_path, "sft")
-    job.words += ["--seed", "1"]
-    job.finish()
+    job = Job(tiny_folder, tmp_path, "sft", mesh="1,1,1")
+    main([*job.words, "--seed", "1"])
     assert apart(alone, job.run) > 1e-2
 
 
@@ -209,7 +208,7 @@ def test_only_the_first_process_writes(pair: tuple[Path, list[Ended]]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "mesh"), [(4, "2,1,2"), (2, "2,2,2"), (4, "2,2,2"), (2, "1,2,2"), (4, "1,4,1")])
+@pytest.mark.parametrize(("processes", "mesh"), [(2, "1,2,2"), (4, "2,1,2"), (4, "2,2,2")])
 def test_processes_and_meshes(alone: Path, tiny_folder: Path, tmp_path: Path, processes: int, mesh: str) -> None:
     """One to four devices a process, with data or fsdp between them."""
     job = Job(tiny_folder, tmp_path, mesh=mesh)
