@@ -39,6 +39,7 @@ made = json.loads(sys.stdin.readlines()[-1])
 sent = sum(c["bytes"] for c in p["collectives"].values())
 mesh = "{data} x {fsdp}".format(**made["mesh"])
 row = "| {} | {} | {} | {:.1f} | {:.2f} | {:.2f} | {:.0f}, {} |"
-print(row.format(sys.argv[1], made["devices"], mesh, p["flops"] / 1e12, sent / 2**30, p["total"], 1e3 * p["seconds"], p["bound"]))
+numbers = p["flops"] / 1e12, sent / 2**30, p["total"], 1e3 * p["seconds"], p["bound"]
+print(row.format(sys.argv[1], made["devices"], mesh, *numbers))
 ' "$topology"
 done
