@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Weak scaling by compilation: the preference step of Llama-3-8B, LoRA, on TPU v5p slices of 8 to 512 chips with one row a chip.
-# Prints FLOPs, network bytes and memory of one chip and step as a Markdown table; runs on any machine with esjax's tpu extra.
+# Weak scaling by compilation: the preference step of Llama-3-8B, LoRA, on TPU v5p slices of 8 to 512 chips with one
+# row a chip. Prints FLOPs, network bytes and memory of one chip and step as a Markdown table.
 # Prerequisites: pip install -e '.[tpu]'; two cores take about a minute a slice. Nothing is paid for.
 # Usage: launch/weak_scaling.sh [--dry-run] [TOPOLOGY ...]
 set -euo pipefail
