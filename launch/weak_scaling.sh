@@ -11,7 +11,12 @@ if [ "${1-}" = --dry-run ]; then
     dry=true
     shift
 fi
-case "${1-}" in -*)
+case "${1-}" in
+-h | --help)
+    sed -n '2,/^set -/s/^# \{0,1\}//p' launch/weak_scaling.sh
+    exit 0
+    ;;
+-*)
     echo "weak_scaling.sh: unknown option $1; usage: weak_scaling.sh [--dry-run] [TOPOLOGY ...]" >&2
     exit 2
     ;;
