@@ -249,6 +249,8 @@ def _devices(args: argparse.Namespace, config: Config) -> contextlib.AbstractCon
         distributed.start(*explicit)
     elif args.distributed:
         distributed.start(None, None, None)
+    if not hosts.hosts.all(hosts.alike(config)):
+        raise InputError("the processes of this run have different settings; start all with the same command")
     return use_mesh(config.mesh)
 
 

@@ -6,11 +6,14 @@ are several; alone, a process waits for nobody.
 
 from __future__ import annotations
 
+import hashlib
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+from esjax.config import InputError
 
 
 class Stopped(Exception):
@@ -53,14 +56,38 @@ def watch() -> None:
 
 @contextmanager
 def deferred() -> Iterator[Callable[[], bool]]:
-    """Within, SIGTERM interrupts nothing; the function yielded says at safe points whether to stop there, in every process."""
+    """Within, SIGTERM interrupts nothing; the function yielded says at safe points whether to stop there, in every process.
+
+    Work within such work never stops by itself: what it belongs to has more to save.
+    """
     global _deferred
 
     def stops() -> bool:
-        return _signalled if hosts.told is None else hosts.told()
+        return _deferred == 1 and (_signalled if hosts.told is None else hosts.told())
 
     _deferred += 1
     try:
         yield stops
     finally:
         _deferred -= 1
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What one process of the run refuses, all do; else they would wait for it."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as e:
+        error = e
+    fine = hosts.all(error is None)
+    if error is not None:
+        raise error
+    if not fine:
+        raise InputError("another process of this run has bad input; see what it says")
+
+
+def alike(value: object) -> bool:
+    """Whether this process has the first process' value; every process asks."""
+    number = int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:4], "big") >> 1
+    return hosts.share(number) == number

@@ -21,7 +21,7 @@ from jax import Array
 from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from esjax.config import InputError, MeshSettings
+from esjax.config import Config, InputError, MeshSettings
 
 AXES = ("data", "fsdp", "tensor")
 # Logical axis -> mesh axes. Training splits weights over fsdp along the model's width and gathers them layer by layer;
@@ -48,13 +48,10 @@ def mesh_shape(settings: MeshSettings, count: int) -> tuple[int, int, int]:
     """The mesh's shape on ``count`` devices. Raises InputError when they do not come out even."""
     data, fsdp, tensor = settings.data, settings.fsdp, settings.tensor
     asked = f"mesh.data={data}, mesh.fsdp={fsdp}, mesh.tensor={tensor}"
-    if fsdp in (-1, 0):
-        if fsdp == 0 or count % (data * tensor):
-            raise InputError(
-                f"{asked}: {count} devices cannot be divided so; mesh.data x mesh.tensor must divide them, and mesh.fsdp be "
-                "-1 or the rest"
-            )
-        fsdp = count // (data * tensor)
+    if fsdp == -1:
+        fsdp, left = divmod(count, data * tensor)
+        if left or not fsdp:
+            raise InputError(f"{asked}: {count} devices cannot be divided so; mesh.data x mesh.tensor must divide them")
     if data * fsdp * tensor > count:
         raise InputError(f"{asked}: that takes {data * fsdp * tensor} devices of {count}; lower one of them")
     return data, fsdp, tensor
@@ -245,6 +242,13 @@ def check_split(setting: str, count: int) -> None:
             f"{setting}={count} cannot be split over mesh.data x mesh.fsdp = {groups} devices: choose a multiple of {groups}, or "
             "a smaller mesh"
         )
+
+
+def check_batches(config: Config) -> None:
+    """Raise InputError unless the present mesh divides what each phase of a run computes at once."""
+    check_split("sft.micro_rows", config.sft.micro_rows)
+    check_split("dpo.micro_rows", config.dpo.micro_rows)
+    check_split("evolve.batch", config.evolve.batch)
 
 
 def per_device(

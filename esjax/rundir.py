@@ -7,13 +7,11 @@ killed and resumed run ends with the same bytes as an undisturbed one.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,7 +19,7 @@ from typing import Any, TextIO
 from esjax import storage
 from esjax.config import Config, InputError
 from esjax.configfile import bundled, differing, dump, load
-from esjax.hosts import hosts
+from esjax.hosts import alike, hosts, together
 from esjax.runlog import publish_text, say, sha256, write_text
 
 
@@ -41,15 +39,10 @@ class RunDir:
     def __enter__(self) -> RunDir:
         """Open or create. Raises InputError when the directory belongs to another config or is in use."""
         try:
-            with _together():
+            with together():
                 self._make()
             self._check_shared()
-            alike = _alike(dump(self.config))
-            with _together():
-                if not alike:
-                    raise InputError(
-                        "the processes of this run have different settings; start all with the same command"
-                    )
+            with together():
                 self._check_config()
                 if self.manifest_path.exists():
                     self.manifest = json.loads(self.manifest_path.read_text())
@@ -116,9 +109,9 @@ class RunDir:
         same on all hosts.
         """
         entry = self.manifest["stages"].get(name)
-        alike = _alike(inputs)
-        with _together():
-            if not alike:
+        same = alike(inputs)
+        with together():
+            if not same:
                 raise InputError(f"stage {name}: not the same on all hosts: one of {', '.join(inputs)}")
             self._check_inputs(name, outputs, inputs)
         if entry is not None and entry["status"] == "done":
@@ -153,27 +146,6 @@ class RunDir:
     def _record(self, name: str, entry: dict[str, Any]) -> None:
         self.manifest["stages"][name] = entry
         publish_text(self.manifest_path, json.dumps(self.manifest, indent=1) + "\n")
-
-
-@contextmanager
-def _together() -> Iterator[None]:
-    """What one process of the run refuses, all do; else they would wait for it."""
-    error: Exception | None = None
-    try:
-        yield
-    except Exception as e:
-        error = e
-    fine = hosts.all(error is None)
-    if error is not None:
-        raise error
-    if not fine:
-        raise InputError("another process of this run has bad input; see what it says")
-
-
-def _alike(value: object) -> bool:
-    """Whether this process has the first process' value; every process asks."""
-    number = int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:4], "big") >> 1
-    return hosts.share(number) == number
 
 
 def versions() -> dict[str, str]:

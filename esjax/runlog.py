@@ -243,9 +243,8 @@ def progress(label: str, total: int, done: int = 0) -> Iterator[Callable[..., No
         drawn += tokens
         bar.update(task, advance=n, tokens=drawn)
         now = time.monotonic()
-        if (
-            hosts.writer and not console.is_terminal and now - last > 15 and count
-        ):  # a log file gets a line every 15 s instead of a bar
+        # A log file gets a line every 15 s instead of a bar.
+        if hosts.writer and not console.is_terminal and now - last > 15 and count:
             left = (total - done - count) * (now - start) / count
             say(f"  {label}: {done + count}/{total}, {rates(now - start)}, {left:.0f} s left")
             last = now

@@ -20,31 +20,15 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from conftest import tiny_overrides
+from flax import nnx
 from safetensors.numpy import load_file
-from test_resume import files, stages
+from test_resume import SIGNALLER, files, stages
 
-from esjax import hosts
+from esjax import hosts, rows
 from esjax.cli import main
+from esjax.model.weights import compute_dtype, load_backbone
+from esjax.sample.score import Scorer
 
-# Runs esjax with one function replaced: its n-th call sends this process a signal, or raises.
-SIGNALLER = """
-import importlib, os, signal, sys
-what, module, owner, name, nth, *arguments = sys.argv[1:]
-place = importlib.import_module(module)
-place = getattr(place, owner) if owner else place
-original, calls = getattr(place, name), 0
-def counted(*args, **kwargs):
-    global calls
-    calls += 1
-    if calls == int(nth):
-        if what == "raise":
-            raise ValueError("this process alone fails")
-        os.kill(os.getpid(), getattr(signal, what))
-    return original(*args, **kwargs)
-setattr(place, name, counted)
-from esjax.cli import main
-main(arguments)
-"""
 Signal = tuple[str, str, str, str, int]  # what, module, class, function, call
 
 TEXTS = ("drafts", "reflections", "refinements", "m0", "m1", "m2")
@@ -426,3 +410,28 @@ def test_several_processes_stop_where_they_agree(watched: None, monkeypatch: pyt
     with hosts.deferred() as stops:
         signal.raise_signal(signal.SIGTERM)
         assert [stops(), stops()] == [False, True]
+
+
+def test_work_within_other_work_does_not_stop_by_itself(watched: None) -> None:
+    """A validation in the middle of training: training has a step to save."""
+    with hosts.deferred() as outer:
+        with hosts.deferred() as inner:
+            signal.raise_signal(signal.SIGTERM)
+            assert not inner()
+        assert outer()
+
+
+def test_scoring_stops_between_batches(watched: None, tiny_folder: Path) -> None:
+    backbone = load_backbone(tiny_folder, None, compute_dtype("float32"))
+    examples = [rows.prompt_with_replies([5, 6, 7], [[8, 9]])] * 4
+    done: list[int] = []
+
+    def advance(n: int) -> None:
+        done.append(n)
+        if len(done) == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    scorer = Scorer(backbone, row_length=16, batch_rows=1)
+    with pytest.raises(hosts.Stopped):
+        scorer.score(nnx.State({}), [*examples * 8], advance)
+    assert len(done) == 2

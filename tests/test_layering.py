@@ -15,7 +15,7 @@ RANKS = {
     "config": 0,
     "configfile": 0.5,  # reads what config describes
     "rows": 0,
-    "hosts": 0,
+    "hosts": 0.3,  # refuses bad input
     "storage": 0.5,  # waits for the hosts
     "mesh": 1,
     "runlog": 1,

@@ -155,7 +155,7 @@ def test_the_rest_of_the_devices_goes_to_fsdp(settings: Mesh, count: int, shape:
     ("settings", "count", "message"),
     [
         ((3, -1, 1), 8, "8 devices cannot be divided so"),
-        ((1, 0, 1), 8, "8 devices cannot be divided so"),
+        ((4, -1, 4), 8, "8 devices cannot be divided so"),
         ((2, 8, 1), 8, "takes 16 devices of 8; lower one of them"),
     ],
 )

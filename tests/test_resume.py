@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from conftest import tiny_overrides
 
-# Runs esjax with one function replaced: its n-th call kills the process, as a power cut would.
-KILLER = """
+# Runs esjax with one function replaced: its n-th call sends this process a signal, or raises.
+SIGNALLER = """
 import importlib, os, signal, sys
-module, owner, name, nth, *arguments = sys.argv[1:]
+what, module, owner, name, nth, *arguments = sys.argv[1:]
 place = importlib.import_module(module)
 place = getattr(place, owner) if owner else place
 original, calls = getattr(place, name), 0
@@ -22,13 +22,14 @@ def counted(*args, **kwargs):
     global calls
     calls += 1
     if calls == int(nth):
-        os.kill(os.getpid(), signal.SIGKILL)
+        if what == "raise":
+            raise ValueError("this process alone fails")
+        os.kill(os.getpid(), getattr(signal, what))
     return original(*args, **kwargs)
 setattr(place, name, counted)
 from esjax.cli import main
 main(arguments)
 """
-
 # stage in which the process dies -> (module, class, function, call). Calls count from the restart after the kill before.
 KILLS = {
     "sft": ("esjax.runlog", "Metrics", "log", 4),
@@ -63,7 +64,9 @@ def killed_run(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     for where, (module, owner, name, nth) in KILLS.items():
         stage, before = where.split()[0], stages(run)
         done = subprocess.run(
-            [sys.executable, "-c", KILLER, module, owner, name, str(nth), *command], capture_output=True, text=True
+            [sys.executable, "-c", SIGNALLER, "SIGKILL", module, owner, name, str(nth), *command],
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == -signal.SIGKILL, f"{where}: exit {done.returncode}\n{done.stderr[-2000:]}"
         after = stages(run)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import tiny_overrides
-from test_resume import KILLER, files
+from test_resume import SIGNALLER, files
 
 from esjax import storage
 from esjax.cli import main
@@ -28,7 +28,7 @@ def test_a_run_killed_twice_ends_in_the_bucket_as_in_a_folder(
         ("esjax.runlog", "Metrics", "log", "4"),
         ("esjax.runlog", "Journal", "add", "20"),
     ):
-        killer = [sys.executable, "-c", KILLER, module, owner, name, nth, *command]
+        killer = [sys.executable, "-c", SIGNALLER, "SIGKILL", module, owner, name, nth, *command]
         done = subprocess.run(killer, capture_output=True, text=True, env=scratch)
         assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     last = subprocess.run([sys.executable, "-m", "esjax", *command], capture_output=True, text=True, env=scratch)

@@ -15,7 +15,7 @@ from esjax.evolve.lab import Lab, adapter_folder
 from esjax.evolve.pairs import Context, contexts, draw, length_ratio, sift
 from esjax.evolve.phases import counted, dpo, sft, write_references
 from esjax.evolve.reflect import Instructions, form, parse
-from esjax.mesh import check_split
+from esjax.mesh import check_batches
 from esjax.model.lora import Adapter
 from esjax.rows import prompt_with_replies
 from esjax.rundir import RunDir, bundled_hash
@@ -29,12 +29,9 @@ KINDS = ("drafts", "reflections", "refinements")
 
 def evolve(lab: Lab, run: RunDir) -> None:
     """Phase 1, then all rounds of phase 2. Stages that the manifest calls done are skipped."""
-    c = lab.config
-    for setting, count in (("sft.micro_rows", c.sft.micro_rows), ("dpo.micro_rows", c.dpo.micro_rows)):
-        check_split(setting, count)  # now, not after hours
-    check_split("evolve.batch", c.evolve.batch)
+    check_batches(lab.config)  # now, not after hours
     sft(lab, run)
-    for t in range(1, c.evolve.rounds + 1):
+    for t in range(1, lab.config.evolve.rounds + 1):
         Round(lab, run, t).improve()
 
 

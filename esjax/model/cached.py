@@ -5,9 +5,10 @@ each grow one reply. What a lane has drawn lies in a ring of its own of N slots,
 clock), so that one small in-place write serves them all, however far each has come. A step reads the weights once, a row's
 slots once for its M lanes, and each lane's ring.
 
-Layers are unrolled here, not scanned. On a mesh, weights stay where training has them: a step has few tokens and many
-weights, so the tokens' width is split over fsdp as the weights' is, products are summed over devices, and no weight moves.
-Rows are split over data and fsdp, heads over tensor; attention and the writing of keys and values are each device's own.
+Decoding unrolls its layers; prefill scans training's stacked arrays where it is given those. On a mesh, weights stay where
+training has them: a step has few tokens and many weights, so the tokens' width is split over fsdp as the weights' is,
+products are summed over devices, and no weight moves. Rows are split over data and fsdp, heads over tensor; attention and
+the writing of keys and values are each device's own.
 """
 
 from __future__ import annotations

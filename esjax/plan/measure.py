@@ -22,7 +22,7 @@ OF_MEMORY = re.compile(rf"Used {SIZE} of {SIZE}|\({SIZE}\) exceeds available HBM
 
 @dataclass(frozen=True)
 class Needs:
-    """One program on one device. Of a decoding loop, ``step`` numbers are those of one step for all lanes."""
+    """One program on one device; what is done and sent in decoding is that of one step for all lanes."""
 
     name: str
     compile_seconds: float

@@ -12,7 +12,7 @@ import jax
 from rich.table import Table
 
 from esjax.config import Config, InputError
-from esjax.mesh import check_split, make_mesh, mesh_shape, topology_devices
+from esjax.mesh import check_batches, make_mesh, mesh_shape, topology_devices
 from esjax.model.families import Architecture
 from esjax.model.weights import check_divisible, choose_execution, compute_dtype
 from esjax.plan.chips import Chip, chip_of
@@ -59,12 +59,7 @@ def plan(config: Config, arch: Architecture, hardware: Hardware, names: Sequence
     mesh = make_mesh(hardware.devices, mesh_shape(config.mesh, len(hardware.devices)))
     with jax.set_mesh(mesh):
         check_divisible(arch)
-        for setting, count in (
-            ("sft.micro_rows", config.sft.micro_rows),
-            ("dpo.micro_rows", config.dpo.micro_rows),
-            ("evolve.batch", config.evolve.batch),
-        ):
-            check_split(setting, count)
+        check_batches(config)
         for job in jobs(config, arch, how, dtype, hardware.platform):
             if job.name in names:
                 yield measure(job, hardware.chip, hardware.memory)

@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from esjax.hosts import Stopped, deferred
 from esjax.mesh import check_split, everywhere, put_batch
 from esjax.model.decoder import Decoder, Execution, token_logprobs
 from esjax.model.lora import Adapter
@@ -29,19 +30,22 @@ class Scorer:
     ) -> list[list[np.ndarray]]:
         """For each example the log-probs of its targets, float32, one array for each branch (the trunk's first, if any).
 
-        ``advance`` is told how many examples are done after each batch.
+        ``advance`` is told how many examples are done after each batch. Raises Stopped on SIGTERM.
         """
         out: list[list[np.ndarray]] = [[] for _ in examples]
         how = self.backbone.execution._replace(layout=layout(examples, packed=True), remat="none")
-        for rows, packed in in_order(examples, self.row_length, self.batch_rows):
-            placed = put_batch(rows)
-            logprobs = np.asarray(SCORE(self.backbone.definition, how, adapter, self.backbone.base, placed))
-            for r, members in enumerate(packed):
-                for segment, i in enumerate(members, start=1):
-                    mine = (rows.segment[r] == segment) & (rows.weight[r] != 0)
-                    branches = np.unique(rows.branch[r][mine])
-                    out[i] = [logprobs[r][mine & (rows.branch[r] == b)] for b in branches]
-            advance(sum(map(len, packed)))
+        with deferred() as stops:
+            for rows, packed in in_order(examples, self.row_length, self.batch_rows):
+                if stops():
+                    raise Stopped
+                placed = put_batch(rows)
+                logprobs = np.asarray(SCORE(self.backbone.definition, how, adapter, self.backbone.base, placed))
+                for r, members in enumerate(packed):
+                    for segment, i in enumerate(members, start=1):
+                        mine = (rows.segment[r] == segment) & (rows.weight[r] != 0)
+                        branches = np.unique(rows.branch[r][mine])
+                        out[i] = [logprobs[r][mine & (rows.branch[r] == b)] for b in branches]
+                advance(sum(map(len, packed)))
         return out
 
 
