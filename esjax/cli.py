@@ -184,7 +184,7 @@ def plan(args: argparse.Namespace, config: Config) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point. Exit codes: 0 done, 1 the run failed, 2 bad input."""
+    """Entry point. Exit codes: 0 done, 1 the run failed, 2 bad input, 130 interrupted, 143 stopped by SIGTERM."""
     arguments = sys.argv[1:] if argv is None else argv
     parser, commands = build((evolve, sft, dpo, sample, score, plan, bench, export))
     try:
