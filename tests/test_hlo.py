@@ -259,6 +259,48 @@ def test_alone_a_device_sends_nothing(line: str) -> None:
     assert once(f"  ROOT %r = {line}").collectives == {}
 
 
+def to_slices(kind: str, target: str) -> str:
+    return (
+        "%t = token[] after-all()\n"
+        f"  ROOT %r = ({LOCAL}, u32[], token[]) send(%p, %t), channel_id=1, is_host_transfer=true, frontend_attributes={{"
+        '_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="psum.7_0",'
+        f'_xla_megascale_target={target},_xla_megascale_transfer_type="{kind}"}}'
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "kind", "sent"),
+    [
+        (to_slices("ALL_REDUCE", '"{1,2}x{0:3}"'), "all-reduce", X),  # a half of the sum there, a half of the result back
+        (to_slices("ALL_REDUCE", '"{1,2,3,4}x{0:3}"'), "all-reduce", 2 * X * 3 / 4),
+        (to_slices("ALL_GATHER", '"{1,2,3,4}x{0:3}"'), "all-gather", 3 * X),  # what is handed over is this device's part
+        (to_slices("REDUCE_SCATTER", '"{1,2,3,4}x{0:3}"'), "reduce-scatter", X * 3 / 4),
+        (to_slices("ALL_TO_ALL", "{{100000,200000},{100001,200001}}"), "all-to-all", X / 2),
+        # a group of two slices with two devices each
+        (to_slices("ALL_TO_ALL", "{{100000,100001,200000,200001},{100003,100002,200003,200002}}"), "all-to-all", X / 2),
+        (to_slices("ONE_TO_ONE", "{{100000->200000},{200000->100000}}"), "collective-permute", X),
+    ],
+)
+def test_between_slices(line: str, kind: str, sent: float) -> None:
+    found = once(f"  {line}")
+    assert found.collectives == {f"between slices, {kind}": Collective(1, sent)}
+    assert found.bytes == X  # read; the result is the operand
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        to_slices("SOMETHING_NEW", '"{1,2}x{0:3}"'),
+        to_slices("ALL_REDUCE", '"{1:4}x{0:3}"'),
+        to_slices("ALL_REDUCE", "{{100000,100001}}"),
+        to_slices("ALL_REDUCE", '"{1,2}x{0:3}"').replace("_transfer_type", "_kind"),
+    ],
+)
+def test_between_slices_what_cannot_be_read_is_refused(line: str) -> None:
+    with pytest.raises(ValueError, match="between slices that can be read|not slices that can be read"):
+        once(f"  {line}")
+
+
 def test_an_asynchronous_pair_counts_once() -> None:
     body = f"""
 %wrapped (q: {LOCAL.split("{")[0]}) -> f32[2,16] {{
@@ -701,6 +743,14 @@ def chain(w, x):
 add("chain", chain, ((6, 512, 512), P()), ((256, 512), P()), mesh=alone)
 loss = lambda w, x: chain(w, x).astype(jnp.float32).sum()
 add("gradient", jax.grad(loss), ((6, 512, 512), P(None, "x")), ((256, 512), P("x")), mesh=four, spec=P(None, "x"))
+slices = topologies.get_topology_desc("v5e:2x2", platform="tpu", num_slices=2).devices
+both = Mesh(np.array(slices).reshape(2, 4), ("slice", "x"))
+def between(v):
+    over = dict(axis_name="slice", tiled=True)
+    swapped = lax.ppermute(v, "slice", [(0, 1), (1, 0)])
+    return lax.psum(v, "slice"), lax.all_gather(v, **over), lax.psum_scatter(v, scatter_dimension=0, **over), swapped
+each = jax.shard_map(between, mesh=both, in_specs=P(("slice", "x")), out_specs=P(("slice", "x")), check_vma=False)
+add("slices", each, ((1024, 256), P(("slice", "x"))), mesh=both)
 kinds = {}
 for name in ("v4:2x2x1", "v5e:2x2", "v5p:2x2x2", "v6e:2x2", "tpu7x:2x2x1"):
     kinds[name] = topologies.get_topology_desc(name, platform="tpu").devices[0].device_kind
@@ -750,6 +800,19 @@ def test_a_sharded_gradient_on_a_tpu() -> None:
     }
 
 
+def test_what_goes_between_slices() -> None:
+    """Of 64 KiB a device, with the one other slice; nothing goes within one."""
+    pytest.importorskip("libtpu")
+    part = 128 * 256 * 2
+    found = analyse(for_tpus()[0]["slices"]).once.collectives
+    assert found == {
+        "between slices, all-reduce": Collective(1, part),
+        "between slices, all-gather": Collective(1, part),
+        "between slices, reduce-scatter": Collective(1, part / 2),
+        "between slices, collective-permute": Collective(1, part),
+    }
+
+
 def test_the_kinds_of_tpus_are_known() -> None:
     pytest.importorskip("libtpu")
     found = {topology: chip_of(kind).name for topology, kind in for_tpus()[1].items()}
@@ -768,6 +831,7 @@ def test_chips() -> None:
         # Products outrun memory, and memory outruns links.
         assert chip.flops > 100 * chip.hbm_bandwidth
         assert chip.hbm_bandwidth > chip.interconnect
+        assert chip.interconnect > 10 * (chip.between or 0)
         assert chip.hbm > 2**33
     with pytest.raises(InputError, match=r"device kind 'NVIDIA H100 PCIe': .*known are TPU v4, .*NVIDIA B200"):
         chip_of("NVIDIA H100 PCIe")

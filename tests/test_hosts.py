@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -176,8 +177,9 @@ def test_only_the_first_process_speaks(pair: tuple[Path, list[Ended]]) -> None:
     first, second = pair[1]
     assert "Held-out dialogues" in first.out
     assert "round2/dpo: started" in first.err
-    said = [line for line in (second.out + second.err).splitlines() if not line.startswith("[Gloo]")]
-    assert said == []
+    # Gloo greets from several threads at once, in pieces that mix.
+    assert re.sub(r"\[Gloo\] Rank |\d+| is connected to | peer ranks\. [\w ]+ is : |\s", "", second.out) == ""
+    assert second.err == ""
 
 
 def test_only_the_first_process_writes(pair: tuple[Path, list[Ended]]) -> None:

@@ -509,6 +509,10 @@ def sent(program: dict[str, Any]) -> float:
     return float(sum(c["bytes"] for c in program["collectives"].values()))
 
 
+def between(program: dict[str, Any]) -> float:
+    return float(sum(c["bytes"] for kind, c in program["collectives"].items() if kind.startswith("between slices")))
+
+
 def most_sent(arch: Architecture, lanes: int) -> float:
     """Bytes that decoding may send in a step: partial sums of all activations and logits, each twice."""
     d, f, q, kv = arch.width, arch.hidden, arch.heads * arch.head_size, arch.kv_heads * arch.head_size
@@ -593,7 +597,8 @@ def check_tpus(made: dict[str, Any], config: Config, mesh: Mesh) -> None:
         times = {
             "FLOPs": p["flops"] / chip.flops,
             "memory": p["traffic"] / chip.hbm_bandwidth,
-            "network": sent(p) / chip.interconnect,
+            "network": (sent(p) - between(p)) / chip.interconnect,
+            "between slices": between(p) / 3.125e9,  # 6.4 Tb/s for 256 chips
         }
         assert p["seconds"] == times[p["bound"]] == max(times.values()) > min(times.values())
     rows = 8 // (mesh[0] * mesh[1])

@@ -22,23 +22,26 @@ class Chip(NamedTuple):
     interconnect: float
     """Bytes a second that it can send over all its links to others in its slice (TPU) or node (GPU): one way. Vendors
     mostly state both ways together, twice this."""
+    between: float | None = None
+    """Bytes a second that it can send to other slices, over the data centre's network; None where that is not documented."""
 
 
 # TPUs: Google Cloud's TPU documentation, by page. Its GB of memory are taken for GiB, as its newer pages write them. libtpu
-# leaves programs 30.75 of v4's 32 GiB, 15.75 of v5e's 16, 31.25 of v6e's 32, and 94.75 of a TPU7x device's 96.
+# leaves programs 30.75 of v4's 32 GiB, 15.75 of v5e's 16, 31.25 of v6e's 32, and 94.75 of a TPU7x device's 96. The data
+# centre's network: page "TPU7x" has v5p's, v6e's and its own by the chip (50, 100, 100 Gb/s); page "TPU v5e" 6.4 Tb/s for 256.
 # GPUs: NVIDIA's data sheets, by product. Its GB of memory are GiB but for what is reserved; dense rates are half of those
 # "with sparsity".
 CHIPS = {
     # Page "TPU v4": memory, bandwidth, FLOP/s. Links: 6 of 50 GB/s each way, Jouppi et al. 2023 (arXiv 2304.01433).
     "v4": Chip("TPU v4", 32 * GIB, 1200e9, 275e12, 300e9),
     # Page "TPU v5e": 819 GB/s of memory, links 400 GB/s both ways (also as 1600 Gb/s one way).
-    "v5e": Chip("TPU v5e", 16 * GIB, 819e9, 197e12, 200e9),
+    "v5e": Chip("TPU v5e", 16 * GIB, 819e9, 197e12, 200e9, 3.125e9),
     # Page "TPU v5p": 2765 GB/s of memory, links 1200 GB/s both ways (also as 4800 Gb/s one way).
-    "v5p": Chip("TPU v5p", 95 * GIB, 2765e9, 459e12, 600e9),
+    "v5p": Chip("TPU v5p", 95 * GIB, 2765e9, 459e12, 600e9, 6.25e9),
     # Pages "TPU v6e" and "TPU7x": 1638 GB/s of memory, links 800 GB/s both ways.
-    "v6e": Chip("TPU v6e", 32 * GIB, 1638e9, 918e12, 400e9),
+    "v6e": Chip("TPU v6e", 32 * GIB, 1638e9, 918e12, 400e9, 12.5e9),
     # Page "TPU7x (Ironwood)", halved: 192 GiB, 7380 GB/s, 2307 TFLOP/s, links 1200 GB/s both ways.
-    "7x": Chip("TPU7x, one of a chip's two devices", 96 * GIB, 3690e9, 1153.5e12, 300e9),
+    "7x": Chip("TPU7x, one of a chip's two devices", 96 * GIB, 3690e9, 1153.5e12, 300e9, 6.25e9),
     # "A100 Tensor Core GPU", 80GB SXM: NVLink 600 GB/s both ways.
     "a100": Chip("NVIDIA A100 80GB SXM", 80 * GIB, 2039e9, 312e12, 300e9),
     # "H100 Tensor Core GPU", SXM: 1979 TFLOP/s with sparsity, NVLink 900 GB/s both ways.

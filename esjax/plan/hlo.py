@@ -30,6 +30,17 @@ UPDATES = {"dynamic-update-slice": 1, "scatter": -1}  # done in place; which ope
 MESH = r"mesh\[([^\]]*)\](?:, device_ids=\((?:[^()]|\([^()]*\))*\))? \{([^}]*)\}"
 IOTA = r"\[\d+,(\d+)\]<=\[[\d,]+\](?:T\([\d,]+\))?"
 GROUPS = re.compile(rf"\breplica_groups=(?:(\{{\}})|\{{(\{{[\d,{{}}]*\}})\}}|{IOTA}|{MESH})(?=,|$)")
+# Between slices a TPU's program hands what it sends to its host, whose runtime, Megascale, does the rest.
+BETWEEN = "between slices, "
+MEGASCALE = re.compile(r'_xla_megascale_target=(.*),_xla_megascale_transfer_type="(\w+)"')
+MEGASCALE_KINDS = {
+    "ALL_REDUCE": "all-reduce",
+    "ALL_GATHER": "all-gather",
+    "REDUCE_SCATTER": "reduce-scatter",
+    "ALL_TO_ALL": "all-to-all",
+    "ONE_TO_ONE": "collective-permute",
+}
+SLICE_IDS = 100_000  # device ids of slice i begin at i times this
 PAIRS = re.compile(r"\bsource_target_pairs=\{((?:\{\d+,\d+\},?)*)\}")
 
 
@@ -54,7 +65,7 @@ class Tally:
     sliced or updated in place counts as the slice or the update; other memories (a TPU's vector memory, the host's) do
     not count."""
     collectives: Mapping[str, Collective] = field(default_factory=dict)
-    """By kind; what hand-written kernels send themselves is "kernel-copy"."""
+    """By kind; what hand-written kernels send themselves is "kernel-copy", what goes to other slices BETWEEN a kind."""
     kernels: int = 0
     """Hand-written kernels that are run; one without a stated cost counts as its operands and results, and no FLOPs."""
 
@@ -144,6 +155,8 @@ class _Walk:
         read = sum(self.read(comp, ins, i) for i, n in enumerate(ins.operands) if size(comp[n].type, main=True))
         if ins.opcode in UPDATES:
             return read + (self.written(comp, ins) if size(ins.type, main=True) else 0.0)
+        if ins.opcode == "send":
+            return read  # its result is its operand
         if ins.opcode != "fusion":
             results = ins.type
             if isinstance(results, list) and ins.target.startswith("__cu"):
@@ -196,8 +209,10 @@ class _Walk:
         kind = ins.opcode
         if remote := re.search(r'"remote_bytes_transferred":"?([1-9]\d*)', ins.line) if ins.target else None:
             return {"kernel-copy": Collective(1, float(remote[1]))}
-        if kind == "send" and "is_host_transfer=true" not in ins.rest:
-            return {"collective-permute": Collective(1, size(inputs[0]))}
+        if kind == "send":
+            if "is_host_transfer=true" not in ins.rest:
+                return {"collective-permute": Collective(1, size(inputs[0]))}
+            return _between(ins, size(inputs[0])) if "xla_megascale_runtime" in ins.line else {}
         if kind not in COLLECTIVES + COPIES:
             if re.match(r"(ragged-)?all-|collective-|reduce-scatter", kind):
                 raise ValueError(f"not a collective that is known: {ins.line.strip()[:300]}")
@@ -274,6 +289,22 @@ def _group(module: Module, ins: Instruction) -> int:
         sizes = dict(axis.rsplit("=", 1) for axis in mesh.split(","))
         n = prod(int(a.partition(")")[2] if ":(" in a else sizes[a]) for a in axes.split(",") if a)
     return n * (module.partitions if both else 1)
+
+
+def _between(ins: Instruction, x: float) -> dict[str, Collective]:
+    """What a device sends to other slices, of x bytes that it hands to its host. Raises ValueError if that cannot be read."""
+    found = MEGASCALE.search(ins.line)
+    kind = MEGASCALE_KINDS.get(found[2]) if found else None
+    if not found or not kind:
+        raise ValueError(f"not a transfer between slices that can be read: {ins.line.strip()[:500]}")
+    # The first group: slices by device ("{1,2}x{0:3}"), or devices ("{{100000,200000},{100001,200001}}").
+    slices, _, of_devices = found[1].strip('"').partition("x")
+    ids = [int(i) for i in re.findall(r"\d+", slices.partition("}")[0])]
+    n = len(ids if of_devices else {i // SLICE_IDS for i in ids})
+    if n < 2 or ":" in slices:
+        raise ValueError(f"not slices that can be read: {ins.line.strip()[:500]}")
+    share = {"all-reduce": 2 * (n - 1) / n, "all-gather": n - 1, "collective-permute": 1}.get(kind, (n - 1) / n)
+    return {BETWEEN + kind: Collective(1, x * share)}
 
 
 # --- arithmetic

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from esjax.plan.chips import Chip
-from esjax.plan.hlo import Collective, Tally, analyse
+from esjax.plan.hlo import BETWEEN, Collective, Tally, analyse
 from esjax.plan.jobs import Job
 
 GIB = 2**30
@@ -37,9 +37,10 @@ class Needs:
     """Bytes read and written in main memory, an estimate."""
     collectives: dict[str, Collective] = field(default_factory=dict)
     seconds: float | None = None
-    """The longest of FLOPs, traffic and network at the chip's stated rates: an estimate, and a lower bound."""
+    """The longest of FLOPs, traffic and networks at the chip's stated rates: an estimate, and a lower bound. None where a
+    rate is not known."""
     bound: str = ""
-    """Which of the three that is."""
+    """Which of them that is."""
 
     @property
     def total(self) -> float:
@@ -78,7 +79,7 @@ def measure(job: Job, chip: Chip | None, limit: float | None) -> Needs:
     found = analyse(compiled.as_text())
     tally = found.each if job.name == "decode" else found.once
     flops = tally.flops + job.kernel_flops
-    times = {} if chip is None else _times(flops, tally, chip)
+    times = _times(flops, tally, chip) if chip else {}
     bound = max(times, key=lambda k: times[k]) if times else ""
     return Needs(
         name=job.name,
@@ -94,11 +95,16 @@ def measure(job: Job, chip: Chip | None, limit: float | None) -> Needs:
 
 
 def _times(flops: float, tally: Tally, chip: Chip) -> dict[str, float]:
-    sent = sum(c.bytes for c in tally.collectives.values())
+    """Seconds of each; nothing where something needs a rate that is not known."""
+    between = sum(c.bytes for kind, c in tally.collectives.items() if kind.startswith(BETWEEN))
+    within = sum(c.bytes for c in tally.collectives.values()) - between
+    if between and chip.between is None:
+        return {}
     return {
         "FLOPs": flops / chip.flops,
         "memory": tally.bytes / chip.hbm_bandwidth,
-        "network": sent / chip.interconnect,
+        "network": within / chip.interconnect,
+        "between slices": between / chip.between if chip.between else 0.0,
     }
 
 
