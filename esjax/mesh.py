@@ -8,7 +8,6 @@ needs no mesh. Three axes: ``data`` repeats the weights (and may span slices or 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.experimental import mesh_utils, topologies
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from esjax.config import Config, InputError, MeshSettings
@@ -96,30 +95,6 @@ def use_mesh(settings: MeshSettings) -> AbstractContextManager[Any]:
     """The mesh of this run's devices as the context; one device needs none. Raises InputError."""
     shape = mesh_shape(settings, jax.device_count())
     return nullcontext() if math.prod(shape) == 1 else jax.set_mesh(make_mesh(jax.devices(), shape))
-
-
-def topology_devices(name: str, slices: int = 1) -> list[Any]:
-    """The TPUs of a topology such as v5e:4x4, without one at hand: programs can be compiled for them, not run.
-
-    Raises InputError for an unknown topology.
-    """
-    # Nothing is run, so no TPU has to be asked for or kept from others, and libtpu need not say that it finds none.
-    for variable, value in (
-        ("TPU_SKIP_MDS_QUERY", "1"),
-        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
-        ("TPU_WORKER_HOSTNAMES", "localhost"),
-        ("TPU_STDERR_LOG_LEVEL", "3"),
-    ):
-        os.environ.setdefault(variable, value)
-    jax.config.update("jax_enable_compilation_cache", False)  # programs for absent devices cannot be read back from it
-    try:
-        more: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
-        if name.startswith("v4:"):
-            more["chip_config_name"] = "megacore"  # one device a chip, as programs see it
-        return list(topologies.get_topology_desc(name, platform="tpu", **more).devices)
-    except Exception as e:  # every kind, from a missing libtpu to a name it does not know
-        reason = " ".join(str(e).split())[:200]
-        raise InputError(f"topology {name}: {reason}; give one like v5e:4x4, and install esjax's tpu extra") from e
 
 
 # --- where an array lives --------------------------------------------------------------------------------------------

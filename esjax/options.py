@@ -91,8 +91,8 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         *SEVERAL,
     ),
     "plan": (
-        ("--topology", {"metavar": "NAME", "help": "TPUs such as v5e:4x4; the devices at hand when left out"}),
-        ("--slices", _number("N", "so many slices of that topology", 1)),
+        ("--topology", {"metavar": "NAME", "help": "TPUs such as v5e:4x4, or GPUs such as h100:8; else those at hand"}),
+        ("--slices", _number("N", "so many slices of those TPUs, or nodes of those GPUs", 1)),
         ("--shape", {"metavar": "NAME", "help": "a config.json, or a shape that comes with esjax; else the model's"}),
         ("--programs", {"default": "prefill,decode,score,sft,dpo", "metavar": "A,B", "help": "which of them"}),
         ("--tries", _number("N", "changes to try where something does not fit", 6)),

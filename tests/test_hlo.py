@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 
 from esjax.config import InputError
-from esjax.plan.chips import CHIPS, KINDS, chip_of
-from esjax.plan.hlo import Analysis, Collective, Tally, _taps, analyse
+from esjax.plan.chips import CHIPS, KINDS, chip_of, gpu_share
+from esjax.plan.hlo import Analysis, Tally, _taps, analyse
+from esjax.plan.network import Collective
+from esjax.plan.topology import GPUS
 
 ADD = """
 %add (a: f32[], b: f32[]) -> f32[] {
@@ -259,6 +261,43 @@ def test_alone_a_device_sends_nothing(line: str) -> None:
     assert once(f"  ROOT %r = {line}").collectives == {}
 
 
+@pytest.mark.parametrize(
+    ("groups", "n", "nodes", "between"),
+    [
+        ("{{0,1,2,3},{4,5,6,7}}", 4, "00001111", 0),
+        ("{{0,4},{1,5},{2,6},{3,7}}", 2, "00001111", 1),
+        ("{{0,1,4,5},{2,3,6,7}}", 4, "00001111", 1 / 2),  # of four steps around, two leave a node
+        ("[1,8]<=[8]", 8, "00001111", 1 / 4),
+        ("[1,8]<=[8]", 8, "00112233", 1 / 2),
+        ("[4,2]<=[2,4]T(1,0)", 2, "00001111", 1),
+        ("[4,2]<=[8]", 2, "00001111", 0),
+        ("mesh[a=2,b=4] {b}", 4, "00001111", 0),
+        ("mesh[a=2,b=4] {a}", 2, "00001111", 1),
+        ("mesh[a=4,b=2], device_ids=([2,4]T(1,0)) {b}", 2, "00001111", 1),
+        ("mesh[a=4,b=2], device_ids=([2,4]T(1,0)) {a}", 4, "00001111", 0),
+        ("mesh[a=4,b=2], device_ids=([8]<=[2,4]T(1,0)) {a}", 4, "00001111", 0),
+        ("mesh[a=2,b=4], device_ids=([8]0,4,1,5,2,6,3,7) {a}", 2, "00001111", 0),
+        ("mesh[a=2,b=4], device_ids=([8]0,4,1,5,2,6,3,7) {b}", 4, "00001111", 1 / 2),
+        ("mesh[a=8] {a:(1)2}", 2, "00001111", 1),  # a half of the axis
+        ("mesh[a=8] {a:(2)4}", 4, "00001111", 0),
+        ("mesh[a=8] {a:(2)2}", 2, "00110011", 1),
+    ],
+)
+def test_between_nodes(groups: str, n: int, nodes: str, between: float) -> None:
+    line = f"  ROOT %r = {LOCAL} all-reduce(%p), {ALL}, replica_groups={groups}, to_apply=%add"
+    found = analyse(module(line), [int(node) for node in nodes]).once.collectives
+    total = 2 * X * (n - 1) / n
+    expected = {"all-reduce": total * (1 - between), "all-reduce between nodes": total * between}
+    assert found == {kind: Collective(1, size) for kind, size in expected.items() if size}
+
+
+@pytest.mark.parametrize(("pairs", "kind"), [("{0,1},{1,0}", ""), ("{0,1},{3,4}", " between nodes"), ("{0,0}", None)])
+def test_permutes_between_nodes(pairs: str, kind: str | None) -> None:
+    line = f"  ROOT %r = {LOCAL} collective-permute(%p), channel_id=1, source_target_pairs={{{pairs}}}"
+    found = analyse(module(line), [0, 0, 0, 0, 1, 1, 1, 1]).once.collectives
+    assert found == ({} if kind is None else {f"collective-permute{kind}": Collective(1, X)})
+
+
 def to_slices(kind: str, target: str) -> str:
     return (
         "%t = token[] after-all()\n"
@@ -285,7 +324,7 @@ def to_slices(kind: str, target: str) -> str:
 )
 def test_between_slices(line: str, kind: str, sent: float) -> None:
     found = once(f"  {line}")
-    assert found.collectives == {f"between slices, {kind}": Collective(1, sent)}
+    assert found.collectives == {f"{kind} between slices": Collective(1, sent)}
     assert found.bytes == X  # read; the result is the operand
 
 
@@ -808,10 +847,10 @@ def test_what_goes_between_slices() -> None:
     part = 128 * 256 * 2
     found = analyse(for_tpus()[0]["slices"]).once.collectives
     assert found == {
-        "between slices, all-reduce": Collective(1, part),
-        "between slices, all-gather": Collective(1, part),
-        "between slices, reduce-scatter": Collective(1, part / 2),
-        "between slices, collective-permute": Collective(1, part),
+        "all-reduce between slices": Collective(1, part),
+        "all-gather between slices": Collective(1, part),
+        "reduce-scatter between slices": Collective(1, part / 2),
+        "collective-permute between slices": Collective(1, part),
     }
 
 
@@ -825,6 +864,13 @@ def test_the_kinds_of_tpus_are_known() -> None:
 # --- chips ------------------------------------------------------------------------------------------------------------
 
 
+def test_the_part_of_a_gpu_that_programs_get(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    assert gpu_share() == 0.9
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    assert gpu_share() == 0.5
+
+
 def test_chips() -> None:
     assert set(KINDS.values()) == set(CHIPS)
     assert chip_of("TPU v5 lite") is chip_of("TPU v5e") is CHIPS["v5e"]
@@ -833,7 +879,14 @@ def test_chips() -> None:
         # Products outrun memory, and memory outruns links.
         assert chip.flops > 100 * chip.hbm_bandwidth
         assert chip.hbm_bandwidth > chip.interconnect
-        assert chip.interconnect > 10 * (chip.between or 0)
+        assert chip.interconnect > 8 * (chip.between or 0)
         assert chip.hbm > 2**33
+    for name, gpu in GPUS.items():
+        assert KINDS[gpu.kind] == name
+        assert gpu.memory == pytest.approx(CHIPS[name].hbm, rel=0.08)
+        assert gpu.bandwidth == pytest.approx(CHIPS[name].hbm_bandwidth, rel=0.05)
+        # Its tensor cores' rate is a whole multiple of that of its float units.
+        plain = 2 * gpu.cores * gpu.float_units * gpu.ghz * 1e9
+        assert 14 < CHIPS[name].flops / plain < 33
     with pytest.raises(InputError, match=r"device kind 'NVIDIA H100 PCIe': .*known are TPU v4, .*NVIDIA B200"):
         chip_of("NVIDIA H100 PCIe")

@@ -17,7 +17,8 @@ import pytest
 from conftest import save_tiny_model, tiny_overrides
 
 from esjax.config import InputError, MeshSettings
-from esjax.mesh import AXES, make_mesh, mesh_shape, spec, topology_devices
+from esjax.mesh import AXES, make_mesh, mesh_shape, spec
+from esjax.plan.topology import topology_devices
 
 Mesh = tuple[int, int, int]  # data, fsdp, tensor
 MESHES: list[Mesh] = [(1, 8, 1), (2, 2, 2), (1, 1, 4)]

@@ -34,7 +34,7 @@ from esjax.configfile import bundled, load
 from esjax.evolve.lab import Lab
 from esjax.evolve.reflect import Instructions, form
 from esjax.evolve.rounds import _Replies
-from esjax.mesh import make_mesh, mesh_shape, topology_devices
+from esjax.mesh import make_mesh, mesh_shape
 from esjax.model.decoder import Decoder
 from esjax.model.families import Architecture, architecture, key_table, read_architecture
 from esjax.model.layers import linear_sizes
@@ -44,6 +44,7 @@ from esjax.plan.jobs import Job, Name, jobs, longest_reply, row_slots
 from esjax.plan.measure import GIB, Needs, measure
 from esjax.plan.report import Change, Hardware, changed, remedies
 from esjax.plan.shape import shape_of
+from esjax.plan.topology import topology_devices
 from esjax.sample.generate import Generator, Request
 
 Mesh = tuple[int, int, int]  # data, fsdp, tensor
@@ -375,6 +376,12 @@ def base_bytes(arch: Architecture, mesh: Mesh, size: int) -> int:
     return size * (matrices // (fsdp * tensor) + (2 * arch.layers + 1) * arch.width // fsdp)
 
 
+def copied_bytes(arch: Architecture, mesh: Mesh, size: int) -> int:
+    """Of the layers alone, which are all that sampling copies."""
+    _, fsdp, tensor = mesh
+    return size * arch.layers * (sum(i * o for i, o in linear_sizes(arch).values()) // tensor + 2 * arch.width) // fsdp
+
+
 def adapter_bytes(arch: Architecture, mesh: Mesh) -> int:
     """Of A [L, R, in] and B [L, R, out]: what is as wide as the model is split over fsdp, the others over tensor."""
     _, fsdp, tensor = mesh
@@ -399,7 +406,8 @@ def memory(arch: Architecture, mesh: Mesh, config: Config, size: int, apart: boo
     sft, dpo = config.sft, config.dpo
     pairs = dpo.batch_rows // groups * (dpo.row_length // 32) * (dpo.row_length // 16) * (2 * 4 + 1)
     trained = {"base": base, "adapter": adapter, "optimiser": 2 * adapter + 2 * 4}  # two moments, two counters
-    sampled = {"base": 2 * base, "cache": cache} if apart else {"base": base, "adapter": adapter, "cache": cache}
+    sampled = {"base": base + copied_bytes(arch, mesh, size)} if apart else {"base": base, "adapter": adapter}
+    sampled["cache"] = cache
     return {
         "prefill": sampled,
         "decode": sampled | {"constraint": 128 * (2 * arch.vocab * 2 + 3 * 4)},
@@ -510,7 +518,7 @@ def sent(program: dict[str, Any]) -> float:
 
 
 def between(program: dict[str, Any]) -> float:
-    return float(sum(c["bytes"] for kind, c in program["collectives"].items() if kind.startswith("between slices")))
+    return float(sum(c["bytes"] for kind, c in program["collectives"].items() if " between " in kind))
 
 
 def most_sent(arch: Architecture, lanes: int) -> float:
@@ -598,7 +606,7 @@ def check_tpus(made: dict[str, Any], config: Config, mesh: Mesh) -> None:
             "FLOPs": p["flops"] / chip.flops,
             "memory": p["traffic"] / chip.hbm_bandwidth,
             "network": (sent(p) - between(p)) / chip.interconnect,
-            "between slices": between(p) / 3.125e9,  # 6.4 Tb/s for 256 chips
+            "network between": between(p) / 3.125e9,  # 6.4 Tb/s for 256 chips
         }
         assert p["seconds"] == times[p["bound"]] == max(times.values()) > min(times.values())
     rows = 8 // (mesh[0] * mesh[1])
@@ -639,6 +647,70 @@ def test_all_programs_compile_for_two_slices(tiny_folder: Path, wide: Path) -> N
     (made,) = told(1, {"two": for_tpus(tiny_folder, wide, "--json", "--slices", "2", *on((2, -1, 1)))}).values()
     assert made.json["hardware"] == "2 x v5e:2x2"
     check_tpus(made.json, load(None, [*tiny_overrides(tiny_folder), *SETTINGS]), (2, 4, 1))
+
+
+# --- GPUs by name -----------------------------------------------------------------------------------------------------
+
+
+def needs_cuda() -> None:
+    pytest.importorskip("jax_plugins.xla_cuda13", reason="esjax's cuda extra is not installed")
+
+
+@pytest.fixture(scope="module")
+def gpus(tiny_folder: Path, wide: Path) -> dict[str, Told]:
+    needs_cuda()
+    named = ("--topology", "h100:2", *on((1, -1, 1)))
+    own = (*named, "--json", "--programs", "score,sft,dpo", "--model.dtype", "float32")
+    return told(
+        1,
+        {
+            "one": for_tpus(tiny_folder, wide, "--json", *named),
+            "own": for_tpus(tiny_folder, wide, *own),  # our own kernel: cuDNN's computes in bfloat16 only
+            "two": for_tpus(tiny_folder, wide, "--json", "--slices", "2", *named),
+            "table": for_tpus(tiny_folder, wide, "--programs", "sft", "--slices", "2", *named),
+        },
+    )
+
+
+def test_all_programs_compile_for_gpus(gpus: dict[str, Told], tiny_folder: Path) -> None:
+    made, arch = gpus["one"].json, architecture(TPU_SHAPE, "TPU_SHAPE")
+    config = load(None, [*tiny_overrides(tiny_folder), *SETTINGS])
+    assert (made["hardware"], made["devices"], made["fits"]) == ("h100:2", 2, True)
+    programs, mesh = by_name(made), (1, 2, 1)
+    assert list(programs) == PROGRAMS
+    # In bfloat16 the adapter is not merged: A and B are cut into layers, too.
+    expected = memory(arch, mesh, config, 2, apart=True)
+    for name, p in programs.items():
+        adapter = adapter_bytes(arch, mesh) if name in ("prefill", "decode") else 0
+        assert round(p["memory"]["base"] * GIB) == expected[name]["base"] + adapter
+        assert p["limit"] == 0.9 * 80
+        assert not any(" between " in kind for kind in p["collectives"])
+    for task, length in (("sft", 256), ("dpo", 192)):
+        full = step_flops(arch, 8 // 2, length, "cudnn")
+        assert full * 0.97 < programs[task]["flops"] < full * 1.01
+        assert by_name(gpus["own"].json)[task]["flops"] == pytest.approx(full, rel=0.03)
+    assert 0 < sent(programs["decode"]) < most_sent(arch, LANES)
+
+
+def test_gpus_of_two_nodes(gpus: dict[str, Told]) -> None:
+    """fsdp over four of them: a ring of four steps leaves a node twice."""
+    made = by_name(gpus["two"].json)
+    assert (gpus["two"].json["hardware"], gpus["two"].json["devices"]) == ("2 x h100:2", 4)
+    chip = CHIPS["h100"]
+    for p in made.values():
+        assert between(p) == pytest.approx(sent(p) / 2)
+        network = {"network": between(p) / chip.interconnect, "network between": between(p) / 50e9}
+        other = {"FLOPs": p["flops"] / chip.flops, "memory": p["traffic"] / chip.hbm_bandwidth}
+        assert p["seconds"] == pytest.approx(max((network | other).values()))
+    code, out, error = gpus["table"]
+    assert code == 0, error
+    assert "all-gather between nodes, sent" in " ".join(out.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("name", ["h100", "h100:", "h100:0", "b200:4x4"])
+def test_a_node_has_a_number_of_gpus(name: str, cached: None) -> None:
+    with pytest.raises(InputError, match=rf"topology {name}: give a node's number of GPUs, such as {name[:4]}:8"):
+        topology_devices(name)
 
 
 @pytest.fixture
@@ -821,6 +893,7 @@ def test_other_programs_must_still_fit(monkeypatch: pytest.MonkeyPatch) -> None:
         (["dpo"], {}, {"dpo.micro_rows": 8}),
         (["score"], {}, {"sft.micro_rows": 8, "dpo.micro_rows": 8}),
         (["decode"], {"evolve__batch": 64}, {"evolve.batch": 16}),
+        (["decode"], {"model__decoding_weights": "apart"}, {"model.decoding_weights": "shared"}),
         (["prefill"], {"evolve__batch": 8}, {"model.cache_dtype": "float8_e4m3fn"}),
         # A quarter of 24 rows would be 6, which four devices do not divide.
         (

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 from esjax.config import InputError
 
 GIB = 2**30
+GPU_SHARE = "0.9"  # unless the user says otherwise; JAX's own default is 0.75
 
 
 class Chip(NamedTuple):
@@ -23,14 +25,14 @@ class Chip(NamedTuple):
     """Bytes a second that it can send over all its links to others in its slice (TPU) or node (GPU): one way. Vendors
     mostly state both ways together, twice this."""
     between: float | None = None
-    """Bytes a second that it can send to other slices, over the data centre's network; None where that is not documented."""
+    """Bytes a second that it can send to other slices or nodes; None where that is not documented."""
 
 
 # TPUs: Google Cloud's TPU documentation, by page. Its GB of memory are taken for GiB, as its newer pages write them. libtpu
 # leaves programs 30.75 of v4's 32 GiB, 15.75 of v5e's 16, 31.25 of v6e's 32, and 94.75 of a TPU7x device's 96. The data
 # centre's network: page "TPU7x" has v5p's, v6e's and its own by the chip (50, 100, 100 Gb/s); page "TPU v5e" 6.4 Tb/s for 256.
 # GPUs: NVIDIA's data sheets, by product. Its GB of memory are GiB but for what is reserved; dense rates are half of those
-# "with sparsity".
+# "with sparsity". Between nodes as in DGX systems: a ConnectX-7 of 400 Gb/s a GPU, a ConnectX-6 of 200 Gb/s an A100.
 CHIPS = {
     # Page "TPU v4": memory, bandwidth, FLOP/s. Links: 6 of 50 GB/s each way, Jouppi et al. 2023 (arXiv 2304.01433).
     "v4": Chip("TPU v4", 32 * GIB, 1200e9, 275e12, 300e9),
@@ -43,13 +45,13 @@ CHIPS = {
     # Page "TPU7x (Ironwood)", halved: 192 GiB, 7380 GB/s, 2307 TFLOP/s, links 1200 GB/s both ways.
     "7x": Chip("TPU7x, one of a chip's two devices", 96 * GIB, 3690e9, 1153.5e12, 300e9, 6.25e9),
     # "A100 Tensor Core GPU", 80GB SXM: NVLink 600 GB/s both ways.
-    "a100": Chip("NVIDIA A100 80GB SXM", 80 * GIB, 2039e9, 312e12, 300e9),
+    "a100": Chip("NVIDIA A100 80GB SXM", 80 * GIB, 2039e9, 312e12, 300e9, 25e9),
     # "H100 Tensor Core GPU", SXM: 1979 TFLOP/s with sparsity, NVLink 900 GB/s both ways.
-    "h100": Chip("NVIDIA H100 SXM", 80 * GIB, 3350e9, 989e12, 450e9),
+    "h100": Chip("NVIDIA H100 SXM", 80 * GIB, 3350e9, 989e12, 450e9, 50e9),
     # "H200 Tensor Core GPU", SXM: as H100 but for its memory.
-    "h200": Chip("NVIDIA H200 SXM", 141 * GIB, 4800e9, 989e12, 450e9),
+    "h200": Chip("NVIDIA H200 SXM", 141 * GIB, 4800e9, 989e12, 450e9, 50e9),
     # "HGX B200", an eighth: 36 PFLOP/s with sparsity. "DGX B200", likewise: 1440 GB, 64 TB/s, NVLink 14.4 TB/s both ways.
-    "b200": Chip("NVIDIA B200", 180 * GIB, 8000e9, 2250e12, 900e9),
+    "b200": Chip("NVIDIA B200", 180 * GIB, 8000e9, 2250e12, 900e9, 50e9),
 }
 # JAX's device_kind; a TPU's comes in two spellings.
 KINDS = {
@@ -66,6 +68,11 @@ KINDS = {
     "NVIDIA H200": "h200",
     "NVIDIA B200": "b200",
 }
+
+
+def gpu_share() -> float:
+    """The part of a GPU's memory that JAX takes for programs; the rest is for what CUDA's libraries and NCCL want."""
+    return float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_SHARE))
 
 
 def chip_of(device_kind: str) -> Chip:

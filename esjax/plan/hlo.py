@@ -13,9 +13,8 @@ from math import gcd, prod
 from typing import NamedTuple
 
 from esjax.plan.hlotext import Array, Computation, Instruction, Module, Type, arrays, size, trips
+from esjax.plan.network import VIEWS, Collective, sent_by, started
 
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all")
-COPIES = ("collective-permute", "collective-broadcast")
 # Instructions and custom calls that move no data of their own: names, views, and what only holds other instructions.
 FREE = set(
     "parameter constant get-tuple-element tuple bitcast after-all partition-id replica-id domain opt-barrier "
@@ -23,35 +22,8 @@ FREE = set(
 )
 FREE_CALLS = ("Allocate", "ConcatBitcast", "AssumeGather", "GatherScatterIndices", "PrepareAsync", "AsyncCollective")
 KERNELS = ("tpu_custom_call", "mosaic_gpu", "__gpu$xla.gpu.triton", "__cudnn$fmha")
-VIEWS = ("bitcast", "reshape", "transpose", "copy", "convert")
-THROUGH = (*VIEWS, "get-tuple-element")
 SLICES = ("dynamic-slice", "slice", "gather")
 UPDATES = {"dynamic-update-slice": 1, "scatter": -1}  # done in place; which operand is written
-MESH = r"mesh\[([^\]]*)\](?:, device_ids=\((?:[^()]|\([^()]*\))*\))? \{([^}]*)\}"
-IOTA = r"\[\d+,(\d+)\]<=\[[\d,]+\](?:T\([\d,]+\))?"
-GROUPS = re.compile(rf"\breplica_groups=(?:(\{{\}})|\{{(\{{[\d,{{}}]*\}})\}}|{IOTA}|{MESH})(?=,|$)")
-# Between slices a TPU's program hands what it sends to its host, whose runtime, Megascale, does the rest.
-BETWEEN = "between slices, "
-MEGASCALE = re.compile(r'_xla_megascale_target=(.*),_xla_megascale_transfer_type="(\w+)"')
-MEGASCALE_KINDS = {
-    "ALL_REDUCE": "all-reduce",
-    "ALL_GATHER": "all-gather",
-    "REDUCE_SCATTER": "reduce-scatter",
-    "ALL_TO_ALL": "all-to-all",
-    "ONE_TO_ONE": "collective-permute",
-}
-SLICE_IDS = 100_000  # device ids of slice i begin at i times this
-PAIRS = re.compile(r"\bsource_target_pairs=\{((?:\{\d+,\d+\},?)*)\}")
-
-
-@dataclass(frozen=True)
-class Collective:
-    """Collectives of one kind. A device that is alone in its group sends nothing, and that counts as none."""
-
-    count: int
-    """How often one is run."""
-    bytes: float
-    """What a device sends over the network by a ring algorithm."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +37,7 @@ class Tally:
     sliced or updated in place counts as the slice or the update; other memories (a TPU's vector memory, the host's) do
     not count."""
     collectives: Mapping[str, Collective] = field(default_factory=dict)
-    """By kind; what hand-written kernels send themselves is "kernel-copy", what goes to other slices BETWEEN a kind."""
+    """By kind; what hand-written kernels send themselves is "kernel-copy"."""
     kernels: int = 0
     """Hand-written kernels that are run; one without a stated cost counts as its operands and results, and no FLOPs."""
 
@@ -90,9 +62,13 @@ class Analysis(NamedTuple):
     """One iteration of every outermost loop of unknown length, summed; those nested in it count as one iteration."""
 
 
-def analyse(text: str) -> Analysis:
-    """What one device does in a module. Raises ValueError naming a line that cannot be read."""
-    walk = _Walk(Module(text))
+def analyse(text: str, nodes: Sequence[int] = ()) -> Analysis:
+    """What one device does in a module. Raises ValueError naming a line that cannot be read.
+
+    Args:
+        nodes: each partition's node, where there are several and the text does not tell what goes between them (GPUs).
+    """
+    walk = _Walk(Module(text), nodes)
     walk.check_chains()
     return walk.work(walk.module.entry, fused=False)
 
@@ -100,8 +76,9 @@ def analyse(text: str) -> Analysis:
 class _Walk:
     """What a module's computations cost, each looked at once."""
 
-    def __init__(self, module: Module) -> None:
+    def __init__(self, module: Module, nodes: Sequence[int]) -> None:
         self.module = module
+        self.nodes = nodes
         self.computations = module.computations
         self.done: dict[tuple[str, bool], Analysis] = {}
 
@@ -137,8 +114,8 @@ class _Walk:
             stated = {k: re.search(rf'"{k}":"?(\d+)', ins.line) for k in ("flops", "bytes_accessed")}
             flops = float(stated["flops"][1]) if stated["flops"] else 0.0
             moved = float(stated["bytes_accessed"][1]) if stated["bytes_accessed"] and not fused else moved
-        sent = self.sent(comp, ins, inputs, fused)
-        if ins.chained and (start := _start(comp, ins)):
+        sent = sent_by(self.module, self.nodes, comp, ins, inputs, fused)
+        if ins.chained and (start := started(comp, ins)):
             moved = sum(size(made, main=True) for made in arrays(start.type)[:2])  # its part and the whole
         total = Analysis(Tally(flops, moved, sent, kernels), Tally())
         for called in ins.called:
@@ -202,52 +179,16 @@ class _Walk:
             return self.written(inner, inner.root)
         return size(comp[ins.operands[UPDATES[ins.opcode]]].type if ins.opcode in UPDATES else ins.type)
 
-    # --- network
-
-    def sent(self, comp: Computation, ins: Instruction, inputs: Sequence[Type], fused: bool) -> dict[str, Collective]:
-        """What an instruction sends to other devices."""
-        kind = ins.opcode
-        if remote := re.search(r'"remote_bytes_transferred":"?([1-9]\d*)', ins.line) if ins.target else None:
-            return {"kernel-copy": Collective(1, float(remote[1]))}
-        if kind == "send":
-            if "is_host_transfer=true" not in ins.rest:
-                return {"collective-permute": Collective(1, size(inputs[0]))}
-            return _between(ins, size(inputs[0])) if "xla_megascale_runtime" in ins.line else {}
-        if kind not in COLLECTIVES + COPIES:
-            if re.match(r"(ragged-)?all-|collective-|reduce-scatter", kind):
-                raise ValueError(f"not a collective that is known: {ins.line.strip()[:300]}")
-            return {}
-        if ins.chained and not _start(comp, ins):
-            return {}
-        if kind == "collective-permute":
-            if not (pairs := PAIRS.search(ins.rest)):
-                raise ValueError(f"not source and target pairs that can be read: {ins.line.strip()[:300]}")
-            moves = any(a != b for a, b in re.findall(r"(\d+),(\d+)", pairs[1]))
-            return {kind: Collective(1, size(ins.type))} if moves else {}
-        if (n := _group(self.module, ins)) == 1:
-            return {}
-        # By the result, for a TPU hands some collectives a buffer of its own beside the operand.
-        x, share = size(ins.type), (n - 1) / n
-        if kind == "all-reduce":
-            if not (fused and _scattered(comp, ins)):
-                return {kind: Collective(1, 2 * x * share)}
-            kind = "reduce-scatter"
-        elif kind == "reduce-scatter":
-            x *= n
-        elif kind == "ragged-all-to-all":
-            x = size(inputs[0])  # at most; the result is a buffer that may be larger
-        return {kind: Collective(1, x if kind == "collective-broadcast" else x * share)}
-
     def check_chains(self) -> None:
         """Raise ValueError for a collective spread over fusions of which none starts it: it would not be counted."""
-        started, seen = set(), {}
+        begun, seen = set(), {}
         for comp in self.computations.values():
             for ins in comp.values():
                 if ins.chained and not ins.target:
                     seen[ins.attribute("channel_id")] = ins
-                    started |= {ins.attribute("channel_id")} if _start(comp, ins) else set()
+                    begun |= {ins.attribute("channel_id")} if started(comp, ins) else set()
         for channel, ins in seen.items():
-            if channel not in started:
+            if channel not in begun:
                 raise ValueError(f"not a collective that any fusion starts: {ins.line.strip()[:300]}")
 
 
@@ -255,56 +196,6 @@ def _weight(what: Analysis) -> float:
     """What branches are compared by, in bytes: chips do some 200 FLOPs in a byte's time and send a tenth of a byte."""
     both = what.once + what.each
     return both.flops / 200 + both.bytes + 10 * sum(c.bytes for c in both.collectives.values())
-
-
-def _start(comp: Computation, ins: Instruction) -> Instruction | None:
-    """What starts a collective that is spread over fusions, if this fusion does."""
-    return next((user for user, _ in comp.users[ins.name] if user.target == "AsyncCollectiveStart"), None)
-
-
-def _scattered(comp: Computation, ins: Instruction) -> bool:
-    """Whether only slices of an all-reduce leave its fusion, as a TPU writes a reduce-scatter."""
-    if ins is comp.root:
-        return False
-    users = [user for user, _ in comp.users[ins.name]]
-    return all(u.opcode == "dynamic-slice" or (u.opcode in THROUGH and _scattered(comp, u)) for u in users)
-
-
-def _group(module: Module, ins: Instruction) -> int:
-    """How many devices exchange data in a collective. Raises ValueError if its groups cannot be read."""
-    if not (found := GROUPS.search(ins.rest)):
-        raise ValueError(f"not replica groups that can be read: {ins.line.strip()[:500]}")
-    everyone, lists, iota, mesh, axes = found.groups()
-    all_ids, channel = "use_global_device_ids=true" in ins.rest, "channel_id=" in ins.rest
-    # With a channel but no global ids these name replicas, all partitions of which take part; others name partitions.
-    both = channel and not all_ids and ins.opcode in ("all-gather", "all-reduce", "reduce-scatter")
-    if everyone:
-        replicas = module.replicas if all_ids or both or not channel else 1
-        return replicas * (module.partitions if channel else 1)
-    if lists:
-        n = max(one.count(",") + 1 for one in lists.strip("{}").split("},{"))
-    elif iota:
-        n = int(iota)
-    else:
-        sizes = dict(axis.rsplit("=", 1) for axis in mesh.split(","))
-        n = prod(int(a.partition(")")[2] if ":(" in a else sizes[a]) for a in axes.split(",") if a)
-    return n * (module.partitions if both else 1)
-
-
-def _between(ins: Instruction, x: float) -> dict[str, Collective]:
-    """What a device sends to other slices, of x bytes that it hands to its host. Raises ValueError if that cannot be read."""
-    found = MEGASCALE.search(ins.line)
-    kind = MEGASCALE_KINDS.get(found[2]) if found else None
-    if not found or not kind:
-        raise ValueError(f"not a transfer between slices that can be read: {ins.line.strip()[:500]}")
-    # The first group: slices by device ("{1,2}x{0:3}"), or devices ("{{100000,200000},{100001,200001}}").
-    slices, _, of_devices = found[1].strip('"').partition("x")
-    ids = [int(i) for i in re.findall(r"\d+", slices.partition("}")[0])]
-    n = len(ids if of_devices else {i // SLICE_IDS for i in ids})
-    if n < 2 or ":" in slices:
-        raise ValueError(f"not slices that can be read: {ins.line.strip()[:500]}")
-    share = {"all-reduce": 2 * (n - 1) / n, "all-gather": n - 1, "collective-permute": 1}.get(kind, (n - 1) / n)
-    return {BETWEEN + kind: Collective(1, x * share)}
 
 
 # --- arithmetic

@@ -111,11 +111,9 @@ def _sampling(
     programs = sampling_programs(arch, definition, dtype, how)
     weights: Any = (adapter, base)
     if how.weights == "apart":
-        made = programs.weights.lower(adapter, base).compile()  # type: ignore[attr-defined]
+        made = jax.jit(programs.weights).lower(adapter, base).compile().output_shardings
         shapes = jax.eval_shape(programs.weights, adapter, base)
-        weights = jax.tree.map(
-            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, made.output_shardings
-        )
+        weights = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, made)
     cache = cache_shapes(arch, rows, shared, slots, new, kept)
     count, width = windows_of(platform)
     first, table = _array((count * batch_groups(),), np.int32), _array((count * batch_groups(), width), np.int32)
@@ -125,7 +123,7 @@ def _sampling(
     waiting = _everywhere(jax.tree.map(lambda x: _array((rows, 4 * shared), x.dtype), state.leaf))
     counts, stop, patience = _everywhere((_array((rows,), np.int32), _array((1,), np.int32), _array((), np.int32)))
     constraint = _everywhere(jax.tree.map(lambda x: _array((STATES, *x.shape[1:]), x.dtype), free(arch.vocab)))
-    held = {"base": weights[1], "adapter": weights[0]} if how.weights == "shared" else {"base": (weights, base)}
+    held = {"base": weights[1], "adapter": weights[0]} if how.weights == "shared" else {"base": (weights.layers, base)}
     held = {**held, "cache": cache}
     yield Job("prefill", lambda: programs.prefill.lower(weights, cache, chunk), {**held, "rows": chunk})
     yield Job(

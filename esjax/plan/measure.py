@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,8 +13,9 @@ import jax
 import numpy as np
 
 from esjax.plan.chips import Chip
-from esjax.plan.hlo import BETWEEN, Collective, Tally, analyse
+from esjax.plan.hlo import Tally, analyse
 from esjax.plan.jobs import Job
+from esjax.plan.network import BETWEEN, Collective
 
 GIB = 2**30
 SIZE = r"([\d.]+[KMGT]?)"
@@ -29,7 +31,7 @@ class Needs:
     memory: dict[str, float]
     """GiB by kind: base, adapter, optimiser, cache, rows (and other small inputs), work (activations and buffers)."""
     limit: float | None
-    """GiB of the device, as documented; None where that is not known."""
+    """GiB of the device, as documented; of a GPU the part that programs get; None where that is not known."""
     refused: str = ""
     """The compiler's own words where the program is too large for it."""
     flops: float = 0.0
@@ -57,8 +59,8 @@ class Needs:
         return asdict(self) | {"total": self.total, "fits": self.fits}
 
 
-def measure(job: Job, chip: Chip | None, limit: float | None) -> Needs:
-    """Compile one job and read what it needs."""
+def measure(job: Job, chip: Chip | None, limit: float | None, nodes: Sequence[int] = ()) -> Needs:
+    """Compile one job and read what it needs; ``nodes`` as in ``hlo.analyse``."""
     began = time.perf_counter()
     held = {kind: held_bytes(tree) / GIB for kind, tree in job.held.items()}
     try:
@@ -76,7 +78,7 @@ def measure(job: Job, chip: Chip | None, limit: float | None) -> Needs:
     # Arguments may take more than their sizes where a device pads them; it is put with the small ones.
     padded = m.argument_size_in_bytes / GIB - sum(held.values())
     memory = held | {"rows": held["rows"] + max(0.0, padded), "work": work / GIB}
-    found = analyse(compiled.as_text())
+    found = analyse(compiled.as_text(), nodes)
     tally = found.each if job.name == "decode" else found.once
     flops = tally.flops + job.kernel_flops
     times = _times(flops, tally, chip) if chip else {}
@@ -96,7 +98,7 @@ def measure(job: Job, chip: Chip | None, limit: float | None) -> Needs:
 
 def _times(flops: float, tally: Tally, chip: Chip) -> dict[str, float]:
     """Seconds of each; nothing where something needs a rate that is not known."""
-    between = sum(c.bytes for kind, c in tally.collectives.items() if kind.startswith(BETWEEN))
+    between = sum(c.bytes for kind, c in tally.collectives.items() if BETWEEN in kind)
     within = sum(c.bytes for c in tally.collectives.values()) - between
     if between and chip.between is None:
         return {}
@@ -104,7 +106,7 @@ def _times(flops: float, tally: Tally, chip: Chip) -> dict[str, float]:
         "FLOPs": flops / chip.flops,
         "memory": tally.bytes / chip.hbm_bandwidth,
         "network": within / chip.interconnect,
-        "between slices": between / chip.between if chip.between else 0.0,
+        "network between": between / chip.between if chip.between else 0.0,
     }
 
 

@@ -9,15 +9,19 @@ from itertools import chain, combinations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
 from rich.table import Table
 
 from esjax.config import Config, InputError
-from esjax.mesh import check_batches, make_mesh, mesh_shape, topology_devices
+from esjax.mesh import check_batches, make_mesh, mesh_shape
+from esjax.model.decoder import Execution
 from esjax.model.families import Architecture
 from esjax.model.weights import check_divisible, choose_execution, compute_dtype
-from esjax.plan.chips import Chip, chip_of
+from esjax.plan.chips import Chip, chip_of, gpu_share
 from esjax.plan.jobs import Name, jobs
 from esjax.plan.measure import GIB, Needs, measure
+from esjax.plan.topology import topology_devices
 from esjax.runlog import say
 
 Change = dict[str, Any]  # settings, by dotted name
@@ -35,34 +39,43 @@ class Hardware:
 
     @classmethod
     def of(cls, topology: str | None, slices: int) -> Hardware:
-        """TPUs by the topology's name, or what is at hand. Raises InputError."""
+        """Devices by the topology's name, or those at hand. Raises InputError."""
         if topology is not None:
             devices = topology_devices(topology, slices)
-            chip = chip_of(devices[0].device_kind)
+            platform = devices[0].platform
             name = topology if slices == 1 else f"{slices} x {topology}"
-            return cls(name, devices, "tpu", chip, chip.hbm / GIB)
-        devices = jax.devices()
-        platform = jax.default_backend()
-        name = f"{len(devices)} x {devices[0].device_kind}"
+        else:
+            devices, platform = jax.devices(), jax.default_backend()
+            name = f"{len(devices)} x {devices[0].device_kind}"
         if platform == "cpu":  # all devices share the machine's memory
             whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
             return cls(name, devices, platform, None, whole / len(devices))
         chip = chip_of(devices[0].device_kind)
-        return cls(name, devices, platform, chip, chip.hbm / GIB)
+        share = gpu_share() if platform == "gpu" else 1.0
+        return cls(name, devices, platform, chip, share * chip.hbm / GIB)
+
+    def nodes(self, mesh: Mesh) -> list[int]:
+        """Each partition's node, where GPUs are on several; of TPUs the compiled text tells."""
+        found = [d.process_index for d in mesh.devices.flat]
+        return found if self.platform == "gpu" and len(set(found)) > 1 else []
 
 
 def plan(config: Config, arch: Architecture, hardware: Hardware, names: Sequence[Name]) -> Iterator[Needs]:
     """What each of the named programs of a run needs. Raises InputError where the mesh does not divide the sizes."""
-    m = config.model
-    dtype = compute_dtype(m.dtype, hardware.platform)
-    how = choose_execution(m.attention, m.remat, dtype, hardware.platform, m.decoding_weights)
+    dtype, how = _execution(config, hardware)
     mesh = make_mesh(hardware.devices, mesh_shape(config.mesh, len(hardware.devices)))
     with jax.set_mesh(mesh):
         check_divisible(arch)
         check_batches(config)
         for job in jobs(config, arch, how, dtype, hardware.platform):
             if job.name in names:
-                yield measure(job, hardware.chip, hardware.memory)
+                yield measure(job, hardware.chip, hardware.memory, hardware.nodes(mesh))
+
+
+def _execution(config: Config, hardware: Hardware) -> tuple[jnp.dtype, Execution]:
+    m = config.model
+    dtype = compute_dtype(m.dtype, hardware.platform)
+    return dtype, choose_execution(m.attention, m.remat, dtype, hardware.platform, m.decoding_weights)
 
 
 # --- what would make it fit ------------------------------------------------------------------------------------------
@@ -72,7 +85,7 @@ def remedies(
     config: Config, arch: Architecture, hardware: Hardware, names: Sequence[Name], failed: Sequence[Name], most: int
 ) -> Iterator[tuple[Change, list[Needs]]]:
     """The nearest change under which the programs ``failed`` fit, and the other ``names`` still do; ``most`` are tried."""
-    single = list(_changes(config, arch, len(hardware.devices), failed))
+    single = list(_changes(config, arch, hardware, failed))
     tried = 0
     for size in (1, 2, 3):
         for parts in combinations(single, size):
@@ -100,10 +113,10 @@ def remedies(
                 return
 
 
-def _changes(config: Config, arch: Architecture, devices: int, failed: Sequence[Name]) -> Iterator[Change]:
+def _changes(config: Config, arch: Architecture, hardware: Hardware, failed: Sequence[Name]) -> Iterator[Change]:
     """Changes of one kind each, from those that cost least to those that cost most."""
-    m = config.mesh
-    data, fsdp, tensor = mesh_shape(m, devices)
+    devices = len(hardware.devices)
+    data, fsdp, tensor = mesh_shape(config.mesh, devices)
     trains = [n for n in ("sft", "dpo") if n in failed]
     rows = data * fsdp
     if data > 1 or data * fsdp * tensor < devices:  # every device holds a share of the weights
@@ -118,6 +131,8 @@ def _changes(config: Config, arch: Architecture, devices: int, failed: Sequence[
     if smaller:
         yield smaller
     if "prefill" in failed or "decode" in failed:
+        if _execution(config, hardware)[1].weights == "apart":
+            yield {"model.decoding_weights": "shared"}
         if config.evolve.batch > rows:
             yield {"evolve.batch": max(rows, config.evolve.batch // 4 // rows * rows)}
         if config.model.cache_dtype != "float8_e4m3fn":

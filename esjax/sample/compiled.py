@@ -13,6 +13,7 @@ from esjax.mesh import batch_groups
 from esjax.model.cached import Cache, Chunk, Weights, layered, load
 from esjax.model.decoder import Decoder, Execution
 from esjax.model.families import Architecture
+from esjax.model.layers import Block
 from esjax.model.lora import Adapter
 from esjax.model.weights import bind
 from esjax.programs import program
@@ -23,7 +24,8 @@ STEPS = 128  # most steps between two looks of the host
 
 
 class SamplingPrograms(NamedTuple):
-    """What sampling runs. ``weights`` gives what the other two take as weights: adapter and base themselves, or a copy."""
+    """What sampling runs. ``weights`` gives what the other two take as weights: adapter and base themselves, or layers of
+    its own beside what both have of the base."""
 
     weights: Callable[[Adapter, nnx.State], Any]
     prefill: Any  # (weights, cache, chunk) -> cache
@@ -36,8 +38,16 @@ def sampling_programs(
     """The programs for a model. The cache is donated."""
     merge = dtype.itemsize == 4  # exact to rounding in float32, and a little faster; see layered
 
+    def layers(adapter: Adapter, base: nnx.State) -> tuple[Block, ...]:
+        return layered(bind(definition, adapter, base), merge).layers
+
+    copied = program("weights", layers)
+
     def apart(adapter: Adapter, base: nnx.State) -> Weights:
-        return layered(bind(definition, adapter, base), merge)
+        """Outside of a program, which would give back copies of what it was given, too."""
+        model = bind(definition, adapter, base)
+        stacked = None if merge else model.layers
+        return Weights(model.embed[...], model.head_weight, model.norm[...], copied(adapter, base), stacked)
 
     def see(weights: Any) -> Weights:
         """The layers of what a program was given."""
@@ -59,7 +69,7 @@ def sampling_programs(
         return run(arch, lambda: see(weights), cache, lanes, waiting, count, stop, constraint, patience, STEPS, how)
 
     return SamplingPrograms(
-        weights=program("weights", apart) if how.weights == "apart" else lambda adapter, base: (adapter, base),
+        weights=apart if how.weights == "apart" else lambda adapter, base: (adapter, base),
         prefill=program("prefill", prefill, donate_argnums=1),
         decode=program("decode", decode, donate_argnums=1),
     )
