@@ -13,8 +13,9 @@ import platform
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from esjax import storage
 from esjax.config import Config, InputError
@@ -34,7 +35,7 @@ class RunDir:
         self.path, self.config = storage.local(place), config
         self.manifest_path = self.path / "manifest.json"
         self.manifest: dict[str, Any] = {"stages": {}}
-        self._lock: TextIO | None = None
+        self._lock: TextIOWrapper | storage.Lease | None = None
 
     def __enter__(self) -> RunDir:
         """Open or create. Raises InputError when the directory belongs to another config or is in use."""
@@ -65,11 +66,15 @@ class RunDir:
             self._take_lock()
 
     def _take_lock(self) -> None:
-        self._lock = open(self.path / ".lock", "a+")  # noqa: SIM115  closed in __exit__, or by the end of the process
+        if storage.in_bucket(self.path):
+            self._lock = storage.Lease(self.path, say)
+            return
+        lock = open(self.path / ".lock", "a+")  # noqa: SIM115  closed in __exit__, or by the end of the process
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock = lock
         except BlockingIOError as e:
-            self._lock.close()
+            lock.close()
             raise InputError(f"{self.path}: in use by another process; wait for it or choose another --run-dir") from e
 
     def _check_shared(self) -> None:
@@ -77,7 +82,7 @@ class RunDir:
         if hosts.count == 1 or storage.in_bucket(self.path):
             return
         token = hosts.share(int.from_bytes(os.urandom(4), "big") >> 1)
-        if self._lock is not None:
+        if isinstance(self._lock, TextIOWrapper):
             self._lock.truncate(0)
             self._lock.write(str(token))
             self._lock.flush()

@@ -7,11 +7,15 @@ whole or not at all, as renamed files do. Checkpoints do not pass through here: 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import hashlib
 import os
+import secrets
 import shutil
 import tempfile
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +25,9 @@ from esjax.config import InputError
 from esjax.hosts import hosts
 
 EVERY = 30.0  # seconds between two uploads of a file that grows
-LEFT = ("checkpoint", "tensorboard")  # folders that nobody needs a copy of
+BEAT = 15.0  # seconds between two signs of life of whoever writes a bucket
+SILENCE = 60.0  # seconds without one after which it is taken for dead
+LEFT = ("checkpoint", "tensorboard", ".lease")  # what nobody needs a copy of
 
 
 class Bucket:
@@ -74,6 +80,55 @@ class Bucket:
 
     def _there(self, path: Path) -> str:
         return f"{self.root}/{path.relative_to(self.local).as_posix()}"
+
+
+class Lease:
+    """The right to write a bucket, while this process lives: an object in it that changes again and again.
+
+    Clocks are not compared: whoever wants the lease watches whether the object still changes.
+    """
+
+    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+        """Of the bucket behind a copy. Raises InputError while another process has it."""
+        bucket = _of(path)
+        assert bucket is not None
+        self._files, self._where, self._name = bucket.files, f"{bucket.root}/.lease", f"{bucket.url}/.lease"
+        before = self._read()
+        if before is not None:
+            say(f"{self._name}: a run was not ended here; waiting {SILENCE:.0f} s to see whether it is still under way")
+            end = time.monotonic() + SILENCE
+            while time.monotonic() < end and self._read() == before:
+                time.sleep(min(1.0, SILENCE / 4))
+        mine = secrets.token_hex(8)
+        if self._read() == before:
+            self._write(mine)
+            time.sleep(min(2.0, BEAT / 4))  # of two that come at once, the later stays
+        if self._read() != mine:
+            raise InputError(f"{bucket.url}: in use by another process; wait for it or choose another --run-dir")
+        self._ended = threading.Event()
+        threading.Thread(target=self._beat, args=(mine,), daemon=True).start()
+
+    def close(self) -> None:
+        """Give it back."""
+        self._ended.set()
+        with contextlib.suppress(Exception):  # then the next run waits, no more
+            self._files.rm_file(self._where)
+
+    def _beat(self, mine: str) -> None:
+        count = 0
+        while not self._ended.wait(BEAT):
+            count += 1
+            with contextlib.suppress(Exception):  # a network's hiccup; several signs fit into the silence
+                self._write(f"{mine} {count}")
+
+    def _read(self) -> str | None:
+        try:
+            return str(self._files.cat_file(self._where).decode())
+        except FileNotFoundError:
+            return None
+
+    def _write(self, text: str) -> None:
+        self._files.pipe_file(self._where, text.encode())
 
 
 _buckets: dict[str, Bucket] = {}

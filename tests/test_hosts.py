@@ -179,7 +179,8 @@ def test_only_the_first_process_speaks(pair: tuple[Path, list[Ended]]) -> None:
     assert "round2/dpo: started" in first.err
     # Gloo greets from several threads at once, in pieces that mix.
     assert re.sub(r"\[Gloo\] Rank |\d+| is connected to | peer ranks\. [\w ]+ is : |\s", "", second.out) == ""
-    assert second.err == ""
+    # Nor are warnings of the runtime's own a voice of ours.
+    assert [x for x in second.err.splitlines() if not re.match(r"[IWEF]\d{4} |WARNING: All log messages", x)] == []
 
 
 def test_only_the_first_process_writes(pair: tuple[Path, list[Ended]]) -> None:

@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from test_resume import SIGNALLER, files
 
 from esjax import storage
 from esjax.cli import main
+from esjax.config import InputError
 from esjax.runlog import Journal, read_jsonl
 
 
@@ -31,6 +34,7 @@ def test_a_run_killed_twice_ends_in_the_bucket_as_in_a_folder(
         killer = [sys.executable, "-c", SIGNALLER, "SIGKILL", module, owner, name, nth, *command]
         done = subprocess.run(killer, capture_output=True, text=True, env=scratch)
         assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+        (tmp_path / "bucket" / "run" / ".lease").unlink()  # else the next one would wait a minute, see below
     last = subprocess.run([sys.executable, "-m", "esjax", *command], capture_output=True, text=True, env=scratch)
     assert last.returncode == 0, last.stderr[-2000:]
     assert "sft: done before" in last.stderr
@@ -40,6 +44,69 @@ def test_a_run_killed_twice_ends_in_the_bucket_as_in_a_folder(
     assert [name for name in expected if found[name] != expected[name]] == []
     assert not list((tmp_path / "bucket").rglob("*.part"))
     assert (tmp_path / "bucket" / "run" / "sft" / "checkpoint").is_dir()
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything about leases thirty times as fast."""
+    monkeypatch.setattr(storage, "BEAT", storage.BEAT / 30)
+    monkeypatch.setattr(storage, "SILENCE", storage.SILENCE / 30)
+
+
+def test_one_run_writes_a_bucket(bucket: Path, tmp_path: Path, soon: None) -> None:
+    said: list[str] = []
+    first = storage.Lease(bucket, said.append)
+    assert said == []
+    with pytest.raises(InputError, match=r"file://.*bucket: in use by another process; wait for it or choose another"):
+        storage.Lease(bucket, said.append)
+    assert len(said) == 1
+    assert "waiting 2 s to see whether it is still under way" in said[0]
+    first.close()
+    assert list((tmp_path / "bucket").iterdir()) == []
+    storage.Lease(bucket, said.append).close()
+    assert len(said) == 1
+
+
+def test_what_a_dead_run_held_is_taken(bucket: Path, tmp_path: Path, soon: None) -> None:
+    said: list[str] = []
+    file = tmp_path / "bucket" / ".lease"
+    file.parent.mkdir()
+    file.write_text("a process that was killed")
+    began = time.monotonic()
+    lease = storage.Lease(bucket, said.append)
+    assert time.monotonic() - began > storage.SILENCE
+    assert len(said) == 1
+    before = file.read_text()
+    time.sleep(4 * storage.BEAT)
+    assert file.read_text() != before  # it gives signs of life
+    lease.close()
+    assert not file.exists()
+
+
+def test_of_two_that_come_at_once_one_has_it(bucket: Path, soon: None) -> None:
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda _: _lease(bucket), range(8)))
+    assert sum(lease is not None for lease in found) == 1
+
+
+def _lease(bucket: Path) -> storage.Lease | None:
+    try:
+        return storage.Lease(bucket, lambda text: None)
+    except InputError:
+        return None
+
+
+def test_the_command_says_that_a_bucket_is_in_use(
+    tiny_folder: Path, tmp_path: Path, soon: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = f"file://{tmp_path}/bucket"
+    held = storage.Lease(storage.local(url), lambda text: None)
+    with pytest.raises(SystemExit) as ended:
+        main(["sft", "--run-dir", url, *tiny_overrides(tiny_folder)])
+    assert ended.value.code == 2
+    assert f"{url}: in use by another process" in capsys.readouterr().err
+    held.close()
+    assert list((tmp_path / "bucket").iterdir()) == []
 
 
 def test_a_model_of_a_run_in_a_bucket(tiny_run: Path, tmp_path: Path) -> None:
