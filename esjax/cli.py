@@ -260,7 +260,7 @@ def _prepare_jax() -> None:
     from esjax.hub.fetch import cache_root
     from esjax.plan.chips import GPU_SHARE
 
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_SHARE)  # nothing else runs on the GPU
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_SHARE))  # nothing else runs on the GPU
     jax.config.update("jax_compilation_cache_dir", str(cache_root() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from esjax.config import InputError
 
 GIB = 2**30
-GPU_SHARE = "0.9"  # unless the user says otherwise; JAX's own default is 0.75
+GPU_SHARE = 0.9  # unless the user says otherwise; JAX's own default is 0.75
 
 
 class Chip(NamedTuple):
