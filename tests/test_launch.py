@@ -558,7 +558,14 @@ class Local:
             "XLA_FLAGS": "--a=b",
         }
         pipe = subprocess.PIPE
-        return subprocess.Popen([*map(str, command), "--", *WORK], env=environment, stdout=pipe, stderr=pipe, text=True)
+        # A job in the background of a plain shell ignores SIGINT, and bash traps nothing that it was told to ignore.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            return subprocess.Popen(
+                [*map(str, command), "--", *WORK], env=environment, stdout=pipe, stderr=pipe, text=True
+            )
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def run(self, plan: list[list[int | str]], *options: object) -> tuple[int, str, str]:
         launcher = self.start(plan, *options)
