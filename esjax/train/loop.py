@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -73,7 +74,6 @@ def train(phase: Phase, backbone: Backbone, adapter: Adapter) -> Adapter:
     done, (adapter, opt_state) = checkpoints.restore((adapter, opt_state))
     if done:
         say(f"  {phase.name}: continuing after step {done} of {len(steps)}")
-    log = StepLog(phase, learning_rate(s, len(steps)), done)
 
     def feed(number: int) -> tuple[Rows, Pairs | None]:
         rows = batch(phase.examples, steps[number], s.row_length, s.batch_rows)
@@ -82,7 +82,9 @@ def train(phase: Phase, backbone: Backbone, adapter: Adapter) -> Adapter:
 
     if done < len(steps):
         compiled = compile_step(phase.name, step_fn, adapter, opt_state, backbone.base, *feed(done))
-    with progress(f"{phase.name} steps", len(steps), done) as advance, deferred() as stops:
+    log = StepLog(phase, learning_rate(s, len(steps)), done)
+    label = f"{phase.name} steps"
+    with closing(log.metrics), progress(label, len(steps), done) as advance, deferred() as stops:
         for number in range(done, len(steps)):
             adapter, opt_state, computed = compiled(adapter, opt_state, backbone.base, *feed(number))
             log.finish()  # the step before
@@ -101,7 +103,6 @@ def train(phase: Phase, backbone: Backbone, adapter: Adapter) -> Adapter:
                 say(f"  {phase.name}: stopped by SIGTERM; step {number + 1} of {len(steps)} is saved")
                 raise Stopped
     checkpoints.close()
-    log.metrics.close()
     return adapter
 
 
