@@ -258,9 +258,9 @@ def _prepare_jax() -> None:
     import jax
 
     from esjax.hub.fetch import cache_root
-    from esjax.plan.chips import GPU_SHARE
+    from esjax.plan.chips import gpu_share
 
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_SHARE))  # nothing else runs on the GPU
+    gpu_share()  # JAX may take most of a GPU: nothing else runs there
     jax.config.update("jax_compilation_cache_dir", str(cache_root() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 

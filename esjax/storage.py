@@ -47,6 +47,7 @@ class Bucket:
             reason = " ".join(str(e).split())[:200]
             raise InputError(f"{url}: cannot be read ({reason}); for gs:// install esjax's gcs extra and log in") from e
         self.local.mkdir(parents=True, exist_ok=True)
+        self.lost = False  # to another run, see Lease
         self._sent: dict[Path, float] = {}
         for name in found:
             path = self.local / Path(name).relative_to(self.root)
@@ -54,7 +55,9 @@ class Bucket:
                 self.pull(path)
 
     def push(self, path: Path) -> None:
-        """Send a file or a folder; a file that is gone here goes there, too."""
+        """Send a file or a folder; a file that is gone here goes there, too. Raises InputError where the lease is lost."""
+        if self.lost:
+            raise InputError(f"{self.url}: another run writes here now; nothing more was sent")
         where = self._there(path)
         if path.is_dir():
             for file in (p for p in path.rglob("*") if p.is_file()):
@@ -92,43 +95,52 @@ class Lease:
         """Of the bucket behind a copy. Raises InputError while another process has it."""
         bucket = _of(path)
         assert bucket is not None
-        self._files, self._where, self._name = bucket.files, f"{bucket.root}/.lease", f"{bucket.url}/.lease"
+        self._bucket, self._where = bucket, f"{bucket.root}/.lease"
         before = self._read()
         if before is not None:
-            say(f"{self._name}: a run was not ended here; waiting {SILENCE:.0f} s to see whether it is still under way")
+            say(
+                f"{bucket.url}/.lease: a run was not ended here; waiting {SILENCE:.0f} s to see whether it is still under way"
+            )
             end = time.monotonic() + SILENCE
             while time.monotonic() < end and self._read() == before:
                 time.sleep(min(1.0, SILENCE / 4))
-        mine = secrets.token_hex(8)
+        self._token = secrets.token_hex(8)
         if self._read() == before:
-            self._write(mine)
+            self._write(self._token)
             time.sleep(min(2.0, BEAT / 4))  # of two that come at once, the later stays
-        if self._read() != mine:
+        if not self._mine():
             raise InputError(f"{bucket.url}: in use by another process; wait for it or choose another --run-dir")
         self._ended = threading.Event()
-        threading.Thread(target=self._beat, args=(mine,), daemon=True).start()
+        threading.Thread(target=self._beat, daemon=True).start()
 
     def close(self) -> None:
         """Give it back."""
         self._ended.set()
         with contextlib.suppress(Exception):  # then the next run waits, no more
-            self._files.rm_file(self._where)
+            if self._mine():
+                self._bucket.files.rm_file(self._where)
 
-    def _beat(self, mine: str) -> None:
+    def _beat(self) -> None:
         count = 0
-        while not self._ended.wait(BEAT):
+        while not self._ended.wait(BEAT) and not self._bucket.lost:
             count += 1
             with contextlib.suppress(Exception):  # a network's hiccup; several signs fit into the silence
-                self._write(f"{mine} {count}")
+                if self._read() is not None and not self._mine():
+                    self._bucket.lost = True
+                else:
+                    self._write(f"{self._token} {count}")
+
+    def _mine(self) -> bool:
+        return (self._read() or "").startswith(self._token)
 
     def _read(self) -> str | None:
         try:
-            return str(self._files.cat_file(self._where).decode())
+            return str(self._bucket.files.cat_file(self._where).decode())
         except FileNotFoundError:
             return None
 
     def _write(self, text: str) -> None:
-        self._files.pipe_file(self._where, text.encode())
+        self._bucket.files.pipe_file(self._where, text.encode())
 
 
 _buckets: dict[str, Bucket] = {}

@@ -869,6 +869,9 @@ def test_the_part_of_a_gpu_that_programs_get(monkeypatch: pytest.MonkeyPatch) ->
     assert gpu_share() == 0.9
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
     assert gpu_share() == 0.5
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "most")
+    with pytest.raises(InputError, match="XLA_PYTHON_CLIENT_MEM_FRACTION=most: give a part of a GPU's memory"):
+        gpu_share()
 
 
 def test_chips() -> None:

@@ -39,9 +39,9 @@ from esjax.model.decoder import Decoder
 from esjax.model.families import Architecture, architecture, key_table, read_architecture
 from esjax.model.layers import linear_sizes
 from esjax.model.weights import choose_execution
-from esjax.plan.chips import CHIPS
+from esjax.plan.chips import CHIPS, GIB
 from esjax.plan.jobs import Job, Name, jobs, longest_reply, row_slots
-from esjax.plan.measure import GIB, Needs, measure
+from esjax.plan.measure import Needs, measure
 from esjax.plan.report import Change, Hardware, changed, remedies
 from esjax.plan.shape import shape_of
 from esjax.plan.topology import topology_devices

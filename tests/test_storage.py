@@ -83,6 +83,21 @@ def test_what_a_dead_run_held_is_taken(bucket: Path, tmp_path: Path, soon: None)
     assert not file.exists()
 
 
+def test_a_run_that_lost_its_lease_sends_nothing_more(bucket: Path, tmp_path: Path, soon: None) -> None:
+    """It was silent for too long, and another one came."""
+    lease, file = storage.Lease(bucket, lambda text: None), tmp_path / "bucket" / ".lease"
+    (bucket / "a").write_text("a")
+    storage.keep(bucket / "a", now=True)
+    file.write_text("another run")
+    time.sleep(4 * storage.BEAT)
+    assert file.read_text() == "another run"
+    (bucket / "b").write_text("b")
+    with pytest.raises(InputError, match="another run writes here now; nothing more was sent"):
+        storage.keep(bucket / "b", now=True)
+    lease.close()
+    assert sorted(p.name for p in file.parent.iterdir()) == [".lease", "a"]
+
+
 def test_of_two_that_come_at_once_one_has_it(bucket: Path, soon: None) -> None:
     with ThreadPoolExecutor(8) as threads:
         found = list(threads.map(lambda _: _lease(bucket), range(8)))

@@ -8,7 +8,6 @@ from typing import NamedTuple
 from esjax.config import InputError
 
 GIB = 2**30
-GPU_SHARE = 0.9  # unless the user says otherwise; JAX's own default is 0.75
 
 
 class Chip(NamedTuple):
@@ -71,8 +70,17 @@ KINDS = {
 
 
 def gpu_share() -> float:
-    """The part of a GPU's memory that JAX takes for programs; the rest is for what CUDA's libraries and NCCL want."""
-    return float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_SHARE))
+    """The part of a GPU's memory that JAX takes for programs; the rest is for what CUDA's libraries and NCCL want.
+
+    JAX's default is 0.75; asked for before JAX looks for GPUs, this makes it 0.9 where the user said nothing. Raises
+    InputError for what is no part.
+    """
+    name = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    given = os.environ.setdefault(name, "0.9")
+    try:
+        return float(given)
+    except ValueError as e:
+        raise InputError(f"{name}={given}: give a part of a GPU's memory, such as 0.9") from e
 
 
 def chip_of(device_kind: str) -> Chip:

@@ -12,12 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from esjax.plan.chips import Chip
+from esjax.plan.chips import GIB, Chip
 from esjax.plan.hlo import Tally, analyse
 from esjax.plan.jobs import Job
 from esjax.plan.network import BETWEEN, Collective
 
-GIB = 2**30
 SIZE = r"([\d.]+[KMGT]?)"
 OF_MEMORY = re.compile(rf"Used {SIZE} of {SIZE}|\({SIZE}\) exceeds available HBM \({SIZE}\)")
 

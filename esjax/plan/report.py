@@ -18,9 +18,9 @@ from esjax.mesh import check_batches, make_mesh, mesh_shape
 from esjax.model.decoder import Execution
 from esjax.model.families import Architecture
 from esjax.model.weights import check_divisible, choose_execution, compute_dtype
-from esjax.plan.chips import Chip, chip_of, gpu_share
+from esjax.plan.chips import GIB, Chip, chip_of, gpu_share
 from esjax.plan.jobs import Name, jobs
-from esjax.plan.measure import GIB, Needs, measure
+from esjax.plan.measure import Needs, measure
 from esjax.plan.topology import topology_devices
 from esjax.runlog import say
 
