@@ -39,6 +39,8 @@ class Outcome:
             raise InputError(f"--programs {programs}: allowed: {', '.join(NAMES)}")
         if slices < 1:
             raise InputError(f"--slices {slices}: at least 1")
+        if slices > 1 and topology is None:
+            raise InputError(f"--slices {slices}: slices of what? give a --topology, too")
         if tries < 0:
             raise InputError(f"--tries {tries}: at least 0")
         arch, hardware = shape_of(shape, config), Hardware.of(topology, slices)
