@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from esjax.config import Config, InputError
+from esjax.config import Config
 from esjax.configfile import keys, load
+from esjax.errors import InputError, RunError, is_full_disk, outcome
 from esjax.options import build
 
 
@@ -171,7 +172,6 @@ def plan(args: argparse.Namespace, config: Config) -> None:
     Exit code 1 when something does not fit.
     """
     from esjax.plan.outcome import Outcome
-    from esjax.runlog import RunError
 
     made = Outcome.of(config, args.shape, args.topology, args.slices, args.programs, args.tries)
     if args.json:
@@ -184,7 +184,7 @@ def plan(args: argparse.Namespace, config: Config) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point. Exit codes: 0 done, 1 the run failed, 2 bad input, 130 interrupted, 143 stopped by SIGTERM."""
+    """Entry point. Exit codes: 0 done, 1 the run failed, 2 bad input, 75 try again, 130 interrupted, 143 stopped by SIGTERM."""
     arguments = sys.argv[1:] if argv is None else argv
     parser, commands = build((evolve, sft, dpo, sample, score, plan, bench, export))
     try:
@@ -207,29 +207,18 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _fail(error: BaseException) -> NoReturn:
-    """End the process: one line for what a person can mend, the traceback for what only we can."""
-    from esjax.hosts import Stopped
-    from esjax.runlog import RunError, is_full_disk
-
-    if isinstance(error, InputError | RunError):
-        print(f"esjax: error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
-    if isinstance(error, Stopped):
-        print("esjax: stopped by SIGTERM; the same command continues", file=sys.stderr)
-        sys.exit(143)
-    if isinstance(error, KeyboardInterrupt):
-        print("esjax: interrupted; the same command continues", file=sys.stderr)
-        sys.exit(130)
-    if not isinstance(error, SystemExit) and is_full_disk(error):
-        print(
-            "esjax: error: the disk is full; free some space and run the same command again, it continues",
-            file=sys.stderr,
-        )
+    """End the process: one line for what a person or time can mend, the traceback for what only we can."""
+    ended = outcome(error)
+    if ended is None:
+        raise error
+    code, line = ended
+    print(f"esjax: {line}", file=sys.stderr)
+    if is_full_disk(error):
         with contextlib.suppress(OSError):  # what is printed may lie on the full disk, too
             sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(2)  # the libraries' exit handlers would write to the full disk again, and say so at length
-    raise error
+        os._exit(code)  # the libraries' exit handlers would write to the full disk again, and say so at length
+    sys.exit(code)
 
 
 def _devices(args: argparse.Namespace, config: Config) -> contextlib.AbstractContextManager[object]:

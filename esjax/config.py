@@ -9,9 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-
-class InputError(Exception):
-    """Bad input: one line saying what, where, which values are allowed and what to do. The command exits with code 2."""
+from esjax.errors import InputError
 
 
 class Settings(BaseModel):

@@ -11,7 +11,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import ValidationError
 
-from esjax.config import Config, InputError, Settings
+from esjax.config import Config, Settings
+from esjax.errors import InputError
 
 
 def bundled(path: str) -> Path:

@@ -9,9 +9,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from esjax.config import InputError
+from esjax.errors import InputError, RunError
 from esjax.hosts import hosts
-from esjax.runlog import RunError
 
 HEARTBEAT = 30  # seconds without a sign of life after which the others give up
 PARTING = 60  # seconds that a process which ends, by an error perhaps, waits for the others; then it takes them along

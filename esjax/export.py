@@ -13,13 +13,13 @@ import numpy as np
 from flax import nnx
 
 from esjax import rows
-from esjax.config import InputError
+from esjax.errors import InputError, RunError
 from esjax.evolve.lab import Lab
 from esjax.hub.shards import write_shards
 from esjax.model.lora import Adapter, load_adapter, peft_tensors, save_adapter
 from esjax.model.weights import Backbone, bind, load_backbone, merged_tensors
 from esjax.rows import Rows
-from esjax.runlog import RunError, replacing, say
+from esjax.runlog import replacing, say
 
 COPIED = (
     "tokenizer*",

@@ -13,11 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from esjax.config import InputError
-
-
-class Stopped(Exception):
-    """SIGTERM came (a preemption): what was done is saved, and the same command continues. The command exits with code 143."""
+from esjax.errors import InputError, Stopped
 
 
 @dataclass

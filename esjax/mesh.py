@@ -20,7 +20,8 @@ from jax import Array
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from esjax.config import Config, InputError, MeshSettings
+from esjax.config import Config, MeshSettings
+from esjax.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
 # Logical axis -> mesh axes. Training splits weights over fsdp along the model's width and gathers them layer by layer;

@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from esjax.config import Config, InputError
+from esjax.config import Config
 from esjax.configfile import keys
+from esjax.errors import InputError
 
 Option = tuple[str, dict[str, Any]]
 

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from esjax import storage
-from esjax.config import Config, InputError
+from esjax.config import Config
 from esjax.configfile import bundled, differing, dump, load
+from esjax.errors import InputError
 from esjax.hosts import alike, hosts, together
 from esjax.runlog import publish_text, say, sha256, write_text
 

@@ -6,7 +6,6 @@ killed and resumed run ends with the same bytes as an undisturbed one.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -23,16 +22,11 @@ from rich.text import Text
 from tensorboardX import SummaryWriter
 
 from esjax import storage
-from esjax.config import InputError
+from esjax.errors import InputError
 from esjax.hosts import hosts
 
 T = TypeVar("T")
 console = Console(stderr=True)
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class RunError(Exception):
-    """The run cannot go on: an invariant of the method does not hold. The command exits with code 1."""
 
 
 def say(message: str) -> None:
@@ -302,17 +296,3 @@ def sha256(path: Path) -> str:
             while block := f.read(1 << 22):
                 digest.update(block)
     return digest.hexdigest()
-
-
-def is_full_disk(error: BaseException) -> bool:
-    """Whether an exception, or what caused it, says that the disk is full (also as text, from libraries in C++)."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in NO_SPACE:
-            return True
-        if any(
-            word in str(seen) for word in ("No space left on device", "ENOSPC", "Disk quota exceeded", "File too large")
-        ):
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False

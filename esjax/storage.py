@@ -21,7 +21,7 @@ from typing import Any
 
 import fsspec
 
-from esjax.config import InputError
+from esjax.errors import InputError
 from esjax.hosts import hosts
 
 EVERY = 30.0  # seconds between two uploads of a file that grows

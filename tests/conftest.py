@@ -13,8 +13,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from esjax.cli import main
-from esjax.config import Config, InputError
+from esjax.config import Config
 from esjax.configfile import bundled, load
+from esjax.errors import InputError
 from esjax.hub.fetch import resolve
 
 CHAT_TEMPLATE = (

@@ -18,7 +18,8 @@ from esjax import rows
 from esjax.bench import training as bench
 from esjax.bench import workload as sizes
 from esjax.cli import main
-from esjax.config import InputError, LoraSettings
+from esjax.config import LoraSettings
+from esjax.errors import InputError
 from esjax.model.attention import PLATFORMS, choose_path
 from esjax.model.cached import cache_shapes, layered
 from esjax.model.decoder import Execution

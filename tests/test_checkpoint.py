@@ -24,8 +24,8 @@ from esjax.bench.workload import parts
 from esjax.cli import main
 from esjax.config import Config
 from esjax.configfile import differing
+from esjax.errors import RunError
 from esjax.model.families import architecture
-from esjax.runlog import RunError
 from esjax.train.checkpoint import Checkpoints
 
 # Reading what is damaged leaves coroutines of orbax behind, which complain when they are collected.

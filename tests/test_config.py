@@ -10,8 +10,9 @@ import yaml
 from conftest import REPOSITORY
 
 from esjax import configfile
-from esjax.config import Config, InputError
+from esjax.config import Config
 from esjax.configfile import differing, dump, keys, load
+from esjax.errors import InputError
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 MINIMAL: dict[str, Any] = {

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from test_tokens import save_sentencepiece
 
 from esjax import programs
-from esjax.config import InputError
+from esjax.errors import InputError
 from esjax.evolve.reflect import FIELDS, form, parse
 from esjax.model.weights import Backbone, compute_dtype, load_backbone
 from esjax.rows import prompt_with_replies

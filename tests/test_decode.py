@@ -12,7 +12,7 @@ import pytest
 from conftest import sample_texts
 from flax import nnx
 
-from esjax.config import InputError
+from esjax.errors import InputError
 from esjax.model.weights import Backbone, compute_dtype, load_backbone
 from esjax.programs import compiled
 from esjax.rows import prompt_with_replies

@@ -33,6 +33,7 @@ from trl import DPOConfig, DPOTrainer
 
 from esjax.config import DpoSettings
 from esjax.configfile import load
+from esjax.errors import RunError
 from esjax.evolve import phases
 from esjax.evolve.lab import Lab, adapter_folder, open_model
 from esjax.evolve.pairs import trunks
@@ -42,7 +43,7 @@ from esjax.model.lora import Adapter, peft_tensors, save_adapter
 from esjax.model.weights import Backbone, bind, load_backbone
 from esjax.rows import Rows, check, concatenate, pack, prompt_with_replies, stack, trunk
 from esjax.rundir import RunDir
-from esjax.runlog import RunError, read_jsonl, write_jsonl
+from esjax.runlog import read_jsonl, write_jsonl
 from esjax.sample.score import Scorer
 from esjax.tokens.encode import Encoder
 from esjax.tokens.tokenizer import ChatTokenizer

@@ -186,7 +186,7 @@ def test_full_disk(tiny_folder: Path, tmp_path: Path, limit: int) -> None:
     command = [sys.executable, "-c", LIMITED, str(limit), *map(str, evolve(run, tiny_folder))]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     errors = [line for line in done.stderr.splitlines() if line.startswith("esjax: error:")]
-    assert done.returncode == 2, done.stderr[-3000:]
+    assert done.returncode == 75, done.stderr[-3000:]
     assert errors == ["esjax: error: the disk is full; free some space and run the same command again, it continues"]
     assert list(run.rglob("*.writing")) == []
     assert not (run / "sft" / "adapter").exists()
@@ -229,7 +229,7 @@ def test_a_really_full_disk_is_one_line(tiny_folder: Path, tmp_path: Path, size:
     command = [sys.executable, "-m", "esjax", "sft", "--run-dir", str(disk / "run"), *tiny_overrides(tiny_folder)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 2, done.stderr[-3000:]
+        assert done.returncode == 75, done.stderr[-3000:]
         full = "esjax: error: the disk is full; free some space and run the same command again, it continues"
         assert done.stderr.splitlines()[-1] == full
         assert "Traceback" not in done.stderr

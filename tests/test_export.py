@@ -21,8 +21,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer
 
 from esjax.cli import main
-from esjax.config import InputError
 from esjax.configfile import load
+from esjax.errors import InputError
 from esjax.evolve.lab import adapter_folder, open_model
 from esjax.model.lora import load_adapter, read_lora
 from esjax.model.weights import load_backbone

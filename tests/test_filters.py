@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esjax.config import Config, FilterSettings, InputError
+from esjax.config import Config, FilterSettings
 from esjax.configfile import load
 from esjax.corpus.dialogue import Message
 from esjax.corpus.sources import read_dialogues
+from esjax.errors import InputError
 from esjax.evolve.filters import REPLY_REASONS, Filters, repetition
 from esjax.evolve.pairs import sift
 from esjax.evolve.reflect import FIELDS, Instructions

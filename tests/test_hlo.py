@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from esjax.config import InputError
+from esjax.errors import InputError
 from esjax.plan.chips import CHIPS, KINDS, chip_of, gpu_share
 from esjax.plan.hlo import Analysis, Tally, _taps, analyse
 from esjax.plan.network import Collective

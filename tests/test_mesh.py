@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from conftest import save_tiny_model, tiny_overrides
 
-from esjax.config import InputError, MeshSettings
+from esjax.config import MeshSettings
+from esjax.errors import InputError
 from esjax.mesh import AXES, make_mesh, mesh_shape, spec
 from esjax.plan.topology import topology_devices
 

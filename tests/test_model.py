@@ -34,7 +34,8 @@ from oracles import (
 )
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from esjax.config import InputError, SamplingSettings
+from esjax.config import SamplingSettings
+from esjax.errors import InputError
 from esjax.model.cached import Seen, empty_cache, layered, load, step
 from esjax.model.decoder import token_logprobs
 from esjax.model.families import Llama3Rope, architecture, read_architecture

@@ -21,8 +21,9 @@ from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
 from esjax.cli import main
-from esjax.config import Config, InputError
+from esjax.config import Config
 from esjax.configfile import bundled, load
+from esjax.errors import InputError
 from esjax.mesh import make_mesh
 from esjax.model.decoder import Decoder
 from esjax.model.families import Architecture, architecture, key_table, read_architecture

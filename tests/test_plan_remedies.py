@@ -15,8 +15,9 @@ from test_plan import SETTINGS, Mesh
 
 import esjax.plan.report
 from esjax.cli import main
-from esjax.config import Config, InputError
+from esjax.config import Config
 from esjax.configfile import load
+from esjax.errors import InputError
 from esjax.mesh import mesh_shape
 from esjax.model.families import Architecture
 from esjax.plan.jobs import Name

@@ -21,21 +21,11 @@ from rich.console import Console
 
 from esjax import runlog
 from esjax.cli import main
-from esjax.config import Config, InputError
+from esjax.config import Config
 from esjax.configfile import load
+from esjax.errors import InputError, is_full_disk
 from esjax.rundir import RunDir, bundled_hash
-from esjax.runlog import (
-    Journal,
-    Metrics,
-    gather,
-    is_full_disk,
-    json_line,
-    read_jsonl,
-    replacing,
-    sha256,
-    write_jsonl,
-    write_text,
-)
+from esjax.runlog import Journal, Metrics, gather, json_line, read_jsonl, replacing, sha256, write_jsonl, write_text
 
 
 @pytest.fixture(scope="session")

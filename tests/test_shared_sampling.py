@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import random_adapter, real_dialogues
 
-from esjax.config import InputError, LoraSettings, SamplingSettings
+from esjax.config import LoraSettings, SamplingSettings
+from esjax.errors import InputError
 from esjax.model.cached import Seen
 from esjax.model.lora import Adapter, lora_from
 from esjax.model.weights import Backbone, compute_dtype, load_backbone

@@ -16,7 +16,7 @@ from test_resume import SIGNALLER, files
 
 from esjax import storage
 from esjax.cli import main
-from esjax.config import InputError
+from esjax.errors import InputError
 from esjax.runlog import Journal, read_jsonl
 
 

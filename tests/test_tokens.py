@@ -16,9 +16,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from esjax import rows
-from esjax.config import InputError
 from esjax.corpus.dialogue import OPENING, Dialogue, Message, Turn
 from esjax.corpus.sources import read_dialogues
+from esjax.errors import InputError
 from esjax.rows import Rows
 from esjax.tokens import batches
 from esjax.tokens.encode import Encoder

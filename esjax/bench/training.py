@@ -20,7 +20,8 @@ from flax import nnx
 
 from esjax import rows
 from esjax.bench.workload import DpoWork, SftWork, Workload, lora_of, memory, parts
-from esjax.config import DpoSettings, InputError, OptimSettings, SftSettings
+from esjax.config import DpoSettings, OptimSettings, SftSettings
+from esjax.errors import InputError
 from esjax.mesh import batch_groups
 from esjax.model.attention import spans
 from esjax.model.decoder import Decoder, Execution

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 from pydantic import ValidationError
 
-from esjax.config import InputError, LoraSettings, Settings
+from esjax.config import LoraSettings, Settings
 from esjax.configfile import read_text
+from esjax.errors import InputError
 from esjax.model.decoder import Decoder
 from esjax.model.families import Architecture, architecture
 from esjax.model.layers import Lora

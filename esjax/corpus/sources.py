@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from esjax.config import InputError
 from esjax.configfile import bundled
 from esjax.corpus.dialogue import Dialogue, Message, Turn, normalise
+from esjax.errors import InputError
 from esjax.runlog import read_jsonl
 
 

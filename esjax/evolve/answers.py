@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from esjax.config import Config, InputError
+from esjax.config import Config
 from esjax.corpus.sources import check_messages
+from esjax.errors import InputError
 from esjax.evolve.lab import Lab
 from esjax.mesh import batch_groups
 from esjax.model.lora import Adapter

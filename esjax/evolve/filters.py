@@ -6,9 +6,10 @@ import difflib
 import re
 from dataclasses import dataclass
 
-from esjax.config import FilterSettings, InputError
+from esjax.config import FilterSettings
 from esjax.configfile import read_text
 from esjax.corpus.dialogue import Message
+from esjax.errors import InputError
 
 # In the order in which they are tried; a pair is counted under the first that applies. After these come the pair's own:
 # near_identical, too_short, too_long, and row_too_long (it does not fit a training row).

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from esjax import storage
-from esjax.config import Config, InputError
+from esjax.config import Config
 from esjax.configfile import load, read_text
 from esjax.corpus.dialogue import Dialogue
 from esjax.corpus.sources import read_dialogues
+from esjax.errors import InputError
 from esjax.hub.fetch import resolve, weights_file
 from esjax.model.lora import Adapter, load_adapter, lora_from, read_lora
 from esjax.model.weights import Backbone, compute_dtype, load_backbone

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from esjax.config import DpoSettings, InputError
+from esjax.config import DpoSettings
 from esjax.corpus.dialogue import Dialogue, Message
 from esjax.corpus.sources import check_messages
+from esjax.errors import InputError
 from esjax.evolve.filters import Filters
 from esjax.rows import Rows, prompt_with_replies, trunk_with_replies
 from esjax.runlog import read_jsonl

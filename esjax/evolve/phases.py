@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from esjax.config import InputError
 from esjax.corpus.sources import read_conversations
+from esjax.errors import InputError, RunError
 from esjax.evolve.lab import Lab, adapter_folder
 from esjax.evolve.pairs import Trunk, read_pairs, trunks
 from esjax.hosts import hosts
 from esjax.model.lora import Adapter, peft_tensors, save_adapter
 from esjax.rows import Rows
 from esjax.rundir import RunDir, bundled_hash
-from esjax.runlog import RunError, gather, replacing, say, sha256
+from esjax.runlog import gather, replacing, say, sha256
 from esjax.sample.generate import row_seed
 from esjax.sample.score import Scorer
 from esjax.train.loop import Phase, train

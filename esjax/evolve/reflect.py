@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import jinja2
 from jinja2 import meta
 
-from esjax.config import Config, InputError
+from esjax.config import Config
 from esjax.configfile import read_text
 from esjax.corpus.dialogue import Message
+from esjax.errors import InputError
 from esjax.sample.constrain import Field, Template, compile_template
 from esjax.tokens.tokenizer import ChatTokenizer
 

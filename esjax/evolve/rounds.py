@@ -10,6 +10,7 @@ from typing import Any
 
 from esjax.config import SamplingSettings
 from esjax.corpus.dialogue import Message
+from esjax.errors import RunError
 from esjax.evolve.filters import Filters
 from esjax.evolve.lab import Lab, adapter_folder
 from esjax.evolve.pairs import Context, contexts, draw, length_ratio, sift
@@ -19,7 +20,7 @@ from esjax.mesh import check_batches
 from esjax.model.lora import Adapter
 from esjax.rows import prompt_with_replies
 from esjax.rundir import RunDir, bundled_hash
-from esjax.runlog import Journal, RunError, progress, publish_jsonl, read_jsonl, say, sha256
+from esjax.runlog import Journal, progress, publish_jsonl, read_jsonl, say, sha256
 from esjax.sample.constrain import START, Template
 from esjax.sample.generate import Completion, Generator, Request, Usage, row_seed
 

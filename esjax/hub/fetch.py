@@ -12,7 +12,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from esjax.config import InputError
+from esjax.errors import InputError
 from esjax.hub import gguf_import
 from esjax.hub.shards import SINGLE
 from esjax.runlog import replacing, say, sha256, write_text

@@ -12,7 +12,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from esjax.config import InputError
+from esjax.errors import InputError
 from esjax.hub.shards import write_shards
 
 # GGUF tensor names of the llama and qwen2 architectures -> Hugging Face names

@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from esjax.config import InputError
+from esjax.errors import InputError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -21,7 +21,7 @@ from jax import Array
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SegmentIds, SplashAttentionKernel
 
-from esjax.config import InputError
+from esjax.errors import InputError
 from esjax.mesh import per_device
 from esjax.model.row_kernel import row_attention
 from esjax.rows import Layout, Rows

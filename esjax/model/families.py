@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from esjax.config import InputError
+from esjax.errors import InputError
 
 
 @dataclass(frozen=True)

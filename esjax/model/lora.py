@@ -11,7 +11,8 @@ from flax import nnx
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from esjax.config import InputError, LoraSettings
+from esjax.config import LoraSettings
+from esjax.errors import InputError
 from esjax.mesh import gathered, put
 from esjax.model.families import LINEARS, Architecture, module_name
 from esjax.model.layers import Lora

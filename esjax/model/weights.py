@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from esjax.config import InputError
+from esjax.errors import InputError
 from esjax.hub.shards import ShardReader
 from esjax.mesh import gathered, homes, mesh_sizes, put
 from esjax.model.attention import choose_path

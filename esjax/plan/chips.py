@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
-from esjax.config import InputError
+from esjax.errors import InputError
 
 GIB = 2**30
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from esjax.config import Config, InputError
+from esjax.config import Config
+from esjax.errors import InputError
 from esjax.mesh import AXES, mesh_shape
 from esjax.model.families import Architecture
 from esjax.plan.jobs import NAMES

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.table import Table
 
-from esjax.config import Config, InputError
+from esjax.config import Config
+from esjax.errors import InputError
 from esjax.mesh import check_batches, make_mesh, mesh_shape
 from esjax.model.decoder import Execution
 from esjax.model.families import Architecture

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from esjax.config import Config, InputError
+from esjax.config import Config
 from esjax.configfile import bundled, read_text
+from esjax.errors import InputError
 from esjax.hub.fetch import resolve
 from esjax.model.families import Architecture, architecture, read_architecture
 

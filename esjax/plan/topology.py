@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
-from esjax.config import InputError
+from esjax.errors import InputError
 
 
 class Gpu(NamedTuple):

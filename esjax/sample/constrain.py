@@ -17,7 +17,7 @@ import numpy as np
 from outlines_core import Index, Vocabulary
 from outlines_core.json_schema import build_regex_from_schema
 
-from esjax.config import InputError
+from esjax.errors import InputError
 from esjax.tokens.tokenizer import ChatTokenizer
 
 BUCKET = 32  # the number of states is a multiple of this, so that similar constraints share a program

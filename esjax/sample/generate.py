@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esjax.config import InputError
-from esjax.hosts import Stopped, deferred
+from esjax.errors import InputError, Stopped
+from esjax.hosts import deferred
 from esjax.mesh import batch_groups, check_split, put_everywhere
 from esjax.model.cached import Cache, Chunk, empty_cache
 from esjax.model.lora import Adapter

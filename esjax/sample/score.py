@@ -8,7 +8,8 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from esjax.hosts import Stopped, deferred
+from esjax.errors import Stopped
+from esjax.hosts import deferred
 from esjax.mesh import check_split, everywhere, put_batch
 from esjax.model.decoder import Decoder, Execution, token_logprobs
 from esjax.model.lora import Adapter

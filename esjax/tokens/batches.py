@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from esjax import rows
-from esjax.config import InputError
+from esjax.errors import InputError
 from esjax.rows import Rows
 
 Row = list[int]  # indices of the examples packed into one row

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from esjax import rows
-from esjax.config import InputError
 from esjax.corpus.dialogue import Dialogue, Message
+from esjax.errors import InputError
 from esjax.rows import Rows
 from esjax.tokens.tokenizer import ChatTokenizer
 

@@ -9,8 +9,8 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
-from esjax.config import InputError
 from esjax.corpus.dialogue import Message
+from esjax.errors import InputError
 
 
 class ChatTokenizer:

@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
+from esjax.errors import RunError
 from esjax.hosts import hosts
-from esjax.runlog import RunError, say
+from esjax.runlog import say
 
 T = TypeVar("T")
 MARGIN = 1 << 18  # bytes of a checkpoint beside its arrays

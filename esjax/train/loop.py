@@ -19,12 +19,13 @@ import numpy as np
 
 from esjax import storage
 from esjax.config import OptimSettings
-from esjax.hosts import Stopped, deferred
+from esjax.errors import RunError, Stopped
+from esjax.hosts import deferred
 from esjax.mesh import batch_groups, check_split, put_batch
 from esjax.model.lora import Adapter
 from esjax.model.weights import Backbone
 from esjax.rows import Rows, check, layout, stack
-from esjax.runlog import Metrics, RunError, progress, say
+from esjax.runlog import Metrics, progress, say
 from esjax.tokens.batches import Row, batch, schedule
 from esjax.train.checkpoint import Checkpoints
 from esjax.train.losses import Loss, Pairs

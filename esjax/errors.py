@@ -1,0 +1,74 @@
+"""What ends a command before it is done: the kinds of errors, their exit codes, and one line for each."""
+
+from __future__ import annotations
+
+import errno
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What an operating system or a network says that may be over when the same command is tried again.
+PASSING = (errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EINTR, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN)
+
+
+class InputError(Exception):
+    """Bad input: one line saying what, where, which values are allowed and what to do. The command exits with code 2."""
+
+
+class TransientError(Exception):
+    """What passes without a change of the command: a network, a lock, a lease. The command exits with code 75."""
+
+
+class RunError(Exception):
+    """The run cannot go on: an invariant of the method does not hold. The command exits with code 1."""
+
+
+class Stopped(Exception):
+    """SIGTERM came (a preemption): what was done is saved, and the same command continues. The command exits with code 143."""
+
+
+def outcome(error: BaseException) -> tuple[int, str] | None:
+    """The exit code and the line of an error that a person or time can mend; None for what only we can.
+
+    Errors of the operating system count: a full disk and a lost connection pass (75), a folder that may not be written
+    does not (2). Memory that does not suffice will not suffice the next time either (2).
+    """
+    for kind, code in ((InputError, 2), (TransientError, 75), (RunError, 1)):
+        if isinstance(error, kind):
+            return code, f"error: {error}"
+    if isinstance(error, Stopped):
+        return 143, "stopped by SIGTERM; the same command continues"
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted; the same command continues"
+    if isinstance(error, SystemExit):
+        return None
+    if is_full_disk(error):
+        return 75, "error: the disk is full; free some space and run the same command again, it continues"
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return 2, (
+            f"error: out of memory ({_line(error)}); lower sft.micro_rows, dpo.micro_rows or evolve.batch, choose "
+            "model.remat=full, or use more devices: `esjax plan` says what fits"
+        )
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        if isinstance(error, ConnectionError | TimeoutError) or error.errno in PASSING:
+            return 75, f"error: {where}{_line(error)}; run the same command again, it continues"
+        if error.errno is not None:
+            return 2, f"error: {where}{error.strerror}; choose a place that can be read and written"
+    return None
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether an exception, or what caused it, says that the disk is full (also as text, from libraries in C++)."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in NO_SPACE:
+            return True
+        if any(
+            word in str(seen) for word in ("No space left on device", "ENOSPC", "Disk quota exceeded", "File too large")
+        ):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
