@@ -136,7 +136,7 @@ def test_the_whole_package_was_read() -> None:
     assert {"esjax", "esjax.config", "esjax.tokens.encode", "esjax.evolve.rounds", "esjax.cli"} <= set(modules)
     assert {place(m) for m in modules} - {""} <= set(RANKS)
     seen = {m: imports(m, s, False, set(modules)) for m, s in modules.items()}
-    assert {"esjax.rows", "esjax.config", "esjax.tokens.tokenizer"} <= seen["esjax.tokens.encode"]
+    assert {"esjax.rows", "esjax.errors", "esjax.tokens.tokenizer"} <= seen["esjax.tokens.encode"]
     assert {"esjax.evolve.lab", "esjax.runlog"} <= seen["esjax.cli"]  # imported inside functions
     assert any("jax" in found for found in seen.values())
 
