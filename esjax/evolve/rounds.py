@@ -107,7 +107,7 @@ class Round:
             raise RunError(
                 f"round {self.t}: every pair was dropped ({counted(reasons)}); see {where} and the filters section"
             )
-        write_references(self.lab, self.adapter, kept, self.files["pairs"], f"round {self.t} scoring")
+        write_references(self.lab, self.adapter, kept, self.files["pairs"], f"round{self.t}/dpo")
         scored = {p["id"]: p["reference"]["rejected"] for p in read_jsonl(self.files["pairs"])}
         apart = [abs(self.drawn[i] - x) for i, x in scored.items() if i in self.drawn]
         if (
