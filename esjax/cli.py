@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
-import os
 import sys
+import traceback
 from pathlib import Path
 from typing import NoReturn
 
+from esjax import hosts
 from esjax.config import Config
 from esjax.configfile import keys, load
 from esjax.errors import InputError, RunError, is_full_disk, outcome
@@ -198,8 +199,11 @@ def main(argv: list[str] | None = None) -> None:
                     f"unknown option {name}"
                     + (f": did you mean {close[0]}?" if close else f": see esjax {args.command} --help")
                 )
-        config = load(args.config, overrides)
-        _prepare_jax()
+        hosts.watch()
+        _join(args)
+        with hosts.together():
+            config = load(args.config, overrides)
+            _prepare_jax()
         with _devices(args, config):
             args.function(args, config)
     except BaseException as error:
@@ -209,35 +213,41 @@ def main(argv: list[str] | None = None) -> None:
 def _fail(error: BaseException) -> NoReturn:
     """End the process: one line for what a person or time can mend, the traceback for what only we can."""
     ended = outcome(error)
+    if hosts.hosts.joined and (ended is None or ended[0] in (1, 75)):
+        ended = hosts.elsewhere() or ended  # what ended another process is the reason for what this one met
+    if hosts.hosts.joined and ended is None:
+        traceback.print_exception(error)
+        ended = 1, f"error: process {hosts.hosts.index} of this run failed; see above"
     if ended is None:
         raise error
-    code, line = ended
-    print(f"esjax: {line}", file=sys.stderr)
-    if is_full_disk(error):
-        with contextlib.suppress(OSError):  # what is printed may lie on the full disk, too
-            sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)  # the libraries' exit handlers would write to the full disk again, and say so at length
-    sys.exit(code)
+    if hosts.hosts.joined or is_full_disk(error):
+        hosts.leave(*ended)  # the libraries' exit handlers would wait for the others, or write to the full disk again
+    print(f"esjax: {ended[1]}", file=sys.stderr)
+    sys.exit(ended[0])
+
+
+def _join(args: argparse.Namespace) -> None:
+    """Join the other processes, where there are others. Raises InputError, TransientError."""
+    if not hasattr(args, "distributed"):
+        return
+    explicit = (args.coordinator, args.num_processes, args.process_id)
+    given = any(x is not None for x in explicit)
+    if given and (args.distributed or any(x is None for x in explicit)):
+        raise InputError("--coordinator, --num-processes and --process-id: give all three, or --distributed alone")
+    if args.join_timeout < 1:
+        raise InputError(f"--join-timeout {args.join_timeout}: at least 1 second")
+    if given or args.distributed:
+        from esjax import distributed
+
+        distributed.start(*explicit, args.join_timeout)
 
 
 def _devices(args: argparse.Namespace, config: Config) -> contextlib.AbstractContextManager[object]:
-    """The processes and the mesh of a command that computes on all of its devices; one device for the others."""
-    from esjax import hosts
-
-    hosts.watch()
+    """The mesh of a command that computes on all of its devices; one device for the others."""
     if not hasattr(args, "distributed"):
         return contextlib.nullcontext()
-    from esjax import distributed
     from esjax.mesh import use_mesh
 
-    explicit = (args.coordinator, args.num_processes, args.process_id)
-    if any(x is not None for x in explicit):
-        if any(x is None for x in explicit) or args.distributed:
-            raise InputError("--coordinator, --num-processes and --process-id: give all three, or --distributed alone")
-        distributed.start(*explicit)
-    elif args.distributed:
-        distributed.start(None, None, None)
     if not hosts.hosts.all(hosts.alike(config)):
         raise InputError("the processes of this run have different settings; start all with the same command")
     return use_mesh(config.mesh)
@@ -255,21 +265,17 @@ def _prepare_jax() -> None:
 
 
 def _fresh(path: Path) -> None:
-    from esjax.hosts import hosts
-
-    if not hosts.all(not path.exists()):
+    if not hosts.hosts.all(not path.exists()):
         raise InputError(f"{path} exists; give a new file as --out")
-    if hosts.writer:
+    if hosts.hosts.writer:
         path.with_name(path.name + ".part").unlink(missing_ok=True)  # of a killed command, perhaps with another model
-    hosts.wait("output fresh")
+    hosts.hosts.wait("output fresh")
 
 
 def _print(table: object) -> None:
     from rich.console import Console
 
-    from esjax.hosts import hosts
-
-    if not hosts.writer:
+    if not hosts.hosts.writer:
         return
     wide = None if sys.stdout.isatty() else 100
     Console(width=wide).print(table)

@@ -99,11 +99,11 @@ def train(phase: Phase, backbone: Backbone, adapter: Adapter) -> Adapter:
                 log.metrics.keep()
                 checkpoints.save(number + 1, (adapter, opt_state))
             advance(1)
-            if stop and not last:
+            if stop:
                 checkpoints.close()
                 say(f"  {phase.name}: stopped by SIGTERM; step {number + 1} of {len(steps)} is saved")
                 raise Stopped
-    checkpoints.close()
+        checkpoints.close()
     return adapter
 
 
