@@ -27,7 +27,7 @@ from esjax.hosts import hosts
 EVERY = 30.0  # seconds between two uploads of a file that grows
 BEAT = 15.0  # seconds between two signs of life of whoever writes a bucket
 SILENCE = 60.0  # seconds without one after which it is taken for dead
-LEFT = ("checkpoint", "tensorboard", ".lease")  # what nobody needs a copy of
+LEFT = ("checkpoint", "checkpoint.damaged", "tensorboard", ".lease")  # what nobody needs a copy of
 
 
 class Bucket:
