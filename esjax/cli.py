@@ -101,6 +101,7 @@ def score(args: argparse.Namespace, config: Config) -> None:
     """Score replies: JSON Lines {"id", "messages"}, the last assistant message being the target, to its log-probs."""
     from esjax.corpus.sources import read_conversations
     from esjax.evolve.lab import open_model
+    from esjax.mesh import rows_at_once
     from esjax.runlog import progress, publish_jsonl
     from esjax.sample.score import Scorer
 
@@ -108,7 +109,9 @@ def score(args: argparse.Namespace, config: Config) -> None:
     _fresh(args.out)
     lab, adapter = open_model(args.model, config)
     examples = [lab.encoder.target(lab.encoder.with_system(m), f"{args.data}, id {i}") for i, m in chats]
-    scorer = Scorer(lab.backbone, max(config.data.window, max(len(e.tokens) for e in examples)), config.sft.micro_rows)
+    scorer = Scorer(
+        lab.backbone, max(config.data.window, max(len(e.tokens) for e in examples)), rows_at_once("sft", config.sft)
+    )
     with progress("scoring", len(examples)) as advance:
         scored = scorer.score(adapter, examples, advance)
     rows = []

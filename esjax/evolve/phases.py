@@ -15,6 +15,7 @@ from esjax.errors import InputError, RunError
 from esjax.evolve.lab import Lab, adapter_folder
 from esjax.evolve.pairs import Trunk, read_pairs, trunks
 from esjax.hosts import hosts
+from esjax.mesh import rows_at_once
 from esjax.model.lora import Adapter, peft_tensors, save_adapter
 from esjax.rows import Rows
 from esjax.rundir import RunDir, bundled_hash
@@ -44,7 +45,7 @@ def sft(lab: Lab, run: RunDir) -> None:
         valid = [row for d in lab.valid for row in lab.encoder.dialogue(d)]
         if not valid:
             raise InputError(f"{c.data.valid}: no dialogue fits data.window={c.data.window} tokens; raise it")
-        scorer = Scorer(lab.backbone, c.sft.row_length, c.sft.micro_rows)
+        scorer = Scorer(lab.backbone, c.sft.row_length, rows_at_once("sft", c.sft))
 
         def validate(adapter: Adapter) -> float:
             return -float(np.concatenate([x for branches in scorer.score(adapter, valid) for x in branches]).mean())
@@ -148,7 +149,7 @@ def check_start(metrics: dict[str, float], float32: bool) -> None:
 def write_references(lab: Lab, adapter: Adapter, pairs: list[Row], path: Path, label: str) -> None:
     """Write pairs with the log-probs of both replies under the model that DPO starts from; those of one trunk together."""
     c = lab.config.dpo
-    scorer = Scorer(lab.backbone, c.row_length, c.micro_rows)
+    scorer = Scorer(lab.backbone, c.row_length, rows_at_once("dpo", c))
     shared = trunks(pairs, lab.encoder, c)
     order = [(t, p) for t, trunk in enumerate(shared) for p in range(len(trunk.members))]  # trunk and place on it
     batch = 8 * c.micro_rows
