@@ -143,7 +143,10 @@ def bench(args: argparse.Namespace, config: Config) -> None:
     from esjax.bench import sampling, training
     from esjax.bench.workload import TASKS, measured_bandwidth, measured_peak, read_workload
     from esjax.model.weights import choose_execution
+    from esjax.runlog import check_writable
 
+    if args.trace is not None:
+        check_writable(args.trace / "trace", "--trace")
     tasks = args.tasks.split(",")
     for task in tasks:
         if task not in TASKS:
@@ -261,13 +264,22 @@ def _prepare_jax() -> None:
 
     from esjax.hub.fetch import cache_root
     from esjax.plan.chips import gpu_share
+    from esjax.runlog import check_writable
 
+    if not cache_root().exists():
+        check_writable(cache_root() / "xla", "folder as $ESJAX_CACHE")
+    elif not cache_root().is_dir():
+        raise InputError(f"{cache_root()}: the cache is no folder; give another one as $ESJAX_CACHE")
     gpu_share()  # JAX may take most of a GPU: nothing else runs there
     jax.config.update("jax_compilation_cache_dir", str(cache_root() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 def _fresh(path: Path) -> None:
+    from esjax.runlog import check_writable
+
+    with hosts.together():
+        check_writable(path, "--out")
     if not hosts.hosts.all(not path.exists()):
         raise InputError(f"{path} exists; give a new file as --out")
     if hosts.hosts.writer:
