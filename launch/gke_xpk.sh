@@ -69,7 +69,7 @@ else
   # Of itself xpk restarts only after exit codes 42 and 127 to 255; esjax ends with 1 when a run cannot go
   # on, and with 75 after what passes.
   command=(xpk workload create "${target[@]}" --tpu-type="$tpu_type" --num-slices="$num_slices"
-    --docker-image="$docker_image" --max-restarts="$max_restarts" --restart-on-exit-codes=1,75
+    --docker-image="$docker_image" --max-restarts="$max_restarts" "--restart-on-exit-codes=1,75"
     --termination-grace-period-seconds="$grace" ${more[@]+"${more[@]}"} --command="exec esjax ${arguments% }")
 fi
 
