@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
-import os
 import sys
+import traceback
 from pathlib import Path
 from typing import NoReturn
 
+from esjax import hosts
 from esjax.config import Config
 from esjax.configfile import keys, load
 from esjax.errors import InputError, RunError, is_full_disk, outcome
@@ -100,6 +101,7 @@ def score(args: argparse.Namespace, config: Config) -> None:
     """Score replies: JSON Lines {"id", "messages"}, the last assistant message being the target, to its log-probs."""
     from esjax.corpus.sources import read_conversations
     from esjax.evolve.lab import open_model
+    from esjax.mesh import rows_at_once
     from esjax.runlog import progress, publish_jsonl
     from esjax.sample.score import Scorer
 
@@ -107,7 +109,9 @@ def score(args: argparse.Namespace, config: Config) -> None:
     _fresh(args.out)
     lab, adapter = open_model(args.model, config)
     examples = [lab.encoder.target(lab.encoder.with_system(m), f"{args.data}, id {i}") for i, m in chats]
-    scorer = Scorer(lab.backbone, max(config.data.window, max(len(e.tokens) for e in examples)), config.sft.micro_rows)
+    scorer = Scorer(
+        lab.backbone, max(config.data.window, max(len(e.tokens) for e in examples)), rows_at_once("sft", config.sft)
+    )
     with progress("scoring", len(examples)) as advance:
         scored = scorer.score(adapter, examples, advance)
     rows = []
@@ -139,7 +143,10 @@ def bench(args: argparse.Namespace, config: Config) -> None:
     from esjax.bench import sampling, training
     from esjax.bench.workload import TASKS, measured_bandwidth, measured_peak, read_workload
     from esjax.model.weights import choose_execution
+    from esjax.runlog import check_writable
 
+    if args.trace is not None:
+        check_writable(args.trace / "trace", "--trace")
     tasks = args.tasks.split(",")
     for task in tasks:
         if task not in TASKS:
@@ -198,8 +205,11 @@ def main(argv: list[str] | None = None) -> None:
                     f"unknown option {name}"
                     + (f": did you mean {close[0]}?" if close else f": see esjax {args.command} --help")
                 )
-        config = load(args.config, overrides)
-        _prepare_jax()
+        hosts.watch()
+        _join(args)
+        with hosts.together():
+            config = load(args.config, overrides)
+            _prepare_jax()
         with _devices(args, config):
             args.function(args, config)
     except BaseException as error:
@@ -209,35 +219,41 @@ def main(argv: list[str] | None = None) -> None:
 def _fail(error: BaseException) -> NoReturn:
     """End the process: one line for what a person or time can mend, the traceback for what only we can."""
     ended = outcome(error)
+    if hosts.hosts.joined and (ended is None or ended[0] in (1, 75)):
+        ended = hosts.elsewhere() or ended  # what ended another process is the reason for what this one met
+    if hosts.hosts.joined and ended is None:
+        traceback.print_exception(error)
+        ended = 1, f"error: process {hosts.hosts.index} of this run failed; see above"
     if ended is None:
         raise error
-    code, line = ended
-    print(f"esjax: {line}", file=sys.stderr)
-    if is_full_disk(error):
-        with contextlib.suppress(OSError):  # what is printed may lie on the full disk, too
-            sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)  # the libraries' exit handlers would write to the full disk again, and say so at length
-    sys.exit(code)
+    if hosts.hosts.joined or is_full_disk(error):
+        hosts.leave(*ended)  # the libraries' exit handlers would wait for the others, or write to the full disk again
+    print(f"esjax: {ended[1]}", file=sys.stderr)
+    sys.exit(ended[0])
+
+
+def _join(args: argparse.Namespace) -> None:
+    """Join the other processes, where there are others. Raises InputError, TransientError."""
+    if not hasattr(args, "distributed"):
+        return
+    explicit = (args.coordinator, args.num_processes, args.process_id)
+    given = any(x is not None for x in explicit)
+    if given and (args.distributed or any(x is None for x in explicit)):
+        raise InputError("--coordinator, --num-processes and --process-id: give all three, or --distributed alone")
+    if args.join_timeout < 1:
+        raise InputError(f"--join-timeout {args.join_timeout}: at least 1 second")
+    if given or args.distributed:
+        from esjax import distributed
+
+        distributed.start(*explicit, args.join_timeout)
 
 
 def _devices(args: argparse.Namespace, config: Config) -> contextlib.AbstractContextManager[object]:
-    """The processes and the mesh of a command that computes on all of its devices; one device for the others."""
-    from esjax import hosts
-
-    hosts.watch()
+    """The mesh of a command that computes on all of its devices; one device for the others."""
     if not hasattr(args, "distributed"):
         return contextlib.nullcontext()
-    from esjax import distributed
     from esjax.mesh import use_mesh
 
-    explicit = (args.coordinator, args.num_processes, args.process_id)
-    if any(x is not None for x in explicit):
-        if any(x is None for x in explicit) or args.distributed:
-            raise InputError("--coordinator, --num-processes and --process-id: give all three, or --distributed alone")
-        distributed.start(*explicit)
-    elif args.distributed:
-        distributed.start(None, None, None)
     if not hosts.hosts.all(hosts.alike(config)):
         raise InputError("the processes of this run have different settings; start all with the same command")
     return use_mesh(config.mesh)
@@ -248,28 +264,33 @@ def _prepare_jax() -> None:
 
     from esjax.hub.fetch import cache_root
     from esjax.plan.chips import gpu_share
+    from esjax.runlog import check_writable
 
+    if not cache_root().exists():
+        check_writable(cache_root() / "xla", "folder as $ESJAX_CACHE")
+    elif not cache_root().is_dir():
+        raise InputError(f"{cache_root()}: the cache is no folder; give another one as $ESJAX_CACHE")
     gpu_share()  # JAX may take most of a GPU: nothing else runs there
     jax.config.update("jax_compilation_cache_dir", str(cache_root() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 def _fresh(path: Path) -> None:
-    from esjax.hosts import hosts
+    from esjax.runlog import check_writable
 
-    if not hosts.all(not path.exists()):
+    with hosts.together():
+        check_writable(path, "--out")
+    if not hosts.hosts.all(not path.exists()):
         raise InputError(f"{path} exists; give a new file as --out")
-    if hosts.writer:
+    if hosts.hosts.writer:
         path.with_name(path.name + ".part").unlink(missing_ok=True)  # of a killed command, perhaps with another model
-    hosts.wait("output fresh")
+    hosts.hosts.wait("output fresh")
 
 
 def _print(table: object) -> None:
     from rich.console import Console
 
-    from esjax.hosts import hosts
-
-    if not hosts.writer:
+    if not hosts.hosts.writer:
         return
     wide = None if sys.stdout.isatty() else 100
     Console(width=wide).print(table)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import threading
 from itertools import count
 from typing import Any
 
@@ -9,37 +11,53 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from esjax.errors import InputError, RunError
+from esjax.errors import InputError, TransientError
 from esjax.hosts import hosts
 
 HEARTBEAT = 30  # seconds without a sign of life after which the others give up
-PARTING = 60  # seconds that a process which ends, by an error perhaps, waits for the others; then it takes them along
+PARTING = 60  # seconds that a process which is done waits for the others
 PATIENCE = 1800  # seconds that a process waits for the slowest
 
 
-def start(coordinator: str | None, processes: int | None, index: int | None) -> None:
-    """Join the other processes. Without an address, Cloud TPU's metadata, Slurm, GKE's JobSet or Open MPI must tell it.
+class KeyValues:
+    """The coordination service's store of keys as the processes' board."""
 
-    Raises InputError where they do not, RunError where not all processes come in time.
+    def __init__(self, client: Any) -> None:
+        self.client = client
+
+    def post(self, key: str, value: str) -> None:
+        """Write a note, over an older one."""
+        self.client.key_value_set(f"esjax/{key}", value, allow_overwrite=True)
+
+    def read(self) -> dict[str, str]:
+        """All notes."""
+        return {key.partition("esjax/")[2]: value for key, value in self.client.key_value_dir_get("esjax/")}
+
+
+def start(coordinator: str | None, processes: int | None, index: int | None, timeout: int) -> None:
+    """Join the other processes within so many seconds. Without an address, Cloud TPU's metadata, Slurm, GKE's JobSet or Open
+    MPI must tell it.
+
+    Raises InputError where they do not, TransientError where not all processes come in time.
     """
-    try:
-        jax.distributed.initialize(
-            coordinator, processes, index, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=PARTING
-        )
-    except (ValueError, KeyError) as e:
-        raise InputError(
-            f"--distributed: nothing here says where the other processes are ({_line(e)}); run on a TPU slice, under Slurm or a "
-            "JobSet, or give --coordinator HOST:PORT --num-processes N --process-id I"
-        ) from e
-    except (RuntimeError, OSError) as e:
-        raise RunError(f"the processes of this run did not find one another ({_line(e)}); start them all again") from e
+    if coordinator is not None and not re.fullmatch(r"\S+:\d{1,5}", coordinator):
+        raise InputError(f"--coordinator {coordinator}: give HOST:PORT, the first process' address")
+    if processes is not None and index is not None and not 0 <= index < processes:
+        raise InputError(f"--process-id {index} of --num-processes {processes}: processes are numbered from 0")
+    # Ours is the one handler of SIGTERM: JAX's would replace it, and orbax ask it with step numbers of its own.
+    jax.config.update("jax_enable_preemption_service", False)
+    _join(coordinator, processes, index, timeout)
     hosts.index, hosts.count = jax.process_index(), jax.process_count()
-    numbers, points = count(), count()
+    if hosts.count == 1:
+        return
+    numbers = count()
     client: Any = jax._src.distributed.global_state.client
-    stopping = False
 
     def wait(name: str) -> None:
-        client.wait_at_barrier(f"esjax:{next(numbers)}:{name}", timeout_in_ms=PATIENCE * 1000)
+        try:
+            client.wait_at_barrier(f"esjax:{next(numbers)}:{name}", timeout_in_ms=PATIENCE * 1000)
+        except jax.errors.JaxRuntimeError as e:
+            raise TransientError(f"the processes of this run lost one another, waiting for: {name} ({_line(e)})") from e
 
     def share(value: int) -> int:
         return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
@@ -47,13 +65,44 @@ def start(coordinator: str | None, processes: int | None, index: int | None) -> 
     def all_of(value: bool) -> bool:
         return bool(np.all(multihost_utils.process_allgather(np.asarray(value))))
 
-    def told() -> bool:
-        nonlocal stopping
-        stopping = stopping or multihost_utils.reached_preemption_sync_point(next(points))
-        return stopping
+    hosts.wait, hosts.share, hosts.all, hosts.board = wait, share, all_of, KeyValues(client)
 
-    if hosts.count > 1:
-        hosts.wait, hosts.share, hosts.all, hosts.told = wait, share, all_of, told
+
+def _join(coordinator: str | None, processes: int | None, index: int | None, timeout: int) -> None:
+    """In a thread, so that SIGTERM and the time limit end the wait; the runtime itself would end the process with a dump."""
+    failed: list[Exception] = []
+
+    def join() -> None:
+        try:
+            jax.distributed.initialize(
+                coordinator,
+                processes,
+                index,
+                initialization_timeout=2 * timeout + 600,
+                heartbeat_timeout_seconds=HEARTBEAT,
+                shutdown_timeout_seconds=PARTING,
+            )
+        except Exception as e:
+            failed.append(e)
+
+    hosts.joined = True
+    thread = threading.Thread(target=join, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    if thread.is_alive():
+        raise TransientError(
+            f"not all processes of this run came within {timeout} s; see what the others say, and run all again (a longer "
+            "wait: --join-timeout SECONDS)"
+        )
+    if failed and isinstance(failed[0], ValueError | KeyError):
+        raise InputError(
+            f"--distributed: nothing here says where the other processes are ({_line(failed[0])}); run on a TPU slice, under "
+            "Slurm or a JobSet, or give --coordinator HOST:PORT --num-processes N --process-id I"
+        ) from failed[0]
+    if failed:
+        raise TransientError(
+            f"the processes of this run did not find one another ({_line(failed[0])}); start them all again"
+        ) from failed[0]
 
 
 def _line(error: Exception) -> str:

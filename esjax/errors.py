@@ -21,8 +21,11 @@ class RunError(Exception):
     """The run cannot go on: an invariant of the method does not hold. The command exits with code 1."""
 
 
-class Stopped(Exception):
-    """SIGTERM came (a preemption): what was done is saved, and the same command continues. The command exits with code 143."""
+class Stopped(BaseException):
+    """SIGTERM came (a preemption): what was done is saved, and the same command continues. The command exits with code 143.
+
+    No ``Exception``, for it may come anywhere: nobody who deals with a damaged file or a broken network may take it for one.
+    """
 
 
 def outcome(error: BaseException) -> tuple[int, str] | None:

@@ -19,7 +19,7 @@ from esjax.hub.shards import write_shards
 from esjax.model.lora import Adapter, load_adapter, peft_tensors, save_adapter
 from esjax.model.weights import Backbone, bind, load_backbone, merged_tensors
 from esjax.rows import Rows
-from esjax.runlog import replacing, say
+from esjax.runlog import check_writable, replacing, say
 
 COPIED = (
     "tokenizer*",
@@ -40,6 +40,7 @@ def export(lab: Lab, adapter: Adapter, format: Literal["merged", "peft"], out: P
     """
     if out.exists():
         raise InputError(f"{out} exists; give a new folder as --out")
+    check_writable(out, "--out")
     backbone = lab.backbone
     if backbone.lora is None:
         raise InputError("only a run's model can be exported: --run-dir RUN --model m1")

@@ -20,7 +20,7 @@ from jax import Array
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from esjax.config import Config, MeshSettings
+from esjax.config import Config, MeshSettings, OptimSettings
 from esjax.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
@@ -68,7 +68,10 @@ def make_mesh(devices: Sequence[Any], shape: tuple[int, int, int]) -> Mesh:
     far = {d.slice_index if by_slice else d.process_index for d in devices}
     need = math.prod(shape)
     if len({d.process_index for d in devices}) > 1 and need != len(devices):
-        raise InputError(f"a mesh of {need} devices leaves {len(devices) - need} idle on other hosts: set mesh.fsdp=-1")
+        sizes = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
+        raise InputError(
+            f"{sizes}: a mesh of {need} devices leaves {len(devices) - need} idle on other hosts: set mesh.fsdp=-1"
+        )
     if len(far) == 1:
         made = mesh_utils.create_device_mesh(shape, devices[:need], allow_split_physical_axes=True)
         return _mesh(made)
@@ -95,7 +98,8 @@ def _mesh(devices: np.ndarray) -> Mesh:
 def use_mesh(settings: MeshSettings) -> AbstractContextManager[Any]:
     """The mesh of this run's devices as the context; one device needs none. Raises InputError."""
     shape = mesh_shape(settings, jax.device_count())
-    return nullcontext() if math.prod(shape) == 1 else jax.set_mesh(make_mesh(jax.devices(), shape))
+    mesh = make_mesh(jax.devices(), shape)  # refuses what leaves other processes idle
+    return nullcontext() if math.prod(shape) == 1 else jax.set_mesh(mesh)
 
 
 # --- where an array lives --------------------------------------------------------------------------------------------
@@ -220,10 +224,21 @@ def check_split(setting: str, count: int) -> None:
         )
 
 
+def rows_at_once(name: str, s: OptimSettings) -> int:
+    """How many rows a phase computes at once: its micro_rows, or one a device where a step has fewer rows than there are devices.
+
+    The rows beyond the step's are empty: they change no number, and their devices wait. Raises InputError, see check_split.
+    """
+    if s.micro_rows % batch_groups() and s.batch_rows < batch_groups():
+        return batch_groups()
+    check_split(f"{name}.micro_rows", s.micro_rows)
+    return s.micro_rows
+
+
 def check_batches(config: Config) -> None:
     """Raise InputError unless the present mesh divides what each phase of a run computes at once."""
-    check_split("sft.micro_rows", config.sft.micro_rows)
-    check_split("dpo.micro_rows", config.dpo.micro_rows)
+    rows_at_once("sft", config.sft)
+    rows_at_once("dpo", config.dpo)
     check_split("evolve.batch", config.evolve.batch)
 
 

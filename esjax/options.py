@@ -60,6 +60,7 @@ SEVERAL: tuple[Option, ...] = (
     ("--coordinator", {"metavar": "HOST:PORT", "help": "join them at this address: the first process'"}),
     ("--num-processes", _number("N", "how many processes there are")),
     ("--process-id", _number("I", "which of them this is, from 0")),
+    ("--join-timeout", _number("SECONDS", "how long to wait until all processes have come", 600)),
 )
 OPTIONS: dict[str, tuple[Option, ...]] = {
     "evolve": (RUN_DIR, *SEVERAL),

@@ -20,7 +20,7 @@ from typing import Any
 from esjax import storage
 from esjax.config import Config
 from esjax.configfile import bundled, differing, dump, load
-from esjax.errors import InputError
+from esjax.errors import InputError, TransientError
 from esjax.hosts import alike, hosts, together
 from esjax.runlog import publish_text, say, sha256, write_text
 
@@ -39,7 +39,7 @@ class RunDir:
         self._lock: TextIOWrapper | storage.Lease | None = None
 
     def __enter__(self) -> RunDir:
-        """Open or create. Raises InputError when the directory belongs to another config or is in use."""
+        """Open or create. Raises InputError when the directory belongs to another config, TransientError when it is in use."""
         try:
             with together():
                 self._make()
@@ -76,7 +76,9 @@ class RunDir:
             self._lock = lock
         except BlockingIOError as e:
             lock.close()
-            raise InputError(f"{self.path}: in use by another process; wait for it or choose another --run-dir") from e
+            raise TransientError(
+                f"{self.path}: in use by another process; wait for it or choose another --run-dir"
+            ) from e
 
     def _check_shared(self) -> None:
         """All processes must see one directory."""

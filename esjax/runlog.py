@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from rich.text import Text
 from tensorboardX import SummaryWriter
 
 from esjax import storage
-from esjax.errors import InputError
+from esjax.errors import InputError, is_full_disk
 from esjax.hosts import hosts
 
 T = TypeVar("T")
@@ -53,6 +54,18 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         discard(temporary)
         raise
+
+
+def check_writable(path: Path, option: str) -> None:
+    """Raise InputError, before any work, where a file or folder cannot be made at ``path``, which an option names."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as e:
+        if is_full_disk(e):
+            raise
+        raise InputError(f"{path}: cannot be written ({e.strerror}); give another {option}") from e
 
 
 def discard(path: Path) -> None:
@@ -258,7 +271,7 @@ class Metrics:
     """
 
     def __init__(self, path: Path, tensorboard: Path) -> None:
-        self.path = path
+        self.path, self.tensorboard = path, tensorboard
         self.board = SummaryWriter(str(tensorboard)) if hosts.writer else None
 
     def rewind(self, step: int) -> None:
@@ -277,12 +290,17 @@ class Metrics:
     def keep(self) -> None:
         """What was logged so far outlives this machine, as a checkpoint that follows will."""
         if self.board is not None:
-            storage.keep(self.path, now=True)
+            self.board.flush()
+            self._send()
+
+    def _send(self) -> None:
+        storage.keep(self.path, now=True)
+        storage.keep(self.tensorboard, now=True)
 
     def close(self) -> None:
         if self.board is not None:
             self.board.close()
-            self.keep()
+            self._send()
 
 
 def sha256(path: Path) -> str:

@@ -10,42 +10,41 @@ import atexit
 import contextlib
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
-from esjax.errors import InputError
-from esjax.hosts import hosts
+from esjax.errors import InputError, TransientError
+from esjax.hosts import goodbyes, hosts
 
 EVERY = 30.0  # seconds between two uploads of a file that grows
 BEAT = 15.0  # seconds between two signs of life of whoever writes a bucket
 SILENCE = 60.0  # seconds without one after which it is taken for dead
-LEFT = ("checkpoint", "tensorboard", ".lease")  # what nobody needs a copy of
+SCHEMES = ("gs://", "file://")  # what fsspec and orbax both write
+LEFT = ("checkpoint", "checkpoint.damaged", "tensorboard", ".lease")  # what nobody needs a copy of
 
 
 class Bucket:
     """A run directory behind a URL, and this process' copy of it."""
 
     def __init__(self, url: str) -> None:
-        """Copy what is there. Raises InputError where the URL cannot be used."""
+        """Copy what is there. Raises InputError where the URL cannot be used, TransientError where it cannot be reached."""
         self.url = url.rstrip("/")
         self.local = (
             Path(tempfile.gettempdir()) / "esjax" / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{os.getpid()}"
         )
-        try:
+        with reaching(url):
             options = {"auto_mkdir": True} if url.startswith("file://") else {}
             self.files, self.root = fsspec.core.url_to_fs(self.url, **options)
             found = self.files.find(self.root)
-        except Exception as e:  # whatever a driver raises that is missing, or may not look
-            reason = " ".join(str(e).split())[:200]
-            raise InputError(f"{url}: cannot be read ({reason}); for gs:// install esjax's gcs extra and log in") from e
         self.local.mkdir(parents=True, exist_ok=True)
         self.lost = False  # to another run, see Lease
         self._sent: dict[Path, float] = {}
@@ -55,17 +54,19 @@ class Bucket:
                 self.pull(path)
 
     def push(self, path: Path) -> None:
-        """Send a file or a folder; a file that is gone here goes there, too. Raises InputError where the lease is lost."""
+        """Send a file or a folder; a file that is gone here goes there, too. Raises TransientError where the lease is lost."""
         if self.lost:
-            raise InputError(f"{self.url}: another run writes here now; nothing more was sent")
+            raise TransientError(f"{self.url}: another run writes here now; nothing more was sent")
         where = self._there(path)
         if path.is_dir():
             for file in (p for p in path.rglob("*") if p.is_file()):
                 self.push(file)
-        elif path.exists():
-            self.files.put_file(str(path), where)
-        elif self.files.exists(where):
-            self.files.rm_file(where)
+            return
+        with reaching(self.url):
+            if path.exists():
+                self.files.put_file(str(path), where)
+            elif self.files.exists(where):
+                self.files.rm_file(where)
 
     def push_now_and_then(self, path: Path) -> None:
         """Send a file that grows, if it was not sent lately."""
@@ -76,10 +77,11 @@ class Bucket:
     def pull(self, path: Path) -> None:
         """Fetch a file or a folder."""
         where = self._there(path)
-        for name in [where] if self.files.isfile(where) else self.files.find(where):
-            file = self.local / Path(name).relative_to(self.root)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            self.files.get_file(name, str(file))
+        with reaching(self.url):
+            for name in [where] if self.files.isfile(where) else self.files.find(where):
+                file = self.local / Path(name).relative_to(self.root)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                self.files.get_file(name, str(file))
 
     def _there(self, path: Path) -> str:
         return f"{self.root}/{path.relative_to(self.local).as_posix()}"
@@ -92,7 +94,7 @@ class Lease:
     """
 
     def __init__(self, path: Path, say: Callable[[str], None]) -> None:
-        """Of the bucket behind a copy. Raises InputError while another process has it."""
+        """Of the bucket behind a copy. Raises TransientError while another process has it."""
         bucket = _of(path)
         assert bucket is not None
         self._bucket, self._where = bucket, f"{bucket.root}/.lease"
@@ -109,8 +111,9 @@ class Lease:
             self._write(self._token)
             time.sleep(min(2.0, BEAT / 4))  # of two that come at once, the later stays
         if not self._mine():
-            raise InputError(f"{bucket.url}: in use by another process; wait for it or choose another --run-dir")
+            raise TransientError(f"{bucket.url}: in use by another process; wait for it or choose another --run-dir")
         self._ended = threading.Event()
+        goodbyes.insert(0, self.close)
         threading.Thread(target=self._beat, daemon=True).start()
 
     def close(self) -> None:
@@ -134,13 +137,33 @@ class Lease:
         return (self._read() or "").startswith(self._token)
 
     def _read(self) -> str | None:
-        try:
-            return str(self._bucket.files.cat_file(self._where).decode())
-        except FileNotFoundError:
-            return None
+        with reaching(self._bucket.url):
+            try:
+                return str(self._bucket.files.cat_file(self._where).decode())
+            except FileNotFoundError:
+                return None
 
     def _write(self, text: str) -> None:
-        self._bucket.files.pipe_file(self._where, text.encode())
+        with reaching(self._bucket.url):
+            self._bucket.files.pipe_file(self._where, text.encode())
+
+
+@contextlib.contextmanager
+def reaching(url: str) -> Iterator[None]:
+    """Raises InputError for what a driver says of an address or of rights, TransientError for everything else it says.
+
+    Errors of the operating system stay what they are.
+    """
+    try:
+        yield
+    except Exception as e:
+        if isinstance(e, OSError) and e.errno is not None:
+            raise
+        reason = " ".join(str(e).split())[:200]
+        for_good = isinstance(e, ImportError | ValueError | PermissionError | FileNotFoundError)
+        if for_good or re.search(r"Credentials|Forbidden|Unauthorized|Anonymous|\b40[0134]\b", f"{type(e)} {e}"):
+            raise InputError(f"{url}: cannot be read ({reason}); for gs:// install esjax's gcs extra and log in") from e
+        raise TransientError(f"{url}: cannot be reached ({reason}); run the same command again, it continues") from e
 
 
 _buckets: dict[str, Bucket] = {}
@@ -150,9 +173,16 @@ def local(place: str | Path) -> Path:
     """Where this process finds a run directory: a path itself, or its copy of what lies behind a URL. Raises InputError."""
     if "://" not in str(place):
         return Path(place)
+    if not str(place).startswith(SCHEMES):
+        raise InputError(
+            f"{place}: not a place for runs; give a folder or an address that begins with {' or '.join(SCHEMES)}"
+        )
+    if set("*?[]") & set(str(place)):
+        raise InputError(f"{place}: an address with one of * ? [ ] is a pattern to its driver; choose another name")
     if str(place) not in _buckets:
-        _buckets[str(place)] = Bucket(str(place))
-        atexit.register(shutil.rmtree, _buckets[str(place)].local, ignore_errors=True)
+        _buckets[str(place)] = bucket = Bucket(str(place))
+        atexit.register(shutil.rmtree, bucket.local, ignore_errors=True)
+        goodbyes.append(lambda: shutil.rmtree(bucket.local, ignore_errors=True))
     return _buckets[str(place)].local
 
 

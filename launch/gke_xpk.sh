@@ -3,7 +3,8 @@
 #
 #   launch/gke_xpk.sh [options] -- evolve --config configs/llama3-8b.yaml --run-dir /mnt/runs/a
 #
-# The JobSet starts all pods again after a preemption and after an error, but not after bad input (exit code 2).
+# The JobSet starts all pods again after a preemption (exit code 143), after what passes (75) and after an error, but
+# not after bad input (2).
 # Submit the same command under a new workload name to continue a run whose restarts were used up.
 #
 # Prerequisites: xpk, gcloud and kubectl, logged in; a cluster made by `xpk cluster create`; an image from
@@ -65,9 +66,10 @@ else
   (($#)) || die "the esjax command is missing: ... -- evolve --run-dir DIR"
   # exec: xpk sends SIGTERM to the shell that it runs the command in, which must therefore become esjax.
   printf -v arguments '%q ' "$@" --distributed
-  # Of itself xpk restarts only after exit codes 42 and 127 to 255; esjax ends with 1 when a run cannot go on.
+  # Of itself xpk restarts only after exit codes 42 and 127 to 255; esjax ends with 1 when a run cannot go
+  # on, and with 75 after what passes.
   command=(xpk workload create "${target[@]}" --tpu-type="$tpu_type" --num-slices="$num_slices"
-    --docker-image="$docker_image" --max-restarts="$max_restarts" --restart-on-exit-codes=1
+    --docker-image="$docker_image" --max-restarts="$max_restarts" "--restart-on-exit-codes=1,75"
     --termination-grace-period-seconds="$grace" ${more[@]+"${more[@]}"} --command="exec esjax ${arguments% }")
 fi
 

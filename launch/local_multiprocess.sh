@@ -4,8 +4,10 @@
 #   launch/local_multiprocess.sh [options] -- evolve --run-dir runs/a
 #
 # Process 0's output is shown; every process has a log, DIR/process-I.log. When a process ends with an error the others
-# get SIGTERM and, 30 s later, SIGKILL; then all start again, unless it was bad input (exit code 2). SIGTERM and SIGINT
-# are passed on as SIGTERM; the processes save and end, and so does this (exit code 143). The same command continues.
+# get SIGTERM and, 30 s later, SIGKILL; then all start again, unless it was bad input (exit code 2): as often as it
+# takes after what passes (75; the pauses double up to 10 minutes) and after a preemption (143), --retries times after
+# anything else. SIGTERM and SIGINT are passed on as SIGTERM; the processes save and end, and so does this (exit code
+# 143). The same command continues.
 #
 # Prerequisites: bash 5.1, esjax on PATH.
 #
@@ -17,7 +19,8 @@
 #   --grace SECONDS   between SIGTERM and SIGKILL [30]
 #   --dry-run         print the processes' commands, one a line, and run nothing
 #
-# Environment: ESJAX, the command to run, such as "python -m esjax" [esjax]; XLA_FLAGS is kept and added to.
+# Environment: ESJAX, the command to run, such as "python -m esjax" [esjax]; XLA_FLAGS is kept and added to;
+# RETRY_SECONDS, the first pause [10].
 set -euo pipefail
 
 die() { echo "${0##*/}: $*" >&2; exit 2; }
@@ -112,18 +115,33 @@ stop() {
   for pid in "${!pids[@]}"; do
     status=0
     wait "$pid" || status=$?
-    ((status != 2)) || code=2 # the cause, even if another process noticed first that this one was gone
+    # The cause, even if another process noticed first that this one was gone: bad input, then a failure of its own.
+    if ((status == 2 || ((code == 75 || code == 143) && status > 0 && status < 128))); then code=$status; fi
   done
   pids=()
 }
 
-for ((attempt = 0; ; attempt++)); do
+failures=0 pause=${RETRY_SECONDS:-10}
+while :; do
   start
   watch
   ((${#pids[@]} == 0)) || stop
   if [[ -n $stopping ]]; then code=143; fi
-  if [[ -n $stopping ]] || ((code == 0 || code == 2 || attempt >= retries)); then break; fi
-  echo "${0##*/}: starting all $processes processes again ($((attempt + 1)) of $retries)" >&2
+  if [[ -n $stopping ]] || ((code == 0 || code == 2)); then break; fi
+  case $code in
+    75)
+      echo "${0##*/}: this may pass; starting all $processes processes again in $pause s" >&2
+      until=$((SECONDS + pause))
+      while [[ -z $stopping ]] && ((SECONDS < until)); do sleep 0.2; done
+      pause=$((2 * pause < 600 ? 2 * pause : 600))
+      ;;
+    143) echo "${0##*/}: stopped, but not from here; starting all $processes processes again" >&2 ;;
+    *)
+      ((failures++ < retries)) || break
+      echo "${0##*/}: starting all $processes processes again ($failures of $retries)" >&2
+      ;;
+  esac
+  if [[ -n $stopping ]]; then code=143; break; fi
 done
 
 exec 4>&- 5>&-

@@ -23,7 +23,8 @@
 #   --create-flag=FLAG       one more flag of `queued-resources create`, as in --create-flag=--network=mine; repeatable
 #   --setup COMMAND          run on every worker before the installation, such as a mount
 #   --install COMMAND        replaces the installation, which uses uv to get Python 3.11
-#   --retries N              how many times to start again after an error or a preemption [10]
+#   --retries N              how many times to start again after an error; after what passes (exit code 75) and after a
+#                            preemption (143) it is as often as it takes [10]
 #   --poll SECONDS           between two looks at the queue [30]
 #   --log-dir DIR            where the logs go [esjax-logs/NAME]
 #   --delete                 delete the slices in the end, however it ended; without it they stay, and cost
@@ -157,6 +158,7 @@ trap goodbye EXIT
 trap 'exit 143' INT TERM
 
 for node in "${nodes[@]}"; do run mkdir -p "$log_dir/$node/esjax-logs"; done
+pause=$poll
 run git -C "$root" archive --format=tar.gz --prefix=esjax/ --output="$log_dir/esjax.tar.gz" HEAD
 while :; do
   code=1
@@ -166,9 +168,15 @@ while :; do
     code=0
     each ssh_all "$work" || code=$?
   fi
-  if ((code == 0 || code == 2)) || ! again; then break; fi
-  tell "ended with exit code $code; attempt $attempt of $retries follows"
-  sleep "$poll"
+  if ((code == 0 || code == 2)); then break; fi
+  # What passes (75) and a preemption (143) are no failures; between tries of what passes the pauses double.
+  ((code == 75 || code == 143)) || again || break
+  wait_for=$poll
+  if ((code == 75)); then
+    wait_for=$pause pause=$((2 * pause < 600 ? 2 * pause : 600))
+  fi
+  tell "ended with exit code $code; again in $wait_for s (failures: $attempt of $retries)"
+  sleep "$wait_for"
 done
 [[ -z $ready ]] || each fetch || tell "not every log could be fetched"
 [[ -z $delete ]] || { remove && trap - EXIT; } || tell "could not delete $name"

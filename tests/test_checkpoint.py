@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from conftest import tiny_overrides
 from test_hosts import Ended, apart, free_address, start
@@ -24,7 +26,7 @@ from esjax.bench.workload import parts
 from esjax.cli import main
 from esjax.config import Config
 from esjax.configfile import differing
-from esjax.errors import RunError
+from esjax.errors import InputError, Stopped, TransientError
 from esjax.model.families import architecture
 from esjax.train.checkpoint import Checkpoints
 
@@ -236,6 +238,8 @@ def test_any_damaged_file_is_survived(
         step = restored(folder)
         said = "checkpoint 3 is damaged" in capsys.readouterr().err
         assert (step, kept(folder)) == ((2, [2]) if said else (3, [2, 3])), file
+        aside = folder.parent / "checkpoint.damaged" / "3"
+        assert aside.is_dir() == said, file
         if said:
             noticed.append(file)
     gc.collect()
@@ -251,6 +255,50 @@ def test_a_damaged_step_is_saved_again(two: Path, tmp_path: Path) -> None:
     checkpoints = Checkpoints(folder, 2)
     checkpoints.save(3, state(3))
     checkpoints.close()
+    assert (restored(folder), kept(folder)) == (3, [2, 3])
+    shutil.rmtree(folder / "3" / "default")
+    assert restored(folder) == 2
+    assert sorted(p.name for p in (tmp_path / "checkpoint.damaged").iterdir()) == ["3", "3-1"]
+
+
+@pytest.mark.parametrize(
+    ("error", "ends"),
+    [
+        (OSError(errno.EIO, "Input/output error"), TransientError),
+        (OSError(errno.ESTALE, "Stale file handle"), TransientError),
+        (TimeoutError("the read operation timed out"), TransientError),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), TransientError),
+        (ValueError("UNAVAILABLE: Error opening driver: 503"), TransientError),
+        (ValueError("UNKNOWN: Error reading: Input/output error [os_error_code='5']"), TransientError),
+        (PermissionError(errno.EACCES, "Permission denied"), PermissionError),
+        (ValueError("PERMISSION_DENIED: Failed to open: Permission denied [os_error_code='13']"), PermissionError),
+        (Stopped(), Stopped),
+    ],
+    ids=lambda value: None if isinstance(value, type) else str(value)[:20],
+)
+def test_what_says_nothing_about_a_checkpoint_moves_nothing(
+    two: Path, tmp_path: Path, error: BaseException, ends: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network's blip must not cost the newest steps; the same command reads them later."""
+    folder = Path(shutil.copytree(two, tmp_path / "checkpoint"))
+
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.StandardCheckpointHandler, "restore", fails)
+        with pytest.raises(ends):
+            restored(folder)
+    assert not (tmp_path / "checkpoint.damaged").exists()
+    assert (restored(folder), kept(folder)) == (3, [2, 3])
+
+
+@pytest.mark.parametrize("name", ["lr=1e-4 [v2]", "[!x]", "a*b", "a?b", "a%20b#c", "a\"b'c", "ü {x} $HOME"])
+def test_any_folder_name(tmp_path: Path, name: str) -> None:
+    """What would be a pattern elsewhere: it must match itself, and nothing beside it."""
+    fill(tmp_path / "aXb" / "checkpoint", 2, (7,))
+    folder = tmp_path / name / "checkpoint"
+    fill(folder, 2, (1, 2, 3))
     assert (restored(folder), kept(folder)) == (3, [2, 3])
 
 
@@ -270,7 +318,7 @@ def test_all_damaged_ends_with_the_remedy(two: Path, tmp_path: Path) -> None:
     for file in manifests:
         os.truncate(file, 0)
     for _ in range(2):
-        with pytest.raises(RunError, match="no checkpoint can be read; delete the folder to begin the phase anew"):
+        with pytest.raises(InputError, match=r"all 2 are damaged; restore .* or delete it to begin the phase anew"):
             restored(folder)
     for file, content in manifests.items():
         file.write_bytes(content)
@@ -295,7 +343,7 @@ from esjax import distributed
 from esjax.hosts import hosts
 from esjax.train.checkpoint import Checkpoints
 address, index, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
-distributed.start(address, 2, index)
+distributed.start(address, 2, index, 120)
 where = NamedSharding(jax.make_mesh((2,), ("fsdp",)), PartitionSpec("fsdp"))
 def state(step):
     whole = np.random.default_rng(step).normal(size=(64, 64)).astype(np.float32)

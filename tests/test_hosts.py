@@ -22,6 +22,8 @@ import numpy as np
 import pytest
 from conftest import tiny_overrides
 from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from test_resume import SIGNALLER, files, stages
 
@@ -218,6 +220,24 @@ def test_thirty_two_devices_do_what_one_does(tiny_folder: Path, tmp_path: Path) 
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
+def test_what_one_process_alone_refuses_ends_the_other_alike(tiny_folder: Path, tmp_path: Path) -> None:
+    """A config that is not on this host: the other process has begun to wait for it."""
+    job = Job(tiny_folder, tmp_path, "sft")
+    ended = start(tmp_path, [job.words, [*job.words, "--config", str(tmp_path / "none.yaml")]], job.devices, limit=120)
+    assert [e.code for e in ended] == [2, 2], [e.err[-1000:] for e in ended]
+    assert "none.yaml" in ended[1].err
+    assert "another process of this run has bad input" in ended[0].err
+
+
+def test_a_mesh_that_leaves_the_other_process_idle_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    """Each would train alone until the first checkpoint."""
+    job = Job(tiny_folder, tmp_path, "sft")
+    words = [*job.words, "--mesh.data=1", "--mesh.fsdp=1", "--mesh.tensor=1"]
+    ended = start(tmp_path, [words, words], job.devices, limit=120)
+    assert [e.code for e in ended] == [2, 2]
+    assert "a mesh of 1 devices leaves 3 idle on other hosts: set mesh.fsdp=-1" in ended[0].err
+
+
 def test_a_directory_that_is_not_shared_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
     job = Job(tiny_folder, tmp_path, "sft")
     other = [w if w != str(job.run) else str(tmp_path / "other") for w in job.words]
@@ -309,6 +329,44 @@ def test_no_finished_reply_is_lost(stopped: tuple[Path, dict[str, str]]) -> None
     assert made <= 48 - 9
 
 
+def test_a_process_alone_among_several_is_stopped_as_any(tiny_folder: Path, tmp_path: Path) -> None:
+    """Every launcher passes --distributed; JAX's own handler of SIGTERM would swallow it."""
+    join = ["--coordinator", free_address(), "--num-processes", "1", "--process-id", "0"]
+    words = ["sft", "--run-dir", str(tmp_path / "run"), *tiny_overrides(tiny_folder), *join]
+    (ended,) = start(tmp_path, [words], 1, {0: ("SIGTERM", "esjax.runlog", "Metrics", "log", 3)})
+    assert ended.code == 143, ended.err[-2000:]
+    assert "sft: stopped by SIGTERM; step 4 of 8 is saved" in ended.err
+    assert ended.err.rstrip().endswith(STOPPED)
+
+
+@pytest.mark.parametrize("index", ["0", "1"])
+def test_a_process_that_waits_for_others_can_be_stopped(tiny_folder: Path, tmp_path: Path, index: str) -> None:
+    join = ["--coordinator", free_address(), "--num-processes", "2", "--process-id", index]
+    command = [sys.executable, "-m", "esjax", "sft", "--run-dir", str(tmp_path / "run"), *tiny_overrides(tiny_folder)]
+    waiting = subprocess.Popen([*command, *join], stderr=subprocess.PIPE, text=True)
+    try:
+        while len(list(Path(f"/proc/{waiting.pid}/task").iterdir())) < 4:  # until the runtime has begun
+            time.sleep(0.1)
+        time.sleep(2)
+        began = time.monotonic()
+        waiting.terminate()
+        _, said = waiting.communicate(timeout=60)
+    finally:
+        waiting.kill()
+    assert (waiting.returncode, said.strip()) == (143, STOPPED)
+    assert time.monotonic() - began < 10
+
+
+def test_others_that_never_come_end_the_wait(tiny_folder: Path, tmp_path: Path) -> None:
+    join = ["--coordinator", free_address(), "--num-processes", "2", "--process-id", "0", "--join-timeout", "2"]
+    command = [sys.executable, "-m", "esjax", "sft", "--run-dir", str(tmp_path / "run"), *tiny_overrides(tiny_folder)]
+    done = subprocess.run([*command, *join], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 75
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("esjax: error: not all processes of this run came within 2 s")
+    assert not (tmp_path / "run").exists()
+
+
 def test_sigterm_elsewhere_stops_at_once(tiny_folder: Path, tmp_path: Path) -> None:
     """While the model is loaded there is nothing to save."""
     words = ["sft", "--run-dir", str(tmp_path / "run"), *tiny_overrides(tiny_folder)]
@@ -374,22 +432,29 @@ def test_a_failing_process_takes_the_other_along(tiny_folder: Path, tmp_path: Pa
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """SIGTERM is handled as in a command."""
-    monkeypatch.setattr(hosts, "_signalled", False)
+    fresh = hosts.Stop(hosts.hosts)
+    monkeypatch.setattr(hosts, "stop", fresh)
     before = signal.getsignal(signal.SIGTERM)
     hosts.watch()
+    signal.set_wakeup_fd(-1)  # the watching thread would end pytest
     yield
     signal.signal(signal.SIGTERM, before)
 
 
 def test_sigterm_is_deferred_within(watched: None) -> None:
-    with hosts.deferred() as stops:
-        assert not stops()
-        with hosts.deferred():
+    def work() -> None:
+        with hosts.deferred() as stops:
+            assert not stops()
+            with hosts.deferred():
+                signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)
-        assert stops()
-    with hosts.deferred() as stops:
-        assert stops()  # whoever begins something later stops as well
+            assert stops()
+            done.append(1)
+
+    done: list[int] = []
+    with pytest.raises(hosts.Stopped):  # at the end, though nothing was left to stop: nothing else begins
+        work()
+    assert done == [1]
 
 
 def test_sigterm_raises_outside(watched: None) -> None:
@@ -410,15 +475,79 @@ def test_sigterm_raises_after_an_error_within(watched: None) -> None:
 def test_several_processes_stop_where_they_agree(watched: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A signal of one's own is no reason to stop before the others do."""
     answers = iter([False, True])
-    monkeypatch.setattr(hosts.hosts, "told", lambda: next(answers))
-    with hosts.deferred() as stops:
+    monkeypatch.setattr(hosts.stop, "here", lambda: next(answers))
+    with pytest.raises(hosts.Stopped), hosts.deferred() as stops:  # noqa: PT012
         signal.raise_signal(signal.SIGTERM)
         assert [stops(), stops()] == [False, True]
 
 
+class Notes:
+    """A board in memory."""
+
+    def __init__(self) -> None:
+        self.notes: dict[str, str] = {}
+
+    def post(self, key: str, value: str) -> None:
+        self.notes[key] = value
+
+    def read(self) -> dict[str, str]:
+        return dict(self.notes)
+
+
+@given(
+    speeds=st.lists(st.integers(0, 3), min_size=2, max_size=4),
+    order=st.lists(st.tuples(st.booleans(), st.integers(0, 3)), max_size=40),
+    told=st.integers(0, 3),
+    when=st.integers(0, 40),
+)
+def test_all_stop_at_one_point_wherever_the_notice_falls(
+    speeds: list[int], order: list[tuple[bool, int]], told: int, when: int
+) -> None:
+    """Processes that are up to some points apart, looking at the board and asking in any order: none misses the notice."""
+    count, board = len(speeds), Notes()
+    made = [hosts.Stop(hosts.Hosts(i, count, board=board)) for i in range(count)]
+    stopped: dict[int, int] = {}
+
+    def ask(i: int) -> None:
+        me = made[i]
+        if i not in stopped and (me.promised is None or me.point is not None) and me.here():
+            stopped[i] = me.passed
+
+    for i, ahead in enumerate(speeds):
+        for _ in range(ahead):
+            ask(i)
+    for n, (looks, i) in enumerate(order):
+        if n == when:
+            made[told % count].told = True
+        made[i % count].look(board) if looks else ask(i % count)
+    made[told % count].told = True
+    for _ in range(3):
+        for i in range(count):
+            made[i].look(board)
+    for _ in range(60):
+        for i in range(count):
+            ask(i)
+    assert len(stopped) == count
+    assert len(set(stopped.values())) == 1
+
+
+def test_the_end_of_one_is_known_to_the_others() -> None:
+    board = Notes()
+    me = hosts.Stop(hosts.Hosts(1, 3, board=board))
+    me.look(board)
+    assert (me.ended, me.known) == (None, False)
+    board.post("end/0", "143")
+    board.post("end/2", "2")
+    me.look(board)
+    assert me.ended == (2, 2)  # bad input is the reason, the stop its consequence
+    board.post("end/1", "0")
+    me.look(board)
+    assert me.ended == (2, 2)
+
+
 def test_work_within_other_work_does_not_stop_by_itself(watched: None) -> None:
     """A validation in the middle of training: training has a step to save."""
-    with hosts.deferred() as outer:
+    with pytest.raises(hosts.Stopped), hosts.deferred() as outer:  # noqa: PT012
         with hosts.deferred() as inner:
             signal.raise_signal(signal.SIGTERM)
             assert not inner()

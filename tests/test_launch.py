@@ -169,7 +169,7 @@ def test_tpu_vm_slices() -> None:
 def test_gke_xpk() -> None:
     [create] = printed("gke_xpk.sh", *XPK, "--storage", "s", "--env", "A=1", "--num-slices", "2", "--", *WORK)
     assert shlex.split(value(create, "--command")) == ["exec", "esjax", *WORK, "--distributed"]
-    assert value(create, "--restart-on-exit-codes") == "1"
+    assert value(create, "--restart-on-exit-codes") == "1,75"
     assert value(create, "--env") == "A=1"
     [delete] = printed("gke_xpk.sh", *XPK[:2], "--delete")
     assert delete[:3] == ["xpk", "workload", "delete"]
@@ -340,7 +340,7 @@ def test_skypilot_keys() -> None:
     assert given == {"SKYPILOT_NODE_IPS", "SKYPILOT_NUM_NODES", "SKYPILOT_NODE_RANK"}
 
 
-@pytest.mark.parametrize(("code", "times"), [(0, 1), (2, 1), (143, 1), (1, 4)])
+@pytest.mark.parametrize(("code", "times"), [(0, 1), (2, 1), (143, 1), (1, 4), (137, 4)])
 @pytest.mark.parametrize("extra", ["cuda", "tpu"])
 def test_skypilot_run(extra: str, code: int, times: int, tmp_path: Path) -> None:
     esjax, calls = tmp_path / "esjax-venv" / "bin" / "esjax", tmp_path / "calls"
@@ -451,10 +451,10 @@ def test_tpu_vm_preempted(tools: Tools) -> None:
 
 def test_tpu_vm_fails(tools: Tools) -> None:
     tools.answer("list", *[("ACTIVE", 0)] * 9)
-    tools.answer("flock", ("", 1), ("", 134), ("", 143), ("", 1))
+    tools.answer("flock", ("", 1), ("", 75), ("", 134), ("", 143), ("", 75), ("", 1))
     done = tools.tpu_vm("--retries", "2")
-    assert done.returncode == 143
-    assert tools.steps() == ["list", *START, "list", "work", "list", "work", "fetch"]  # what is installed stays
+    assert done.returncode == 1
+    assert tools.steps() == ["list", *START, *["list", "work"] * 5, "fetch"]  # what is installed stays
     assert "go on, and cost" in done.stderr
 
 
@@ -484,15 +484,24 @@ def test_tpu_vm_slices_run(tools: Tools) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "restarts", "requeued"), [(0, 0, False), (143, 0, True), (143, 7, False), (1, 0, False), (2, 0, False)]
+    ("codes", "restarts", "requeued"),
+    [
+        ([0], 0, False),
+        ([143], 0, True),
+        ([143], 7, False),
+        ([2], 0, False),
+        ([1, 137, 1, 1], 0, False),
+        ([1, 75, 75, 1, 75, 75, 1, 0], 0, False),
+        ([75, 143], 0, True),
+    ],
 )
-def test_slurm_requeue(code: int, restarts: int, requeued: bool, tools: Tools) -> None:
-    tools.answer("evolve", ("", code))
-    job = {"SLURM_JOB_ID": "42", "SLURM_RESTART_COUNT": str(restarts), "MAX_REQUEUES": "7"}
-    assert run("slurm.sbatch", "--", *WORK, **tools.environment, **job).returncode == code
+def test_slurm_requeue(codes: list[int], restarts: int, requeued: bool, tools: Tools) -> None:
+    tools.answer("evolve", *(("", code) for code in codes))
+    job = {"SLURM_JOB_ID": "42", "SLURM_RESTART_COUNT": str(restarts), "MAX_REQUEUES": "7", "RETRY_SECONDS": "0"}
+    assert run("slurm.sbatch", "--", *WORK, **tools.environment, **job).returncode == codes[-1]
     calls = tools.calls()
-    assert calls[0][0] == "srun"
-    assert calls[1:] == ([["scontrol", "requeue", "Incomplete", "42"]] if requeued else [])
+    assert [call[0] for call in calls[: len(codes)]] == ["srun"] * len(codes)
+    assert calls[len(codes) :] == ([["scontrol", "requeue", "Incomplete", "42"]] if requeued else [])
 
 
 @pytest.mark.parametrize(
@@ -557,6 +566,7 @@ class Local:
             "PLAN": json.dumps(plan),
             "XLA_FLAGS": "--a=b",
         }
+        environment.setdefault("RETRY_SECONDS", "0")
         pipe = subprocess.PIPE
         # A job in the background of a plain shell ignores SIGINT, and bash traps nothing that it was told to ignore.
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -617,10 +627,42 @@ def test_local_gives_up(local: Local) -> None:
     assert len(local.names("json")) == 6
 
 
-def test_local_bad_input(local: Local) -> None:
-    code, _, _ = local.run([[2, 2]])
+@pytest.mark.parametrize("plan", [[2, 2], ["wait", 2]])
+def test_local_bad_input(plan: list[int | str], local: Local) -> None:
+    code, _, _ = local.run([plan])
     assert code == 2
     assert local.names("json") == ["0-0", "0-1"]
+
+
+def test_local_what_passes_is_not_counted(local: Local) -> None:
+    code, _, err = local.run([[75, "wait"], [143, "wait"], [1, "wait"], [75, 75], [143, 143], [0, 0]], "--retries=1")
+    assert code == 0
+    assert len(local.names("json")) == 12
+    assert "this may pass" in err
+    assert "(1 of 1)" in err
+
+
+def test_local_signal_in_a_pause(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RETRY_SECONDS", "100")
+    launcher = local.start([[75, 75]])
+    assert launcher.stderr is not None
+    while "in 100 s" not in (line := launcher.stderr.readline()):
+        assert line
+    launcher.send_signal(signal.SIGTERM)
+    launcher.communicate(timeout=30)
+    assert launcher.returncode == 143
+    assert local.names("json") == ["0-0", "0-1"]
+
+
+def test_pauses_double(tools: Tools, tmp_path: Path) -> None:
+    """Up to ten minutes, in every launcher that makes some."""
+    sleep = tmp_path / "bin" / "sleep"
+    sleep.write_text(f'#!/bin/sh\necho "$1" >>"{tmp_path}/slept"\n')
+    sleep.chmod(0o755)
+    tools.answer("evolve", *[("", 75)] * 8)
+    job = {"SLURM_JOB_ID": "42"}
+    assert run("slurm.sbatch", "--", *WORK, **tools.environment, **job).returncode == 0
+    assert (tmp_path / "slept").read_text().split() == ["10", "20", "40", "80", "160", "320", "600", "600"]
 
 
 def test_local_stubborn(local: Local) -> None:

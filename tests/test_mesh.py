@@ -207,8 +207,8 @@ def test_hosts_between_which_the_network_is_slow_are_spanned_by_data() -> None:
     [
         (["--mesh.tensor", "4"], "mesh.tensor=4 does not divide the model's 2 key/value heads: choose a divisor of 2"),
         (
-            ["--mesh.fsdp", "8", "--sft.micro_rows", "4"],
-            "(sft.micro_rows, dpo.micro_rows)=4 cannot be split over mesh.data x mesh.fsdp = 8",
+            ["--mesh.fsdp", "8", "--sft.micro_rows", "4", "--sft.batch_rows", "8"],
+            "sft.micro_rows=4 cannot be split over mesh.data x mesh.fsdp = 8",
         ),
         (["--mesh.fsdp", "16"], "takes 16 devices of 8"),
     ],

@@ -115,7 +115,7 @@ def eight(tiny_folder: Path) -> dict[str, Told]:
             "fsdp": [*plan, "--json", *on(MESHES["fsdp"])],
             "cube": [*plan, "--json", "--programs", "decode,sft", *on(MESHES["cube"])],
             "heads": [*plan, *on((1, 2, 4))],
-            "rows": [*plan, *on(MESHES["fsdp"]), "--sft.micro_rows", "4"],
+            "rows": [*plan, *on(MESHES["fsdp"]), "--sft.micro_rows", "4", "--sft.batch_rows", "8"],
             "lanes": [*plan, *on(MESHES["fsdp"]), "--evolve.batch", "12"],
             "devices": [*plan, *on((1, 16, 1))],
             "uneven": [*plan, "--mesh.data", "3", "--mesh.fsdp", "-1"],

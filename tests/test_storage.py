@@ -16,7 +16,7 @@ from test_resume import SIGNALLER, files
 
 from esjax import storage
 from esjax.cli import main
-from esjax.errors import InputError
+from esjax.errors import InputError, TransientError
 from esjax.runlog import Journal, read_jsonl
 
 
@@ -44,6 +44,8 @@ def test_a_run_killed_twice_ends_in_the_bucket_as_in_a_folder(
     assert [name for name in expected if found[name] != expected[name]] == []
     assert not list((tmp_path / "bucket").rglob("*.part"))
     assert (tmp_path / "bucket" / "run" / "sft" / "checkpoint").is_dir()
+    for phase in ("sft", "round1-dpo", "round2-dpo"):
+        assert list((tmp_path / "bucket" / "run" / "tensorboard" / phase).glob("events.*"))
 
 
 @pytest.fixture
@@ -57,7 +59,9 @@ def test_one_run_writes_a_bucket(bucket: Path, tmp_path: Path, soon: None) -> No
     said: list[str] = []
     first = storage.Lease(bucket, said.append)
     assert said == []
-    with pytest.raises(InputError, match=r"file://.*bucket: in use by another process; wait for it or choose another"):
+    with pytest.raises(
+        TransientError, match=r"file://.*bucket: in use by another process; wait for it or choose another"
+    ):
         storage.Lease(bucket, said.append)
     assert len(said) == 1
     assert "waiting 2 s to see whether it is still under way" in said[0]
@@ -92,7 +96,7 @@ def test_a_run_that_lost_its_lease_sends_nothing_more(bucket: Path, tmp_path: Pa
     time.sleep(4 * storage.BEAT)
     assert file.read_text() == "another run"
     (bucket / "b").write_text("b")
-    with pytest.raises(InputError, match="another run writes here now; nothing more was sent"):
+    with pytest.raises(TransientError, match="another run writes here now; nothing more was sent"):
         storage.keep(bucket / "b", now=True)
     lease.close()
     assert sorted(p.name for p in file.parent.iterdir()) == [".lease", "a"]
@@ -107,7 +111,7 @@ def test_of_two_that_come_at_once_one_has_it(bucket: Path, soon: None) -> None:
 def _lease(bucket: Path) -> storage.Lease | None:
     try:
         return storage.Lease(bucket, lambda text: None)
-    except InputError:
+    except TransientError:
         return None
 
 
@@ -118,7 +122,7 @@ def test_the_command_says_that_a_bucket_is_in_use(
     held = storage.Lease(storage.local(url), lambda text: None)
     with pytest.raises(SystemExit) as ended:
         main(["sft", "--run-dir", url, *tiny_overrides(tiny_folder)])
-    assert ended.value.code == 2
+    assert ended.value.code == 75
     assert f"{url}: in use by another process" in capsys.readouterr().err
     held.close()
     assert list((tmp_path / "bucket").iterdir()) == []
@@ -177,11 +181,51 @@ def test_folders_and_files_come_and_go(bucket: Path, tmp_path: Path) -> None:
     storage.keep(tmp_path / "elsewhere")  # not of a bucket: nothing happens
 
 
-def test_a_bucket_that_cannot_be_used_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("url", ["nosuch://bucket/run", "memory://run", "abfs://bucket/run", "s3://bucket/run"])
+def test_an_address_that_runs_cannot_use_is_refused(
+    url: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the model is loaded, with what can be used."""
     with pytest.raises(SystemExit) as end:
-        main(["sft", "--run-dir", "nosuch://bucket/run"])
+        main(["sft", "--run-dir", url, *tiny_overrides(tiny_folder)])
     assert end.value.code == 2
-    assert "nosuch://bucket/run: cannot be read" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said == (
+        f"esjax: error: {url}: not a place for runs; give a folder or an address that begins with gs:// or file://\n"
+    )
+
+
+def test_a_pattern_is_no_address(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"pattern to its driver; choose another name"):
+        storage.local(f"file://{tmp_path}/lr=1 [v2]")
+
+
+@pytest.mark.parametrize(
+    ("error", "ends"),
+    [
+        (ConnectionResetError(104, "Connection reset by peer"), ConnectionResetError),  # which `outcome` knows: 75
+        (RuntimeError("503 Service Unavailable"), TransientError),
+        (OSError("Forbidden: https://storage.googleapis.com/b: no access"), InputError),
+        (RuntimeError("Anonymous caller does not have storage.objects.list access, 401"), InputError),
+        (ImportError("Please install gcsfs"), InputError),
+    ],
+)
+def test_errors_of_a_bucket(
+    error: Exception, ends: type[Exception], bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (bucket / "a").write_text("a")
+    mine = storage._of(bucket)
+    assert mine is not None
+
+    def fails(*_: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mine.files, "put_file", fails)
+        with pytest.raises(ends):
+            storage.keep(bucket / "a", now=True)
+    storage.keep(bucket / "a", now=True)
+    assert (tmp_path / "bucket" / "a").exists()
 
 
 def test_a_file_option_takes_no_url(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

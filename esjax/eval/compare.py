@@ -15,6 +15,7 @@ from esjax.eval.metrics import distinct, mean_words
 from esjax.evolve.filters import REPLY_REASONS, Filters
 from esjax.evolve.lab import Lab, adapter_folder
 from esjax.evolve.pairs import Context, contexts
+from esjax.mesh import rows_at_once
 from esjax.rundir import RunDir, bundled_hash
 from esjax.runlog import gather, progress, publish_text, sha256
 from esjax.sample.generate import Completion, Request, row_seed
@@ -38,7 +39,7 @@ def _model(lab: Lab, run: RunDir, t: int, asked: list[Context], filters: Filters
     def work() -> None:
         adapter = lab.adapter(folder)
         rows = [row for d in lab.test for row in lab.encoder.dialogue(d)]
-        scorer = Scorer(lab.backbone, c.sft.row_length, c.sft.micro_rows)
+        scorer = Scorer(lab.backbone, c.sft.row_length, rows_at_once("sft", c.sft))
         with progress(f"m{t} reference scoring", len(rows)) as advance:
             logprobs = np.concatenate([x for branches in scorer.score(adapter, rows, advance) for x in branches])
 

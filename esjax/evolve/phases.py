@@ -14,6 +14,7 @@ from esjax.errors import InputError, RunError
 from esjax.evolve.lab import Lab, adapter_folder
 from esjax.evolve.pairs import Trunk, read_pairs, trunks
 from esjax.hosts import hosts
+from esjax.mesh import rows_at_once
 from esjax.model.lora import Adapter, peft_tensors, save_adapter
 from esjax.rows import Rows
 from esjax.rundir import RunDir, bundled_hash
@@ -44,7 +45,7 @@ def sft(lab: Lab, run: RunDir) -> None:
         valid = [row for d in lab.valid for row in lab.encoder.dialogue(d)]
         if not valid:
             raise InputError(f"{c.data.valid}: no dialogue fits data.window={c.data.window} tokens; raise it")
-        scorer = Scorer(lab.backbone, c.sft.row_length, c.sft.micro_rows)
+        scorer = Scorer(lab.backbone, c.sft.row_length, rows_at_once("sft", c.sft))
 
         def validate(adapter: Adapter) -> float:
             return -float(np.concatenate([x for branches in scorer.score(adapter, valid) for x in branches]).mean())
@@ -161,7 +162,7 @@ def write_references(lab: Lab, adapter: Adapter, pairs: list[Row], path: Path, n
     beside it moves its log-prob by rounding, in bfloat16 by tenths.
     """
     c = lab.config.dpo
-    scorer = Scorer(lab.backbone, c.row_length, c.micro_rows)
+    scorer = Scorer(lab.backbone, c.row_length, rows_at_once("dpo", c))
     shared = trunks(pairs, lab.encoder, c)
     examples = [t.rows for t in shared]
     steps = schedule([len(e.tokens) for e in examples], c.row_length, c.batch_rows, 1, _seed(lab, name))

@@ -16,7 +16,7 @@ from flax import nnx
 from esjax.config import Config, DpoSettings, OptimSettings
 from esjax.configfile import read_text
 from esjax.evolve.reflect import FIELDS
-from esjax.mesh import batch_groups, mesh_sizes, placed, placed_batch
+from esjax.mesh import batch_groups, mesh_sizes, placed, placed_batch, rows_at_once
 from esjax.model.cached import Chunk, cache_shapes
 from esjax.model.decoder import Decoder, Execution
 from esjax.model.families import Architecture
@@ -61,7 +61,7 @@ def jobs(config: Config, arch: Architecture, how: Execution, dtype: jnp.dtype, p
     adapter, base = placed(adapter, mesh), placed(base, mesh)
     yield from _sampling(config, arch, how, dtype, platform, definition, adapter, base)
 
-    sft, dpo = ((s.micro_rows, s.row_length) for s in (config.sft, config.dpo))
+    sft, dpo = ((rows_at_once(n, s), s.row_length) for n, s in (("sft", config.sft), ("dpo", config.dpo)))
     score_size = max(sft, dpo, key=math.prod)
     score_rows = _rows(*score_size)
     score_how = how._replace(layout="branched" if score_size == dpo else "packed", remat="none")
@@ -74,18 +74,20 @@ def jobs(config: Config, arch: Architecture, how: Execution, dtype: jnp.dtype, p
         loss = dpo_loss(s) if isinstance(s, DpoSettings) else sft_loss
         tx = optimiser(s, 100)
         state = placed(jax.eval_shape(tx.init, adapter), mesh)
-        rows = _rows(s.batch_rows, s.row_length)
+        micro_rows = rows_at_once(name, s)
+        batch_rows = max(s.batch_rows, micro_rows)
+        rows = _rows(batch_rows, s.row_length)
         extra = None
         if isinstance(s, DpoSettings):
-            shape = (s.batch_rows, s.row_length // SEGMENT, s.row_length // PAIR)
+            shape = (batch_rows, s.row_length // SEGMENT, s.row_length // PAIR)
             extra = placed_batch(Pairs(_array((*shape, 2), np.float32), _array(shape, np.bool_)), mesh)
-        targets = s.micro_rows // batch_groups() * s.row_length
+        targets = micro_rows // batch_groups() * s.row_length
         mine = how._replace(layout="packed" if name == "sft" else "branched")
-        step: Any = make_step(definition, loss, tx, s.micro_rows, targets, mine)
+        step: Any = make_step(definition, loss, tx, micro_rows, targets, mine)
         held = {"base": base, "adapter": adapter, "optimiser": state, "rows": (rows, extra)}
         # The backward pass makes the scores again, and two products more for each of the forward pass' two.
         again = 0 if how.remat == "none" else 1
-        flops = attention(s.batch_rows, s.row_length, passes=1 + again + 2.5)
+        flops = attention(batch_rows, s.row_length, passes=1 + again + 2.5)
         return Job(name, lambda: step.lower(adapter, state, base, rows, extra), held, flops)
 
     yield training("sft", config.sft)

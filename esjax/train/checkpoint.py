@@ -6,19 +6,37 @@ Every process writes what its devices hold; a checkpoint restores onto any mesh 
 from __future__ import annotations
 
 import errno
+import json
 import logging
+import os
+import re
 import shutil
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
-from esjax.errors import RunError
-from esjax.hosts import hosts
+from esjax.errors import PASSING, InputError, TransientError
+from esjax.hosts import hosts, together
 from esjax.runlog import say
 
 T = TypeVar("T")
+GPath: Any = type(epath.Path("/"))
+_glob = GPath.glob
+
+
+def _literal_glob(self: Any, pattern: str) -> Iterator[Any]:
+    """epath reads a folder's own name as a part of the pattern, so that orbax finds nothing in one called ``lr=1e-4 [v2]``."""
+    found = _glob(self, pattern) if "://" in str(self) else Path(self).glob(pattern)
+    return map(epath.Path, found)
+
+
+GPath.glob = _literal_glob
+DAMAGED = "checkpoint.damaged"  # the folder beside the checkpoints'
 MARGIN = 1 << 18  # bytes of a checkpoint beside its arrays
 
 
@@ -45,37 +63,95 @@ class Checkpoints:
     def restore(self, like: T) -> tuple[int, T]:
         """The newest checkpoint that can be read, and its step, in the structure, dtypes and shardings of ``like``.
 
-        A damaged one is said, and deleted where one before it can be read. Without any: step 0 and ``like`` itself. Raises
-        RunError when none can be read; then all stay, for the fault may lie elsewhere.
+        A damaged one is said, and set aside where one before it can be read. Without any: step 0 and ``like`` itself. Raises
+        InputError when all are damaged, TransientError or OSError when one cannot be read for another reason; then all stay.
         """
         steps = sorted(self.manager.all_steps(), reverse=True)
         for number, step in enumerate(steps):
             state, reason = self._read(step, like)
             if hosts.all(state is not None):
-                for damaged in steps[:number]:
-                    self.manager.delete(damaged)
+                if number:
+                    self._set_aside(steps[:number])
                 return step, state  # type: ignore[return-value]
             say(f"  checkpoint {step} is damaged ({reason or 'on another host'}); taking the one before")
         if steps:
-            raise RunError(
-                f"{self.manager.directory}: no checkpoint can be read; delete the folder to begin the phase anew"
+            raise InputError(
+                f"{self.manager.directory}: no checkpoint can be read, all {len(steps)} are damaged; restore the folder from a "
+                "copy, or delete it to begin the phase anew"
             )
         return 0, like
 
     def _read(self, step: int, like: T) -> tuple[T | None, str]:
-        """This process' part. The manager would wait for the others, who may find their part in order, or not."""
+        """This process' part, or why it is damaged. The manager would wait for the others, who may find theirs in order.
+
+        Raises TransientError, in every process, where any cannot say whether its part is.
+        """
         folder = self.manager.directory / str(step) / ocp.checkpoint_manager.DEFAULT_ITEM_NAME
+        state, reason, error = None, "", None
         try:
             saved = ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(_named(like)))
             state = jax.tree.unflatten(jax.tree.structure(like), [saved[name] for name in _named(like)])
-            return jax.block_until_ready(state), ""
-        except Exception as e:  # whatever a truncated or missing file makes of it
-            return None, " ".join(str(e).split())[:120]
+            jax.block_until_ready(state)
+        except Exception as e:
+            state, reason = None, " ".join(str(e).split())[:120]
+            error = None if damaged(e) else e
+        with together():
+            if error is not None:
+                raise unreadable(folder, error) from error
+        return state, reason
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Rename checkpoints, so that their numbers are free and nothing is lost."""
+        if hosts.writer:
+            aside = self.manager.directory.parent / DAMAGED
+            aside.mkdir(exist_ok=True)
+            for step in steps:
+                names = (f"{step}-{n}" if n else str(step) for n in count())
+                free = next(name for name in names if not (aside / name).exists())
+                (self.manager.directory / str(step)).rename(aside / free)
+                say(f"  it lies in {aside / free} now")
+        hosts.wait("damaged checkpoints set aside")
+        self.manager.reload()
 
     def close(self) -> None:
         """Wait until everything is on disk."""
         self.manager.wait_until_finished()
         self.manager.close()
+
+
+def damaged(error: BaseException) -> bool:
+    """Whether an error of reading proves that files are missing, cut off or changed: by its kind, or by TensorStore's word.
+
+    Everything else (a network, a right to read, a disk that fails for the moment) says nothing about the checkpoint.
+    """
+    for e in _causes(error):
+        code = re.search(r"os_error_code='(\d+)'", str(e))
+        if code is not None or (isinstance(e, OSError) and e.errno is not None):
+            return (int(code[1]) if code else e.errno) == errno.ENOENT  # type: ignore[attr-defined]
+    return any(
+        isinstance(e, FileNotFoundError | UnicodeDecodeError | json.JSONDecodeError)
+        or str(e).startswith(("NOT_FOUND:", "DATA_LOSS:", "OUT_OF_RANGE:", "FAILED_PRECONDITION:"))
+        for e in _causes(error)
+    )
+
+
+def unreadable(folder: Any, error: BaseException) -> Exception:
+    """What to raise where a checkpoint could not be read though nothing says that it is damaged."""
+    cause = list(_causes(error))[-1]
+    code = re.search(r"os_error_code='(\d+)'", str(cause))
+    if code is not None or isinstance(cause, OSError):
+        number = int(code[1]) if code else cause.errno  # type: ignore[attr-defined]
+        if number not in PASSING and not isinstance(cause, ConnectionError | TimeoutError):
+            return OSError(number, os.strerror(number or errno.EIO), str(folder))
+    reason = " ".join(str(cause).split())[:200]
+    return TransientError(f"{folder}: cannot be read ({reason}); nothing was moved; run the same command again")
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__
 
 
 def _named(tree: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from esjax import storage
 from esjax.config import OptimSettings
 from esjax.errors import RunError, Stopped
 from esjax.hosts import deferred
-from esjax.mesh import batch_groups, check_split, put_batch
+from esjax.mesh import batch_groups, put_batch, rows_at_once
 from esjax.model.lora import Adapter
 from esjax.model.weights import Backbone
 from esjax.rows import Rows, check, layout, stack
@@ -60,7 +60,12 @@ def train(phase: Phase, backbone: Backbone, adapter: Adapter) -> Adapter:
     Raises InputError when an example does not fit a row, RunError when the loss is not finite or the first step is wrong.
     """
     s = phase.settings
-    check_split(f"{phase.name}.micro_rows", s.micro_rows)
+    micro_rows = rows_at_once(phase.name, s)
+    rows_a_step = max(s.batch_rows, micro_rows)
+    if rows_a_step > s.batch_rows:
+        say(
+            f"  {phase.name}: {s.batch_rows} rows a step leave {rows_a_step - s.batch_rows} of {rows_a_step} devices idle"
+        )
     for example in phase.examples:
         check(stack([example]))
     lengths = [len(e.tokens) for e in phase.examples]
@@ -68,7 +73,9 @@ def train(phase: Phase, backbone: Backbone, adapter: Adapter) -> Adapter:
     most = max(len(r) for step in steps for r in step)
     how = backbone.execution._replace(layout=layout(phase.examples, packed=most > 1))
     tx = optimiser(s, len(steps))
-    step_fn = make_step(backbone.definition, phase.loss, tx, s.micro_rows, _most_targets(phase.examples, steps, s), how)
+    step_fn = make_step(
+        backbone.definition, phase.loss, tx, micro_rows, _most_targets(phase.examples, steps, micro_rows), how
+    )
     adapter = jax.tree.map(jnp.copy, adapter)  # the step donates its adapter, and the caller may need his own
     opt_state = init_optimiser(tx, adapter)
     checkpoints = Checkpoints(storage.checkpoints(phase.folder / "checkpoint"), s.checkpoints_kept)
@@ -77,8 +84,8 @@ def train(phase: Phase, backbone: Backbone, adapter: Adapter) -> Adapter:
         say(f"  {phase.name}: continuing after step {done} of {len(steps)}")
 
     def feed(number: int) -> tuple[Rows, Pairs | None]:
-        rows = batch(phase.examples, steps[number], s.row_length, s.batch_rows)
-        extra = None if phase.reference is None else _pairs(phase.reference, steps[number], s.batch_rows, most)
+        rows = batch(phase.examples, steps[number], s.row_length, rows_a_step)
+        extra = None if phase.reference is None else _pairs(phase.reference, steps[number], rows_a_step, most)
         return put_batch((rows, extra))
 
     if done < len(steps):
@@ -99,11 +106,11 @@ def train(phase: Phase, backbone: Backbone, adapter: Adapter) -> Adapter:
                 log.metrics.keep()
                 checkpoints.save(number + 1, (adapter, opt_state))
             advance(1)
-            if stop and not last:
+            if stop:
                 checkpoints.close()
                 say(f"  {phase.name}: stopped by SIGTERM; step {number + 1} of {len(steps)} is saved")
                 raise Stopped
-    checkpoints.close()
+        checkpoints.close()
     return adapter
 
 
@@ -149,10 +156,10 @@ class StepLog:
         self.metrics.log(number + 1, learning_rate=float(self.rate(number)), **values)
 
 
-def _most_targets(examples: Sequence[Rows], steps: list[list[Row]], s: OptimSettings) -> int:
+def _most_targets(examples: Sequence[Rows], steps: list[list[Row]], micro_rows: int) -> int:
     """The most target tokens that one device's rows of any micro-batch hold: a static bound for the head."""
     count = [int((e.weight != 0).sum()) for e in examples]
-    share = s.micro_rows // batch_groups()
+    share = micro_rows // batch_groups()
     parts = [step[i : i + share] for step in steps for i in range(0, len(step), share)]
     return max(sum(count[i] for r in part for i in r) for part in parts)
 
