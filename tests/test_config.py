@@ -383,7 +383,7 @@ def test_how_to_compute_and_how_a_path_is_spelt_make_no_other_experiment(minimal
     assert differing(a, b) == []
     assert sorted(changes(a, b)) == sorted(word.split("=")[0] for word in [*how, *where])
     # Controls: what defines the result, and a file where there was none.
-    other = load(minimal, ["--model.dtype=bfloat16", "--sft.batch_rows=16", "--data.replay=r.jsonl"])
+    other = load(minimal, ["--model.dtype=bfloat16", "--sft.batch_rows=16", "--data.replay=null"])
     assert differing(a, other) == ["model.dtype", "data.replay", "sft.batch_rows"]
 
 
