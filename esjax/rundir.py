@@ -37,7 +37,7 @@ class RunDir:
         self.path, self.config = storage.local(place), config
         self.manifest_path = self.path / "manifest.json"
         self.manifest: dict[str, Any] = {"stages": {}}
-        self._claimed = False
+        self._used = self._claimed = False
         self._lock: TextIOWrapper | storage.Lease | None = None
 
     def __enter__(self) -> RunDir:
@@ -55,7 +55,9 @@ class RunDir:
         hosts.wait("run directory read")
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object = None, *_: object) -> None:
+        if error is None and self._used:
+            self._claim()
         if self._lock is not None:
             self._lock.close()
 
@@ -160,10 +162,11 @@ class RunDir:
             if not same:
                 raise InputError(f"stage {name}: not the same on all hosts: one of {', '.join(inputs)}")
             self._check_inputs(name, outputs, inputs)
-        self._claim()
+        self._used = True
         if entry is not None and entry["status"] == "done":
             say(f"{name}: done before, {entry['seconds']:.0f} s then")
             return
+        self._claim()
         say(f"{name}: started")
         places = [p.relative_to(self.path).as_posix() for p in outputs]
         facts: dict[str, Any] = {"inputs": inputs, "settings": list(settings)}

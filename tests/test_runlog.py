@@ -633,6 +633,9 @@ def test_how_to_compute_may_change_and_is_written_down(
         Stage(run).go()
     assert load(str(tmp_path / "config.yaml"), []) == other
     assert "sft.micro_rows=1 (was 2)" in capsys.readouterr().err
+    with pytest.raises(InputError, match="data changed"), RunDir(tmp_path, config) as run:
+        Stage(run).go(data="2")
+    assert load(str(tmp_path / "config.yaml"), []) == other  # a refused command writes nothing down
 
 
 def test_changed_outputs_are_refused_by_name(run: RunDir) -> None:
