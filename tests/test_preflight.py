@@ -48,11 +48,11 @@ def untouched(run: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def short_model(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with 800 positions."""
+    """The tiny model with 600 positions."""
     folder = tmp_path_factory.mktemp("short") / "model"
     shutil.copytree(tiny_folder, folder)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 800}))
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 600}))
     return folder
 
 
@@ -96,14 +96,15 @@ def test_sizes_that_leave_no_room_are_found_before_anything_is_written(
     assert "mesh" in refused(*evolve, "--mesh.tensor", 3)
     short = ["--run-dir", run, *tiny_overrides(short_model)]
     line = refused("sft", *short, "--data.window", 1024, "--sft.row_length", 1024)
-    assert "data.window=1024 exceeds the model's 800 positions; lower it to 800 or less" in line
+    assert "data.window=1024 exceeds the model's 600 positions; lower it to 600 or less" in line
+    short += ["--data.window", 600, "--sft.row_length", 600]
     line = refused("evolve", *short)  # a refinement sees the context, the draft and the reflection
-    assert "and the model has 800; set evolve.context_tokens to " in line
+    assert "and the model has 600; set evolve.context_tokens to " in line
     assert untouched(run)
     # The remedy works: so many tokens are let through.
     most = int(line.split("evolve.context_tokens to ")[1].split()[0])
     assert 16 < most < 480
-    config = load(None, [*tiny_overrides(short_model), "--evolve.context_tokens", str(most)])
+    config = load(None, [*map(str, short[2:]), "--evolve.context_tokens", str(most)])
     with RunDir(run, config) as opened:
         preflight.check_evolve(Lab.open(config), opened)
 
