@@ -24,6 +24,7 @@ import optax
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import sample_texts
 from datasets import Dataset
 from flax import nnx
 from oracles import random_adapter, real_dialogues, torch_logprobs, torch_model, worst
@@ -512,3 +513,37 @@ def test_stored_reference_is_that_of_the_round_start(
     others = [lab.adapter(adapter_folder(tiny_run, t)) for t in (0, 2)]
     for other in (*others, lab.backbone.fresh_adapter(0)):
         assert worst(sums(other), stored) > 2e-3
+
+
+@pytest.mark.parametrize(("dtype", "beta"), [("float32", 1.0), ("bfloat16", 5.0)])
+def test_long_replies_and_a_large_beta_start_at_the_reference(
+    tiny_run: Path, tmp_path: Path, dtype: str, beta: float
+) -> None:
+    """Replies of some 300 words, three pairs in a step: log-probs sum to more than -1,000, and beta multiplies their rounding.
+
+    Control: of two pairs one side of the reference is moved, in opposite directions, so that the mean margin stays 0.
+    """
+    lab, m1 = open_model(f"{tiny_run}:m1", load(None, []))
+    settings = lab.config.dpo.model_copy(update={"beta": beta, "row_length": 2304, "trunk": "prompt", "batch_rows": 4})
+    model = lab.config.model.model_copy(update={"dtype": dtype})
+    lab = Lab.open(lab.config.model_copy(update={"dpo": settings, "model": model}))
+    words = " ".join(sample_texts()).split()
+    pairs = []
+    for i in range(6):
+        told = [" ".join(words[n : n + 300]) for n in (600 * i, 600 * i + 300)]
+        sides = {k: [{"role": "assistant", "content": x}] for k, x in zip(("chosen", "rejected"), told, strict=True)}
+        pairs.append({"id": str(i), "prompt": [{"role": "user", "content": f"Number {i}."}], **sides})
+    file = tmp_path / "pairs.jsonl"
+    phases.write_references(lab, m1, pairs, file, "dpo")
+    run = RunDir(tmp_path / "right", lab.config)
+    phases.dpo(lab, run, file, "dpo", lambda: copied(m1))
+    first = json.loads((run.path / "dpo" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["preference_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["margin"] == pytest.approx(0, abs=1e-6)
+    stored = read_jsonl(file)
+    assert max(p["reference"]["chosen"] for p in stored) < -1000
+    for number, pair in enumerate(stored):
+        pair["reference"]["chosen"] += 40 * (-1) ** number
+    write_jsonl(file, stored)
+    with pytest.raises(RunError, match="does not start at its reference"):
+        phases.dpo(lab, RunDir(tmp_path / "wrong", lab.config), file, "dpo", lambda: copied(m1))

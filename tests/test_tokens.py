@@ -384,26 +384,27 @@ def test_a_last_step_is_filled_with_empty_rows() -> None:
     assert got.weight[:2].any(axis=1).all()
 
 
-def test_batches_in_order_hold_every_example_where_they_say() -> None:
+def test_batches_hold_every_example_where_the_packing_says() -> None:
     examples = [rows.trunk([100 + i] * n) for i, n in enumerate((5, 9, 4, 4, 9, 1))]
     found: dict[int, list[int]] = {}
-    for batch, packed in batches.in_order(examples, row_length=10, batch_rows=2):
-        assert batch.tokens.shape == (2, 10)
-        for r, members in enumerate(packed):
+    packed = batches.pack_in_order([len(e.tokens) for e in examples], range(len(examples)), row_length=10)
+    for start in range(0, len(packed), 2):
+        made = batches.batch(examples, packed[start : start + 2], row_length=10, batch_rows=2)
+        assert made.tokens.shape == (2, 10)
+        for r, members in enumerate(packed[start : start + 2]):
             for segment, i in enumerate(members, start=1):
-                found[i] = batch.tokens[r][batch.segment[r] == segment].tolist()
+                found[i] = made.tokens[r][made.segment[r] == segment].tolist()
     assert found == {i: e.tokens.tolist() for i, e in enumerate(examples)}
     assert found != {i: e.tokens.tolist() for i, e in enumerate(examples[::-1])}
 
 
 def test_an_example_longer_than_a_row_is_bad_input() -> None:
     """Foreign pairs come from a file (``esjax dpo --pairs``), so their lengths are anybody's."""
-    examples = [rows.trunk([1] * 5), rows.trunk([2] * 11)]
     with pytest.raises(InputError, match="11 tokens"):
-        list(batches.in_order(examples, row_length=10, batch_rows=2))
+        batches.pack_in_order([5, 11], range(2), row_length=10)
     with pytest.raises(InputError, match="11 tokens"):
         batches.schedule([5, 11], row_length=10, batch_rows=2, epochs=1, seed=0)
-    assert len(list(batches.in_order(examples, row_length=11, batch_rows=2))) == 1
+    assert len(batches.pack_in_order([5, 11], range(2), row_length=11)) == 2
 
 
 # --- bytes -----------------------------------------------------------------------------------------------------------

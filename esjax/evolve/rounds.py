@@ -69,7 +69,9 @@ class Round:
         inputs |= pattern_hashes(c.filters)
         outputs = [self.files["pairs"], self.files["dropped"]]
         inputs |= self.teacher
-        self.run.stage(f"round{self.t}/pairs", outputs, inputs, self._pairs, ("model", "lora", "filters", "dpo"))
+        self.run.stage(
+            f"round{self.t}/pairs", outputs, inputs, self._pairs, ("seed", "model", "lora", "filters", "dpo")
+        )
         dpo(self.lab, self.run, self.files["pairs"], f"round{self.t}/dpo", lambda: self.adapter)
 
     def _replies(self, chosen: list[Context], pool: list[Context]) -> Row:
@@ -107,7 +109,7 @@ class Round:
             raise RunError(
                 f"round {self.t}: every pair was dropped ({counted(reasons)}); see {where} and the filters section"
             )
-        write_references(self.lab, self.adapter, kept, self.files["pairs"], f"round {self.t} scoring")
+        write_references(self.lab, self.adapter, kept, self.files["pairs"], f"round{self.t}/dpo")
         scored = {p["id"]: p["reference"]["rejected"] for p in read_jsonl(self.files["pairs"])}
         apart = [abs(self.drawn[i] - x) for i, x in scored.items() if i in self.drawn]
         if (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from flax import nnx
@@ -16,7 +16,7 @@ from esjax.model.lora import Adapter
 from esjax.model.weights import Backbone, bind
 from esjax.programs import program
 from esjax.rows import Rows, layout
-from esjax.tokens.batches import in_order
+from esjax.tokens.batches import Row, batch, pack_in_order
 
 
 class Scorer:
@@ -34,20 +34,30 @@ class Scorer:
         ``advance`` is told how many examples are done after each batch. Raises Stopped on SIGTERM.
         """
         out: list[list[np.ndarray]] = [[] for _ in examples]
+        packed = pack_in_order([len(e.tokens) for e in examples], range(len(examples)), self.row_length)
+        steps = [packed[i : i + self.batch_rows] for i in range(0, len(packed), self.batch_rows)]
+        for members, rows, computed in self.batches(adapter, examples, steps):
+            logprobs = np.asarray(computed)
+            for r, row in enumerate(members):
+                for segment, i in enumerate(row, start=1):
+                    mine = (rows.segment[r] == segment) & (rows.weight[r] != 0)
+                    branches = np.unique(rows.branch[r][mine])
+                    out[i] = [logprobs[r][mine & (rows.branch[r] == b)] for b in branches]
+            advance(sum(map(len, members)))
+        return out
+
+    def batches(
+        self, adapter: Adapter, examples: Sequence[Rows], steps: Iterable[list[Row]]
+    ) -> Iterator[tuple[list[Row], Rows, Array]]:
+        """Batches packed as ``steps`` say, which name the examples of each row: the packing, the rows [B, T] and the
+        log-probs of their targets, float32 [B, T]. Raises Stopped on SIGTERM."""
         how = self.backbone.execution._replace(layout=layout(examples, packed=True), remat="none")
         with deferred() as stops:
-            for rows, packed in in_order(examples, self.row_length, self.batch_rows):
+            for members in steps:
                 if stops():
                     raise Stopped
-                placed = put_batch(rows)
-                logprobs = np.asarray(SCORE(self.backbone.definition, how, adapter, self.backbone.base, placed))
-                for r, members in enumerate(packed):
-                    for segment, i in enumerate(members, start=1):
-                        mine = (rows.segment[r] == segment) & (rows.weight[r] != 0)
-                        branches = np.unique(rows.branch[r][mine])
-                        out[i] = [logprobs[r][mine & (rows.branch[r] == b)] for b in branches]
-                advance(sum(map(len, packed)))
-        return out
+                rows = batch(examples, members, self.row_length, self.batch_rows)
+                yield members, rows, SCORE(self.backbone.definition, how, adapter, self.backbone.base, put_batch(rows))
 
 
 def _score(definition: nnx.GraphDef[Decoder], how: Execution, adapter: Adapter, base: nnx.State, rows: Rows) -> Array:

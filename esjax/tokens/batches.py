@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -112,11 +112,3 @@ def batch(examples: Sequence[Rows], step: Sequence[Row], row_length: int, batch_
     """The rows [B, T] of one step, filled up with empty rows to ``batch_rows``."""
     packed = [rows.pack([examples[i] for i in row], row_length) for row in step]
     return rows.stack([*packed, *[rows.pack([], row_length)] * (batch_rows - len(packed))])
-
-
-def in_order(examples: Sequence[Rows], row_length: int, batch_rows: int) -> Iterator[tuple[Rows, list[Row]]]:
-    """Batches for scoring: every example once, in order, packed. Yields the rows and which examples lie in each."""
-    packed = pack_in_order([len(e.tokens) for e in examples], range(len(examples)), row_length)
-    for i in range(0, len(packed), batch_rows):
-        step = packed[i : i + batch_rows]
-        yield batch(examples, step, row_length, batch_rows), step

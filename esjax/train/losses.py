@@ -44,6 +44,9 @@ def branch_sums(values: Array, rows: Rows, segments: int, branches: int) -> Arra
     return total[:, :-1].reshape(-1, segments, branches)
 
 
+reply_sums = jax.jit(branch_sums, static_argnums=(2, 3))  # for a reference that is summed as the loss sums
+
+
 def dpo_loss(settings: DpoSettings) -> Loss:
     """Direct preference optimisation (Rafailov et al. 2023, eq. 7); divided by the number of pairs.
 
@@ -59,7 +62,8 @@ def dpo_loss(settings: DpoSettings) -> Loss:
         shape = (-1, segments, pairs, 2)
         policy = branch_sums(rows.weight * logprobs, rows, segments, 2 * pairs).reshape(shape)
         tokens = jnp.maximum(branch_sums(rows.weight, rows, segments, 2 * pairs).reshape(shape), 1.0)
-        rewards = settings.beta * (policy - extra.reference)
+        change = policy - extra.reference
+        rewards = settings.beta * change
         if settings.length_normalised:
             rewards = rewards / tokens
         margin = rewards[..., 0] - rewards[..., 1]
@@ -76,6 +80,8 @@ def dpo_loss(settings: DpoSettings) -> Loss:
             "chosen_reward": total(rewards[..., 0]),
             "rejected_reward": total(rewards[..., 1]),
             "chosen_nll": total(nll),
+            # How far the model is from its reference, in nats a token: no sign, so that pairs do not cancel one another.
+            "drift": total(jnp.mean(jnp.abs(change) / tokens, axis=-1)),
         }
         return Totals(total(preference + settings.nll_weight * nll), total(jnp.ones_like(margin)), metrics)
 
