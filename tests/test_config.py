@@ -11,7 +11,7 @@ from conftest import REPOSITORY
 
 from esjax import configfile
 from esjax.config import Config
-from esjax.configfile import differing, dump, keys, load
+from esjax.configfile import changes, differing, dump, keys, load
 from esjax.errors import InputError
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -95,7 +95,8 @@ def test_overrides(minimal: str, words: list[str], key: str, value: Any) -> None
     assert setting(c, key) == value
     assert type(setting(c, key)) is type(value)
     assert setting(load(minimal, []), key) != value
-    assert differing(load(minimal, []), c) == [key]
+    # Where a file lies does not count, what is in it does.
+    assert differing(load(minimal, []), c) == ([] if key == "model.source" else [key])
 
 
 def test_overrides_win_over_the_file_and_make_missing_sections(minimal: str) -> None:
@@ -370,6 +371,20 @@ def test_differing_names_exactly_what_differs(minimal: str) -> None:
     assert differing(a, a) == []
     assert differing(a, b) == differing(b, a) == ["seed", "lora.targets", "evolve.draft.top_k", "dpo.beta"]
     assert differing(a, load(minimal, ["--evolve.refinement.top_k=5"])) == ["evolve.refinement.top_k"]
+
+
+def test_how_to_compute_and_how_a_path_is_spelt_make_no_other_experiment(minimal: str) -> None:
+    a = load(minimal, [])
+    how = ["sft.micro_rows=1", "dpo.micro_rows=2", "evolve.batch=3", "reply.batch=5", "evolve.rounds=7", "mesh.fsdp=2"]
+    how += ["model.remat=none", "model.attention=dense", "model.cache_dtype=bfloat16", "model.decoding_weights=shared"]
+    how += ["sft.checkpoint_every=3", "dpo.checkpoints_kept=5", "sft.validate_every=9"]
+    where = ["data.train=./b.jsonl", "prompts.refine=/r.txt", "filters.crisis_patterns=c.txt", "model.source=/m"]
+    b = load(minimal, [f"--{word}" for word in [*how, *where]])
+    assert differing(a, b) == []
+    assert sorted(changes(a, b)) == sorted(word.split("=")[0] for word in [*how, *where])
+    # Controls: what defines the result, and a file where there was none.
+    other = load(minimal, ["--model.dtype=bfloat16", "--sft.batch_rows=16", "--data.replay=null"])
+    assert differing(a, other) == ["model.dtype", "data.replay", "sft.batch_rows"]
 
 
 # --- documentation ---------------------------------------------------------------------------------------------------

@@ -582,15 +582,104 @@ def test_a_failed_stage_is_not_recorded_as_done_and_runs_again(run: RunDir) -> N
     assert [name for name, entry in entries.items() if entry["status"] == "done"] == ["draft"]
 
 
-def test_an_interrupted_stage_does_not_go_on_with_other_inputs(run: RunDir) -> None:
+@pytest.mark.parametrize("left", ["draft.txt", "draft.txt.part", "checkpoint/7/x"])
+def test_an_interrupted_stage_does_not_go_on_with_other_inputs(run: RunDir, left: str) -> None:
     """Else rows or steps made from the old input mix with ones made from the new, and no manifest tells."""
     stage = Stage(run, fail=True)
     with pytest.raises(KeyboardInterrupt):
         stage.go(data="1")
+    (run.path / left).parent.mkdir(parents=True, exist_ok=True)
+    (run.path / left).write_text("made of 1")
     stage.fail = False
-    with pytest.raises(InputError, match="data"):
+    with pytest.raises(InputError, match="stage draft was begun, but data changed since"):
         stage.go(data="2")
     stage.go(data="1")
+
+
+def test_a_stage_that_made_nothing_takes_mended_inputs_and_settings(tmp_path: Path, config: Config) -> None:
+    with RunDir(tmp_path, config) as run:
+        stage = Stage(run, fail=True)
+        with pytest.raises(KeyboardInterrupt):
+            stage.go(data="1")
+        (tmp_path / "draft.txt.part").touch()  # opened, and nothing in it
+        (tmp_path / "checkpoint").mkdir()
+    with RunDir(tmp_path, load(None, ["--seed", "5"])) as run:
+        Stage(run).go(data="2")
+    assert load(str(tmp_path / "config.yaml"), []).seed == 5
+    with pytest.raises(InputError, match="differing: seed;"):  # control
+        opened_with(tmp_path, config)
+
+
+def test_a_stage_keeps_the_settings_that_it_hangs_on(tmp_path: Path, config: Config) -> None:
+    with RunDir(tmp_path, config) as run:
+        stage = Stage(run)
+        run.stage("draft", [stage.output], {}, stage.work, ("seed", "sft"))
+    opened_with(tmp_path, load(None, ["--dpo.beta", "0.3", "--reply.max_tokens", "9"]))
+    for words in (["--sft.learning_rate", "0.1"], ["--seed", "3"]):
+        with pytest.raises(InputError, match=f"differing: {words[0][2:]};"):
+            opened_with(tmp_path, load(None, [*words, "--dpo.beta", "0.3"]))
+
+
+def test_how_to_compute_may_change_and_is_written_down(
+    tmp_path: Path, config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with RunDir(tmp_path, config) as run:
+        Stage(run).go()
+    other = load(None, ["--sft.micro_rows", "1", "--evolve.rounds", "5", "--data.train", "elsewhere.jsonl"])
+    opened_with(tmp_path, other)
+    assert load(str(tmp_path / "config.yaml"), []) == config  # nothing was asked of it yet
+    capsys.readouterr()
+    with RunDir(tmp_path, other) as run:
+        Stage(run).go()
+    assert load(str(tmp_path / "config.yaml"), []) == other
+    assert "sft.micro_rows=1 (was 2)" in capsys.readouterr().err
+    with pytest.raises(InputError, match="data changed"), RunDir(tmp_path, config) as run:
+        Stage(run).go(data="2")
+    assert load(str(tmp_path / "config.yaml"), []) == other  # a refused command writes nothing down
+
+
+def test_changed_outputs_are_refused_by_name(run: RunDir) -> None:
+    stage = Stage(run)
+    stage.go(data="1")
+    stage.go(data="1")
+    stage.output.write_text("edited")
+    with pytest.raises(InputError, match=r"draft\.txt: changed since stage draft made it"):
+        stage.go(data="1")
+    write_text(stage.output, "done")
+    stage.go(data="1")
+    with pytest.raises(InputError, match="data changed since"):
+        stage.go()  # an input less
+
+
+def test_a_manifest_of_an_older_esjax_is_read(tmp_path: Path, config: Config) -> None:
+    """It named inputs by their paths, and said nothing of settings, outputs and the backbone."""
+    with RunDir(tmp_path, config) as run:
+        Stage(run).go()
+        entry = {"status": "done", "inputs": {"bundled:prompts/x.txt": "1", "weights": "2"}, "seconds": 1.0}
+        (tmp_path / "manifest.json").write_text(json.dumps({"stages": {"draft": entry}}))
+    with RunDir(tmp_path, config) as run:
+        run.check_base({"config.json": "0"})
+        stage = Stage(run)
+        stage.go(**{"prompts.x": "1", "weights": "2"})
+        assert stage.worked == 0
+        with pytest.raises(InputError, match=r"but prompts\.x changed since"):
+            stage.go(**{"prompts.x": "3", "weights": "2"})
+    with pytest.raises(InputError, match=r"differing: dpo\.beta"):
+        opened_with(tmp_path, load(None, ["--dpo.beta", "0.3"]))
+    (tmp_path / "manifest.json").write_text('{"stages": [')
+    with pytest.raises(InputError, match=r"manifest\.json: not a manifest"):
+        opened_with(tmp_path, config)
+
+
+def test_another_backbone_is_refused_once_something_was_made(tmp_path: Path, config: Config) -> None:
+    with RunDir(tmp_path, config) as run:
+        run.check_base({"config.json": "0", "model.safetensors": "1"})
+        run.check_base({"config.json": "0", "model.safetensors": "2"})  # nothing was made yet
+        Stage(run).go()
+    with RunDir(tmp_path, config) as run:
+        run.check_base({"config.json": "0", "model.safetensors": "2"})
+        with pytest.raises(InputError, match=r"another backbone; differing: chat_template\.jinja, model\.safetensors;"):
+            run.check_base({"config.json": "0", "model.safetensors": "1", "chat_template.jinja": "3"})
 
 
 # --- one process at a time -------------------------------------------------------------------------------------------

@@ -12,9 +12,8 @@ import numpy as np
 from rich.table import Table
 
 from esjax.eval.metrics import distinct, mean_words
-from esjax.evolve.filters import REPLY_REASONS, Filters
+from esjax.evolve.filters import REPLY_REASONS, pattern_hashes
 from esjax.evolve.lab import Lab, adapter_folder
-from esjax.evolve.pairs import Context, contexts
 from esjax.mesh import rows_at_once
 from esjax.rundir import RunDir, bundled_hash
 from esjax.runlog import gather, progress, publish_text, sha256
@@ -24,21 +23,16 @@ from esjax.sample.score import Scorer
 
 def compare(lab: Lab, run: RunDir) -> list[dict[str, Any]]:
     """Score and answer the test dialogues with every model of the run; one stage a model. Returns a row a model."""
-    c = lab.config
-    pool = contexts(lab.test, lab.encoder, c.data.window - c.reply.max_tokens)
-    count = min(c.reply.max_contexts or len(pool), len(pool))
-    asked = [pool[i * len(pool) // count] for i in range(count)]
-    filters = Filters.load(c.filters)
-    return [_model(lab, run, t, asked, filters) for t in range(c.evolve.rounds + 1)]
+    return [_model(lab, run, t) for t in range(lab.config.evolve.rounds + 1)]
 
 
-def _model(lab: Lab, run: RunDir, t: int, asked: list[Context], filters: Filters) -> dict[str, Any]:
-    c, folder = lab.config, adapter_folder(run.path, t)
+def _model(lab: Lab, run: RunDir, t: int) -> dict[str, Any]:
+    c, asked, folder = lab.config, lab.asked, adapter_folder(run.path, t)
     predictions, scores = run.path / "eval" / f"m{t}.jsonl", run.path / "eval" / f"m{t}.scores.json"
 
     def work() -> None:
         adapter = lab.adapter(folder)
-        rows = [row for d in lab.test for row in lab.encoder.dialogue(d)]
+        rows = lab.test_rows
         scorer = Scorer(lab.backbone, c.sft.row_length, rows_at_once("sft", c.sft))
         with progress(f"m{t} reference scoring", len(rows)) as advance:
             logprobs = np.concatenate([x for branches in scorer.score(adapter, rows, advance) for x in branches])
@@ -67,7 +61,7 @@ def _model(lab: Lab, run: RunDir, t: int, asked: list[Context], filters: Filters
 
         replies = gather(predictions, len(asked), f"m{t} replies", answer)
         texts = [r["prediction"] for r in replies]
-        faults = Counter(filters.reply_fault(r["messages"], r["prediction"], r["finish_reason"]) for r in replies)
+        faults = Counter(lab.filters.reply_fault(r["messages"], r["prediction"], r["finish_reason"]) for r in replies)
         row = {
             "model": f"M_{t}",
             "perplexity": math.exp(-float(logprobs.mean())),
@@ -84,8 +78,8 @@ def _model(lab: Lab, run: RunDir, t: int, asked: list[Context], filters: Filters
         "data.test": bundled_hash(c.data.test),
         "prompts.system": bundled_hash(c.prompts.system),
     }
-    inputs |= {k: bundled_hash(v) for k, v in c.filters.model_dump().items() if isinstance(v, str)}
-    run.stage(f"eval/m{t}", [predictions, scores], inputs, work)
+    inputs |= pattern_hashes(c.filters)
+    run.stage(f"eval/m{t}", [predictions, scores], inputs, work, ("seed", "model", "lora", "data", "filters", "reply"))
     row: dict[str, Any] = json.loads(scores.read_text())
     return row
 

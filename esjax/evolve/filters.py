@@ -10,6 +10,7 @@ from esjax.config import FilterSettings
 from esjax.configfile import read_text
 from esjax.corpus.dialogue import Message
 from esjax.errors import InputError
+from esjax.rundir import bundled_hash
 
 # In the order in which they are tried; a pair is counted under the first that applies. After these come the pair's own:
 # near_identical, too_short, too_long, and row_too_long (it does not fit a training row).
@@ -59,6 +60,12 @@ class Filters:
         if ratio > self.settings.max_length_ratio:
             return "too_long"
         return None
+
+
+def pattern_hashes(settings: FilterSettings) -> dict[str, str]:
+    """Hashes of the pattern files, by setting: inputs of whatever is filtered."""
+    files = {"crisis_patterns": settings.crisis_patterns, "scaffolding_patterns": settings.scaffolding_patterns}
+    return {name: bundled_hash(file) for name, file in files.items()}
 
 
 def repetition(words: list[str], n: int = 4) -> float:

@@ -1,26 +1,36 @@
-"""What all stages of a run share: the config, the backbone, the tokenizer, the encoder and the dialogues."""
+"""What all stages of a run share: the config, the backbone, the tokenizer, the encoder, the dialogues and their rows."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from esjax import storage
 from esjax.config import Config
-from esjax.configfile import load, read_text
+from esjax.configfile import differing, load, read_text
 from esjax.corpus.dialogue import Dialogue
-from esjax.corpus.sources import read_dialogues
+from esjax.corpus.sources import read_conversations, read_dialogues
 from esjax.errors import InputError
-from esjax.hub.fetch import resolve, weights_file
+from esjax.evolve.filters import Filters
+from esjax.evolve.pairs import Context, contexts
+from esjax.evolve.reflect import Instructions, form
+from esjax.hub.fetch import resolve
+from esjax.hub.identity import identity
 from esjax.model.lora import Adapter, load_adapter, lora_from, read_lora
 from esjax.model.weights import Backbone, compute_dtype, load_backbone
+from esjax.rows import Rows
+from esjax.rundir import check_base, check_made, read_manifest
 from esjax.runlog import say, sha256
+from esjax.sample.constrain import Template
 from esjax.sample.generate import Generator
 from esjax.tokens.encode import Encoder
 from esjax.tokens.tokenizer import ChatTokenizer
@@ -28,7 +38,7 @@ from esjax.tokens.tokenizer import ChatTokenizer
 
 @dataclass
 class Lab:
-    """One opened experiment. Dialogues are read when first asked for."""
+    """One opened experiment. What its files hold is read, encoded and compiled when first asked for, once."""
 
     config: Config
     backbone: Backbone
@@ -64,6 +74,72 @@ class Lab:
         return read_dialogues(self.config.data.format, self.config.data.test)
 
     @cached_property
+    def sft_rows(self) -> tuple[list[Rows], dict[str, Any]]:
+        """Phase 1's examples: all training dialogues, and enough replay conversations to make up their share; and counts.
+
+        Raises InputError when none fits data.window.
+        """
+        c, encoder = self.config, self.encoder
+        encoder.counts.clear()
+        examples = self._fitting(c.data.train, "dialogue", [row for d in self.train for row in encoder.dialogue(d)])
+        facts: dict[str, Any] = {"dialogues": len(self.train), "dialogue_rows": len(examples)}
+        if c.data.replay is not None and c.data.replay_share > 0:
+            chats = read_conversations(c.data.replay)
+            replay = [row for _, messages in chats for row in encoder.chat(messages)]
+            self._fitting(c.data.replay, "conversation", replay)
+            want = round(len(examples) * c.data.replay_share / (1 - c.data.replay_share))
+            order = np.random.default_rng((c.seed, 1)).permutation(len(replay))
+            examples += [replay[order[i % len(replay)]] for i in range(want)]
+            facts["replay_rows"] = want
+        facts |= {"history": dict(encoder.counts), "target_tokens": int(sum((e.weight != 0).sum() for e in examples))}
+        return examples, facts
+
+    @cached_property
+    def valid_rows(self) -> list[Rows]:
+        rows = [row for d in self.valid for row in self.encoder.dialogue(d)]
+        return self._fitting(self.config.data.valid, "dialogue", rows)
+
+    @cached_property
+    def test_rows(self) -> list[Rows]:
+        rows = [row for d in self.test for row in self.encoder.dialogue(d)]
+        return self._fitting(self.config.data.test, "dialogue", rows)
+
+    def _fitting(self, file: str, what: str, rows: list[Rows]) -> list[Rows]:
+        if not rows:
+            raise InputError(f"{file}: no {what} fits data.window={self.config.data.window} tokens; raise it")
+        return rows
+
+    @cached_property
+    def pool(self) -> tuple[list[Context], Counter[str]]:
+        """All contexts of phase 2, and what became of their histories. Raises InputError when none fits."""
+        self.encoder.counts.clear()
+        setting = "data.window" if self.config.evolve.context_tokens is None else "evolve.context_tokens"
+        pool = contexts(self.train, self.encoder, self.config.context_room, self.config.data.train, f"raise {setting}")
+        return pool, Counter(self.encoder.counts)
+
+    @cached_property
+    def asked(self) -> list[Context]:
+        """The contexts that are answered for the closing table. Raises InputError when none fits."""
+        c = self.config
+        remedy = "raise data.window or lower reply.max_tokens"
+        pool = contexts(self.test, self.encoder, c.data.window - c.reply.max_tokens, c.data.test, remedy)
+        count = min(c.reply.max_contexts or len(pool), len(pool))
+        return [pool[i * len(pool) // count] for i in range(count)]
+
+    @cached_property
+    def instructions(self) -> Instructions:
+        return Instructions.load(self.config)
+
+    @cached_property
+    def filters(self) -> Filters:
+        return Filters.load(self.config.filters)
+
+    @cached_property
+    def form(self) -> Template:
+        """The constraint under which reflections are sampled."""
+        return form(self.tokenizer, self.config.evolve.reflection.field_tokens, self.backbone.arch.vocab)
+
+    @cached_property
     def generator(self) -> Generator:
         """The one sampler of the run, so that all rounds and the closing table share its programs."""
         name = self.config.model.cache_dtype
@@ -71,9 +147,9 @@ class Lab:
         return made if name == "auto" else replace(made, cache_dtype=jnp.dtype(name))
 
     @cached_property
-    def weights_hash(self) -> str:
-        """Identifies the backbone in the manifest."""
-        return sha256(weights_file(self.backbone.folder))
+    def identity(self) -> dict[str, str]:
+        """Identifies the backbone: the hashes of its files, by name."""
+        return identity(self.backbone.folder)
 
     def adapter(self, folder: Path) -> Adapter:
         """A stored adapter. Raises InputError when it is missing or is not of the shape that the lora settings say."""
@@ -81,6 +157,9 @@ class Lab:
         if expected is None or (set(stored.targets), stored[1:]) != (set(expected.targets), expected[1:]):
             raise InputError(f"{folder}: the adapter is {stored}, but the lora settings say {expected}")
         return load_adapter(folder, self.backbone.adapter_shapes)
+
+
+RUN_MODEL = re.compile(r"(.+):m(\d+)")
 
 
 def adapter_folder(run: Path, t: int) -> Path:
@@ -93,19 +172,55 @@ def open_model(spec: str, config: Config) -> tuple[Lab, Adapter]:
 
     A run's model brings the run's system message; a bare backbone has none. Raises InputError.
     """
-    match = re.fullmatch(r"(.+):m(\d+)", spec)
+    match = RUN_MODEL.fullmatch(spec)
     if match is None:
         given = config.model.sha256 if spec == config.model.source else None
         prompts = config.prompts.model_copy(update={"system": "bundled:prompts/none.txt"})
         model = config.model.model_copy(update={"source": spec, "sha256": given})
         lab = Lab.open(config.model_copy(update={"model": model, "prompts": prompts}), adapted=False)
         return lab, nnx.State({})
-    run, t = storage.local(match[1]), int(match[2])
+    run, folder = find_adapter(match[1], int(match[2]))
+    lab = Lab.open(load(str(run / "config.yaml"), []))
+    check_base(run, read_manifest(run), lab.identity)
+    return lab, lab.adapter(folder)
+
+
+def find_adapter(place: str, t: int) -> tuple[Path, Path]:
+    """A run directory and the folder of its M_t. Raises InputError when it is not there, or not as its stage made it."""
+    spec, run = f"{place}:m{t}", storage.local(place)
     if not (run / "config.yaml").exists():
         raise InputError(f"{spec}: {run} is not a run directory (no config.yaml in it)")
     folder = adapter_folder(run, t)
     if not folder.exists():
         have = [f"m{i}" for i in range(100) if adapter_folder(run, i).exists()]
         raise InputError(f"{spec}: M_{t} is not there; this run has {', '.join(have) or 'no finished model'}")
-    lab = Lab.open(load(str(run / "config.yaml"), []))
-    return lab, lab.adapter(folder)
+    name = folder.parent.relative_to(run).as_posix()
+    check_made(run, name, read_manifest(run)["stages"].get(name, {}))
+    return run, folder
+
+
+def start_of_dpo(spec: str | None, lab: Lab) -> tuple[Adapter, str]:
+    """The adapter that ``esjax dpo`` starts from, and what identifies it: a run's M_t, or a fresh one on the backbone.
+
+    Raises InputError when the run's model differs from the lab's, or ``spec`` is another backbone.
+    """
+    c = lab.config
+    match = spec and RUN_MODEL.fullmatch(spec)
+    if not match:
+        folder = Path(spec or "").expanduser()
+        if spec not in (None, c.model.source) and not (folder.is_dir() and identity(folder) == lab.identity):
+            raise InputError(
+                f"--model {spec} is neither RUN_DIR:mT nor the backbone that model.source={c.model.source} names; to start "
+                f"from it, leave --model out and give --model.source {spec}"
+            )
+        return lab.backbone.fresh_adapter(c.seed), f"fresh, seed {c.seed}"
+    run, folder = find_adapter(match[1], int(match[2]))
+    theirs = load(str(run / "config.yaml"), [])
+    changed = [key for key in differing(theirs, c) if key.startswith(("model.", "lora."))]
+    if changed:
+        raise InputError(
+            f"--model {spec} was made with other settings; differing: {', '.join(changed)}; give that run's with --config "
+            f"{run / 'config.yaml'}"
+        )
+    check_base(run, read_manifest(run), lab.identity)
+    return lab.adapter(folder), sha256(folder)

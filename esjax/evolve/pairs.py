@@ -32,10 +32,10 @@ class Context:
     tokens: int  # of the prompt
 
 
-def contexts(dialogues: list[Dialogue], encoder: Encoder, room: int) -> list[Context]:
+def contexts(dialogues: list[Dialogue], encoder: Encoder, room: int, file: str, remedy: str) -> list[Context]:
     """The contexts of all supporter turns, cut to ``room`` tokens; those too long even then are left out and counted.
 
-    Raises InputError when none is left.
+    Raises InputError naming the ``file`` and the ``remedy`` when none is left.
     """
     out = []
     for dialogue in dialogues:
@@ -45,9 +45,7 @@ def contexts(dialogues: list[Dialogue], encoder: Encoder, room: int) -> list[Con
                 messages, ids = fitted
                 out.append(Context(f"{dialogue.id}/{turn}", messages, dialogue.turns[turn].text, len(ids)))
     if not out:
-        raise InputError(
-            f"no context of {len(dialogues)} dialogues fits {room} tokens; raise data.window or evolve.context_tokens"
-        )
+        raise InputError(f"{file}: no context of {len(dialogues)} dialogues fits {max(room, 0)} tokens; {remedy}")
     return out
 
 

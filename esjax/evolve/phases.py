@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from esjax.corpus.sources import read_conversations
-from esjax.errors import InputError, RunError
+from esjax.errors import RunError
 from esjax.evolve.lab import Lab, adapter_folder
 from esjax.evolve.pairs import Trunk, read_pairs, trunks
 from esjax.hosts import hosts
+from esjax.hub.shards import INDEX, SINGLE
 from esjax.mesh import rows_at_once
 from esjax.model.lora import Adapter, peft_tensors, save_adapter
-from esjax.rows import Rows
 from esjax.rundir import RunDir, bundled_hash
 from esjax.runlog import gather, replacing, say, sha256
 from esjax.sample.generate import row_seed
@@ -32,7 +30,7 @@ def sft(lab: Lab, run: RunDir) -> None:
     """Phase 1: LoRA supervised fine-tuning on every supporter turn, with replay. Writes sft/adapter, M_0."""
     c = lab.config
     inputs = {
-        "weights": lab.weights_hash,
+        "weights": lab.identity.get(SINGLE) or lab.identity[INDEX],
         "data.train": bundled_hash(c.data.train),
         "data.valid": bundled_hash(c.data.valid),
     }
@@ -41,10 +39,9 @@ def sft(lab: Lab, run: RunDir) -> None:
         inputs["data.replay"] = bundled_hash(c.data.replay)
 
     def work() -> Row:
-        examples, facts = sft_rows(lab)
-        valid = [row for d in lab.valid for row in lab.encoder.dialogue(d)]
-        if not valid:
-            raise InputError(f"{c.data.valid}: no dialogue fits data.window={c.data.window} tokens; raise it")
+        (examples, facts), valid = lab.sft_rows, lab.valid_rows
+        if facts["history"]:
+            say(f"  histories: {counted(facts['history'])} (window {c.data.window})")
         scorer = Scorer(lab.backbone, c.sft.row_length, rows_at_once("sft", c.sft))
 
         def validate(adapter: Adapter) -> float:
@@ -68,29 +65,7 @@ def sft(lab: Lab, run: RunDir) -> None:
         _save(lab, adapter_folder(run.path, 0), train(phase, lab.backbone, fresh))
         return facts
 
-    run.stage("sft", [adapter_folder(run.path, 0)], inputs, work)
-
-
-def sft_rows(lab: Lab) -> tuple[list[Rows], Row]:
-    """Phase 1's examples: all training dialogues, and enough replay conversations to make up their share."""
-    c, encoder = lab.config, lab.encoder
-    encoder.counts.clear()
-    examples = [row for d in lab.train for row in encoder.dialogue(d)]
-    if not examples:
-        raise InputError(f"{c.data.train}: no dialogue fits data.window={c.data.window} tokens; raise it")
-    facts: Row = {"dialogues": len(lab.train), "dialogue_rows": len(examples)}
-    if c.data.replay is not None and c.data.replay_share > 0:
-        replay = [row for _, messages in read_conversations(c.data.replay) for row in encoder.chat(messages)]
-        if not replay:
-            raise InputError(f"{c.data.replay}: no conversation fits data.window={c.data.window} tokens; raise it")
-        want = round(len(examples) * c.data.replay_share / (1 - c.data.replay_share))
-        order = np.random.default_rng((c.seed, 1)).permutation(len(replay))
-        examples += [replay[order[i % len(replay)]] for i in range(want)]
-        facts["replay_rows"] = want
-    facts |= {"history": dict(encoder.counts), "target_tokens": int(sum((e.weight != 0).sum() for e in examples))}
-    if encoder.counts:
-        say(f"  histories: {counted(encoder.counts)} (window {c.data.window})")
-    return examples, facts
+    run.stage("sft", [adapter_folder(run.path, 0)], inputs, work, ("seed", "model", "lora", "data", "sft"))
 
 
 def dpo(lab: Lab, run: RunDir, pairs: Path, name: str, start: Callable[[], Adapter]) -> None:
@@ -123,7 +98,7 @@ def dpo(lab: Lab, run: RunDir, pairs: Path, name: str, start: Callable[[], Adapt
         _save(lab, folder / "adapter", train(phase, lab.backbone, start()))
         return {"pairs": len(rows), "trunks": len(shared)}
 
-    run.stage(name, [folder / "adapter"], {"pairs": sha256(pairs)}, work)
+    run.stage(name, [folder / "adapter"], {"pairs": sha256(pairs)}, work, ("seed", "model", "lora", "dpo"))
 
 
 def sharing(shared: list[Trunk]) -> str:
@@ -162,11 +137,12 @@ def write_references(lab: Lab, adapter: Adapter, pairs: list[Row], path: Path, n
     beside it moves its log-prob by rounding, in bfloat16 by tenths.
     """
     c = lab.config.dpo
-    scorer = Scorer(lab.backbone, c.row_length, rows_at_once("dpo", c))
+    at_once = rows_at_once("dpo", c)
+    scorer = Scorer(lab.backbone, c.row_length, at_once)
     shared = trunks(pairs, lab.encoder, c)
     examples = [t.rows for t in shared]
     steps = schedule([len(e.tokens) for e in examples], c.row_length, c.batch_rows, 1, _seed(lab, name))
-    parts = [step[i : i + c.micro_rows] for step in steps for i in range(0, len(step), c.micro_rows)]
+    parts = [step[i : i + at_once] for step in steps for i in range(0, len(step), at_once)]
     most, branches = max(len(row) for step in steps for row in step), 2 * max(len(t.members) for t in shared)
 
     def work(missing: list[int], add: Callable[..., None]) -> None:
@@ -193,6 +169,7 @@ def score_pairs(lab: Lab, run: RunDir, source: Path, start: Adapter, start_hash:
         [target],
         {"pairs": sha256(source), "start": start_hash},
         lambda: write_references(lab, start, rows, target, "dpo"),
+        ("seed", "model", "lora", "dpo"),
     )
     return target
 
@@ -211,5 +188,5 @@ def _save(lab: Lab, folder: Path, adapter: Adapter) -> None:
             save_adapter(temporary, tensors, lab.backbone.lora, lab.config.model.source)
 
 
-def counted(counts: Counter[str]) -> str:
+def counted(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))

@@ -11,12 +11,11 @@ from typing import Any
 from esjax.config import SamplingSettings
 from esjax.corpus.dialogue import Message
 from esjax.errors import RunError
-from esjax.evolve.filters import Filters
+from esjax.evolve.filters import pattern_hashes
 from esjax.evolve.lab import Lab, adapter_folder
-from esjax.evolve.pairs import Context, contexts, draw, length_ratio, sift
+from esjax.evolve.pairs import Context, draw, length_ratio, sift
 from esjax.evolve.phases import counted, dpo, sft, write_references
-from esjax.evolve.reflect import Instructions, form, parse
-from esjax.mesh import check_batches
+from esjax.evolve.reflect import parse
 from esjax.model.lora import Adapter
 from esjax.rows import prompt_with_replies
 from esjax.rundir import RunDir, bundled_hash
@@ -30,7 +29,6 @@ KINDS = ("drafts", "reflections", "refinements")
 
 def evolve(lab: Lab, run: RunDir) -> None:
     """Phase 1, then all rounds of phase 2. Stages that the manifest calls done are skipped."""
-    check_batches(lab.config)  # now, not after hours
     sft(lab, run)
     for t in range(1, lab.config.evolve.rounds + 1):
         Round(lab, run, t).improve()
@@ -44,7 +42,6 @@ class Round:
         self.config = lab.config
         self.before = adapter_folder(run.path, t - 1)
         self.teacher = {"model": f"m{t - 1}", "adapter_sha256": sha256(self.before)}
-        self.instructions, self.filters = Instructions.load(lab.config), Filters.load(lab.config.filters)
         self.drawn: dict[str, float] = {}  # log-probs of the drafts that this process drew, as the sampler saw them
         names = (*KINDS, "pairs", "dropped")
         self.files = {name: run.path / f"round{t}" / f"{name}.jsonl" for name in names}
@@ -57,21 +54,24 @@ class Round:
     def improve(self) -> None:
         """All stages of the round, in order."""
         c, prompts = self.config, self.config.prompts
-        self.lab.encoder.counts.clear()
-        pool = contexts(self.lab.train, self.lab.encoder, c.context_room)
+        pool, counts = self.lab.pool
         chosen = draw(pool, c.evolve.contexts_per_round, (c.seed, self.t))
-        cut = counted(self.lab.encoder.counts)
+        cut = counted(counts)
         say(f"round {self.t}: {len(chosen)} of {len(pool)} contexts{', of all ' + cut if cut else ''}")
 
-        read = [c.data.train, prompts.system, prompts.principles, prompts.reflect, prompts.refine]
-        inputs = self.teacher | {path: bundled_hash(path) for path in read}
+        read = {"data.train": c.data.train} | {f"prompts.{k}": v for k, v in prompts.model_dump().items()}
+        inputs = self.teacher | {name: bundled_hash(path) for name, path in read.items()}
         made = [self.files[name] for name in KINDS]
-        self.run.stage(f"round{self.t}/replies", made, inputs, lambda: self._replies(chosen, pool))
+        stage, hangs_on = f"round{self.t}/replies", ("seed", "model", "lora", "data", "evolve")
+        self.run.stage(stage, made, inputs, lambda: self._replies(chosen, pool), hangs_on)
 
         inputs = {name: sha256(self.files[name]) for name in KINDS}
-        inputs |= {path: bundled_hash(path) for path in (c.filters.crisis_patterns, c.filters.scaffolding_patterns)}
+        inputs |= pattern_hashes(c.filters)
         outputs = [self.files["pairs"], self.files["dropped"]]
-        self.run.stage(f"round{self.t}/pairs", outputs, self.teacher | inputs, self._pairs)
+        inputs |= self.teacher
+        self.run.stage(
+            f"round{self.t}/pairs", outputs, inputs, self._pairs, ("seed", "model", "lora", "filters", "dpo")
+        )
         dpo(self.lab, self.run, self.files["pairs"], f"round{self.t}/dpo", lambda: self.adapter)
 
     def _replies(self, chosen: list[Context], pool: list[Context]) -> Row:
@@ -98,7 +98,9 @@ class Round:
             return len(prompt_with_replies(ids, replies).tokens) <= self.config.dpo.row_length
 
         drafts, reflections, refinements = (read_jsonl(self.files[n]) for n in ("drafts", "reflections", "refinements"))
-        kept, dropped = sift(drafts, reflections, refinements, self.filters, fits, {"round": self.t, **self.teacher})
+        kept, dropped = sift(
+            drafts, reflections, refinements, self.lab.filters, fits, {"round": self.t, **self.teacher}
+        )
         publish_jsonl(self.files["dropped"], dropped)
         reasons = Counter(d["reason"] for d in dropped)
         say(f"  kept {len(kept)} of {len(drafts)} pairs; dropped: {counted(reasons) or 'none'}")
@@ -122,6 +124,17 @@ class Round:
         }
 
 
+def requests(lab: Lab) -> tuple[int, int, int]:
+    """Tokens that a reflection's and a refinement's prompt have beyond the context, and those drawn that the latter holds."""
+    tokenizer, ask = lab.tokenizer, lab.instructions
+    empty: list[Message] = [{"role": "user", "content": "."}]
+    blank = {"profile": "", "emotional_state": "", "situation": ""}
+    bare = len(tokenizer.prompt(empty))
+    reflect = len(tokenizer.prompt(ask.reflection_prompt(empty))) - bare
+    refine = len(tokenizer.prompt(ask.refinement_prompt(empty, blank, ""))) - bare
+    return reflect, refine, lab.config.evolve.draft.max_tokens + len(lab.form.opening) + lab.form.max_tokens
+
+
 class _Replies:
     """A round's three replies to each context: drafts and reflections at once, refinements as soon as they can be."""
 
@@ -131,8 +144,7 @@ class _Replies:
         self.round, self.chosen, self.generator, self.advance = round_, chosen, generator, advance
         self.drafts, self.reflections, self.refinements = (journals[name] for name in KINDS)
         self.lab, self.settings = round_.lab, round_.config.evolve
-        vocab = self.lab.backbone.arch.vocab
-        self.form: Template = form(self.lab.tokenizer, self.settings.reflection.field_tokens, vocab)
+        self.form: Template = self.lab.form
         self.group_of: dict[int, int] = {}  # context -> the group of contexts that are refined together
         self.left: Counter[int] = Counter()  # drafts and reflections that a group still waits for
         self.members: list[list[int]] = []
@@ -159,13 +171,8 @@ class _Replies:
 
     def _fix_shapes(self, longest: int) -> None:
         """Rows that hold the longest context with the principles and the requests of a few refinements, for all rounds."""
-        tokenizer, s, ask = self.lab.tokenizer, self.settings, self.round.instructions
-        empty: list[Message] = [{"role": "user", "content": "."}]
-        blank = {"profile": "", "emotional_state": "", "situation": ""}
-        bare = len(tokenizer.prompt(empty))
-        reflect = len(tokenizer.prompt(ask.reflection_prompt(empty))) - bare
-        refine = len(tokenizer.prompt(ask.refinement_prompt(empty, blank, ""))) - bare
-        drawn = s.draft.max_tokens + len(self.form.opening) + self.form.max_tokens
+        s = self.settings
+        reflect, refine, drawn = requests(self.lab)
         most = max(
             s.draft.max_tokens, s.refinement.max_tokens, self.form.max_tokens, self.round.config.reply.max_tokens
         )
@@ -199,14 +206,14 @@ class _Replies:
         return self._request("draft", i, self.chosen[i].messages, self.settings.draft)
 
     def _reflection(self, i: int) -> Request:
-        prompt = self.lab.tokenizer.prompt(self.round.instructions.reflection_prompt(self.chosen[i].messages))
+        prompt = self.lab.tokenizer.prompt(self.lab.instructions.reflection_prompt(self.chosen[i].messages))
         seed = self._seed("reflection", i)
         most, how = self.form.max_tokens, self.settings.reflection
         return Request(("reflection", i), [*prompt, *self.form.opening], seed, how, most, START)
 
     def _refinements(self, number: int) -> list[Request]:
         """The requests of a group of contexts whose drafts and reflections are there."""
-        ask = self.round.instructions.refinement_prompt
+        ask = self.lab.instructions.refinement_prompt
         wanted = [i for i in self.members[number] if i not in self.refinements.rows]
         drafts, reflections = self.drafts.rows, self.reflections.rows
         chats = [ask(self.chosen[i].messages, reflections[i]["reflection"], drafts[i]["text"]) for i in wanted]

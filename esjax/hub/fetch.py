@@ -14,7 +14,6 @@ from pathlib import Path
 
 from esjax.errors import InputError
 from esjax.hub import gguf_import
-from esjax.hub.shards import SINGLE
 from esjax.runlog import replacing, say, sha256, write_text
 
 RECORD = "esjax.json"  # in converted folders: the source, its hash, and the hash of the weights
@@ -165,9 +164,3 @@ def _folder(stem: str, digest: str) -> Path:
 def _made(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def weights_file(folder: Path) -> Path:
-    """A file that changes when the weights do, for hashing inputs: the only shard, or the index."""
-    single = folder / SINGLE
-    return single if single.exists() else folder / "model.safetensors.index.json"

@@ -16,20 +16,24 @@ from esjax.errors import InputError
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
+def shard_names(folder: Path) -> list[str]:
+    """The files that hold a folder's weights. Raises InputError naming a missing or damaged index."""
+    if (folder / SINGLE).exists():
+        return [SINGLE]
+    if not (folder / INDEX).exists():
+        raise InputError(f"{folder}: no weights; expected {SINGLE} or {INDEX} in it")
+    try:
+        return sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as e:
+        raise InputError(f"{folder / INDEX}: damaged index ({e})") from e
+
+
 class ShardReader:
     """The tensors of a Hugging Face folder, opened lazily."""
 
     def __init__(self, folder: Path) -> None:
         """Raises InputError naming a missing or damaged file."""
-        if (folder / SINGLE).exists():
-            names = [SINGLE]
-        elif (folder / INDEX).exists():
-            try:
-                names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError) as e:
-                raise InputError(f"{folder / INDEX}: damaged index ({e})") from e
-        else:
-            raise InputError(f"{folder}: no weights; expected {SINGLE} or {INDEX} in it")
+        names = shard_names(folder)
         self.folder = folder
         self.files: dict[str, Any] = {}
         for name in names:

@@ -1,0 +1,91 @@
+"""What can be known of a run before anything runs or is written: files, templates, sizes. Each command checks what it uses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from esjax.config import DpoSettings
+from esjax.errors import InputError
+from esjax.evolve.lab import Lab
+from esjax.evolve.pairs import trunks
+from esjax.evolve.rounds import requests
+from esjax.hosts import together
+from esjax.mesh import check_split, rows_at_once
+from esjax.rundir import RunDir
+
+
+def check_sft(lab: Lab, run: RunDir) -> None:
+    """Phase 1's files are read and encoded, and fit. Raises InputError, in all processes of the run."""
+    run.check_base(lab.identity)
+    with together():
+        _check_sft(lab, run)
+
+
+def check_evolve(lab: Lab, run: RunDir) -> None:
+    """The same for phase 1, all rounds and the closing table."""
+    run.check_base(lab.identity)
+    c = lab.config
+    with together():
+        rounds = [
+            int(name.split("/")[0].removeprefix("round")) for name in run.manifest["stages"] if name[:5] == "round"
+        ]
+        begun = max((t for t in rounds if run.made(f"round{t}/replies")), default=0)
+        if begun > c.evolve.rounds:
+            raise InputError(
+                f"{run.path}: evolve.rounds={c.evolve.rounds}, but round {begun} was begun; set it to {begun} or more"
+            )
+        _check_sft(lab, run)
+        rows_at_once("dpo", c.dpo)
+        check_split("evolve.batch", c.evolve.batch)
+        _ = lab.filters, lab.asked, lab.test_rows
+        if all(_done(run, f"round{t}/replies") for t in range(1, c.evolve.rounds + 1)):
+            return
+        pool, _ = lab.pool
+        reflect, refine, drawn = requests(lab)
+        longest, most = max(x.tokens for x in pool), lab.backbone.arch.max_positions
+        asked = longest + max(reflect + drawn, refine + drawn + c.evolve.refinement.max_tokens)
+        if asked > most:
+            raise InputError(
+                f"a context of {longest} tokens, its reflection, its draft and its refinement take {asked} positions, and the "
+                f"model has {most}; set evolve.context_tokens to {longest - (asked - most)} or less, or shorten the prompts"
+            )
+
+
+def _check_sft(lab: Lab, run: RunDir) -> None:
+    c, most = lab.config, lab.backbone.arch.max_positions
+    if c.data.window > most:
+        raise InputError(
+            f"data.window={c.data.window} exceeds the model's {most} positions; lower it to {most} or less"
+        )
+    rows_at_once("sft", c.sft)
+    if not _done(run, "sft"):
+        _ = lab.sft_rows, lab.valid_rows
+
+
+def _done(run: RunDir, name: str) -> bool:
+    return bool(run.manifest["stages"].get(name, {}).get("status") == "done")
+
+
+def check_dpo(lab: Lab, run: RunDir, file: Path, pairs: list[dict[str, Any]]) -> None:
+    """Each pair of a file is encoded, and fits a row and the model's positions. Raises InputError naming its line."""
+    run.check_base(lab.identity)
+    c, most = lab.config.dpo, lab.backbone.arch.max_positions
+    lines = [i for i, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1) if line.strip()]
+    with together():
+        rows_at_once("dpo", c)
+        for line, pair in zip(lines, pairs, strict=True):
+            try:
+                ((_, rows),) = trunks([pair], lab.encoder, DpoSettings(trunk="prompt"))
+            except (InputError, ValueError) as e:
+                raise InputError(f"{file}, line {line}: {e}") from e
+            tokens, positions = len(rows.tokens), int(rows.position.max()) + 1
+            if tokens > c.row_length:
+                raise InputError(
+                    f"{file}, line {line}: the pair has {tokens} tokens and a row {c.row_length}; set dpo.row_length to {tokens} "
+                    "or more, or shorten the pair"
+                )
+            if positions > most:
+                raise InputError(
+                    f"{file}, line {line}: prompt and reply take {positions} positions, and the model has {most}; shorten them"
+                )
