@@ -47,11 +47,12 @@ def sft(args: argparse.Namespace, config: Config) -> None:
 def dpo(args: argparse.Namespace, config: Config) -> None:
     """Run DPO alone on a file of preference pairs; the model it starts from is also its reference."""
     from esjax.evolve import phases
+    from esjax.evolve.filters import Filters
     from esjax.evolve.lab import Lab, open_model
-    from esjax.evolve.pairs import read_pairs
+    from esjax.evolve.pairs import read_pairs, without_crisis
     from esjax.rundir import RunDir
 
-    read_pairs(args.pairs)
+    without_crisis(read_pairs(args.pairs), Filters.load(config.filters))
     if args.model is None:
         lab = Lab.open(config)
         start = lab.backbone.fresh_adapter(config.seed)

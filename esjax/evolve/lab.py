@@ -17,6 +17,7 @@ from esjax.configfile import load, read_text
 from esjax.corpus.dialogue import Dialogue
 from esjax.corpus.sources import read_dialogues
 from esjax.errors import InputError
+from esjax.evolve.filters import Filters
 from esjax.hub.fetch import resolve, weights_file
 from esjax.model.lora import Adapter, load_adapter, lora_from, read_lora
 from esjax.model.weights import Backbone, compute_dtype, load_backbone
@@ -52,8 +53,30 @@ class Lab:
         return cls(config, backbone, tokenizer, encoder)
 
     @cached_property
+    def filters(self) -> Filters:
+        return Filters.load(self.config.filters)
+
+    @cached_property
     def train(self) -> list[Dialogue]:
-        return read_dialogues(self.config.data.format, self.config.data.train)
+        """The training dialogues, each up to its first sign of crisis: what comes from there on no phase trains on."""
+        return self._screened[0]
+
+    def crisis_facts(self) -> dict[str, int]:
+        """For the manifest."""
+        return {"crisis_answers": self._screened[1]} if self._screened[1] else {}
+
+    @cached_property
+    def _screened(self) -> tuple[list[Dialogue], int]:
+        path = self.config.data.train
+        kept, lost = self.filters.before_crisis(read_dialogues(self.config.data.format, path))
+        if lost:
+            say(f"{path}: {lost} answers in or after a crisis are not trained on (filters.crisis_patterns)")
+        if not kept:
+            raise InputError(
+                f"{path}: every dialogue shows signs of crisis (filters.crisis_patterns) before its first answer is "
+                "over; give dialogues to train on"
+            )
+        return kept, lost
 
     @cached_property
     def valid(self) -> list[Dialogue]:

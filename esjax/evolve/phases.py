@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from esjax.corpus.sources import read_conversations
-from esjax.errors import InputError, RunError
+from esjax.errors import InputError, RunError, within
 from esjax.evolve.lab import Lab, adapter_folder
-from esjax.evolve.pairs import Trunk, read_pairs, trunks
+from esjax.evolve.pairs import Trunk, read_pairs, trunks, without_crisis
 from esjax.hosts import hosts
 from esjax.model.lora import Adapter, peft_tensors, save_adapter
 from esjax.rows import Rows
@@ -36,6 +36,7 @@ def sft(lab: Lab, run: RunDir) -> None:
         "data.valid": bundled_hash(c.data.valid),
     }
     inputs["prompts.system"] = bundled_hash(c.prompts.system)
+    inputs["filters.crisis_patterns"] = bundled_hash(c.filters.crisis_patterns)
     if c.data.replay:
         inputs["data.replay"] = bundled_hash(c.data.replay)
 
@@ -77,9 +78,20 @@ def sft_rows(lab: Lab) -> tuple[list[Rows], Row]:
     examples = [row for d in lab.train for row in encoder.dialogue(d)]
     if not examples:
         raise InputError(f"{c.data.train}: no dialogue fits data.window={c.data.window} tokens; raise it")
-    facts: Row = {"dialogues": len(lab.train), "dialogue_rows": len(examples)}
+    facts: Row = {"dialogues": len(lab.train), "dialogue_rows": len(examples)} | lab.crisis_facts()
     if c.data.replay is not None and c.data.replay_share > 0:
-        replay = [row for _, messages in read_conversations(c.data.replay) for row in encoder.chat(messages)]
+        replay, cut_short = [], 0
+        for name, messages in read_conversations(c.data.replay):
+            calm = lab.filters.chat_before_crisis(messages)
+            cut_short += calm != messages
+            if calm:
+                with within(f"{c.data.replay}, id {name}"):
+                    replay += encoder.chat(calm)
+        if cut_short:
+            say(f"  {c.data.replay}: {cut_short} conversations end before a crisis (filters.crisis_patterns)")
+            facts["crisis_conversations"] = cut_short
+        if not replay and cut_short:
+            raise InputError(f"{c.data.replay}: no conversation is left that fits data.window and shows no crisis")
         if not replay:
             raise InputError(f"{c.data.replay}: no conversation fits data.window={c.data.window} tokens; raise it")
         want = round(len(examples) * c.data.replay_share / (1 - c.data.replay_share))
@@ -145,7 +157,7 @@ def check_start(metrics: dict[str, float], float32: bool) -> None:
         )
 
 
-def write_references(lab: Lab, adapter: Adapter, pairs: list[Row], path: Path, label: str) -> None:
+def write_references(lab: Lab, adapter: Adapter, pairs: Sequence[Row], path: Path, label: str) -> None:
     """Write pairs with the log-probs of both replies under the model that DPO starts from; those of one trunk together."""
     c = lab.config.dpo
     scorer = Scorer(lab.backbone, c.row_length, c.micro_rows)
@@ -169,13 +181,19 @@ def write_references(lab: Lab, adapter: Adapter, pairs: list[Row], path: Path, l
 def score_pairs(lab: Lab, run: RunDir, source: Path, start: Adapter, start_hash: str) -> Path:
     """Copy foreign pairs into the run directory with reference log-probs under the model that DPO starts from."""
     target = run.path / "pairs.jsonl"
-    rows = read_pairs(source)
-    run.stage(
-        "pairs",
-        [target],
-        {"pairs": sha256(source), "start": start_hash},
-        lambda: write_references(lab, start, rows, target, "scoring"),
-    )
+    read = read_pairs(source)
+    rows = without_crisis(read, lab.filters)
+    crisis = len(read) - len(rows)
+
+    def work() -> Row:
+        if crisis:
+            say(f"  kept {len(rows)} of {len(read)} pairs; dropped: {crisis} crisis")
+        write_references(lab, start, rows, target, "scoring")
+        return {"kept": len(rows), "dropped": {"crisis": crisis}} if crisis else {}
+
+    inputs = {"pairs": sha256(source), "start": start_hash}
+    inputs["filters.crisis_patterns"] = bundled_hash(lab.config.filters.crisis_patterns)
+    run.stage("pairs", [target], inputs, work)
     return target
 
 

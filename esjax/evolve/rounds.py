@@ -11,7 +11,6 @@ from typing import Any
 from esjax.config import SamplingSettings
 from esjax.corpus.dialogue import Message
 from esjax.errors import RunError
-from esjax.evolve.filters import Filters
 from esjax.evolve.lab import Lab, adapter_folder
 from esjax.evolve.pairs import Context, contexts, draw, length_ratio, sift
 from esjax.evolve.phases import counted, dpo, sft, write_references
@@ -44,7 +43,7 @@ class Round:
         self.config = lab.config
         self.before = adapter_folder(run.path, t - 1)
         self.teacher = {"model": f"m{t - 1}", "adapter_sha256": sha256(self.before)}
-        self.instructions, self.filters = Instructions.load(lab.config), Filters.load(lab.config.filters)
+        self.instructions, self.filters = Instructions.load(lab.config), lab.filters
         self.drawn: dict[str, float] = {}  # log-probs of the drafts that this process drew, as the sampler saw them
         names = (*KINDS, "pairs", "dropped")
         self.files = {name: run.path / f"round{t}" / f"{name}.jsonl" for name in names}
@@ -64,6 +63,7 @@ class Round:
         say(f"round {self.t}: {len(chosen)} of {len(pool)} contexts{', of all ' + cut if cut else ''}")
 
         read = [c.data.train, prompts.system, prompts.principles, prompts.reflect, prompts.refine]
+        read.append(c.filters.crisis_patterns)  # says which contexts there are
         inputs = self.teacher | {path: bundled_hash(path) for path in read}
         made = [self.files[name] for name in KINDS]
         self.run.stage(f"round{self.t}/replies", made, inputs, lambda: self._replies(chosen, pool))
@@ -88,7 +88,7 @@ class Round:
                 journal.finish()
         if generator.usage.steps:
             say(f"  {generator.usage}")
-        return {"contexts": len(chosen)}
+        return {"contexts": len(chosen)} | self.lab.crisis_facts()
 
     def _pairs(self) -> Row:
         """Filter, then score the kept pairs under M_(t-1): the reference of this round's DPO."""

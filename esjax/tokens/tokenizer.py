@@ -135,7 +135,7 @@ class ChatTokenizer:
         return [own.get(i, i) for i in backend.encode(text, add_special_tokens=False).ids]
 
     @cached_property
-    def _backend_with_twins(self) -> tuple[Tokenizer, dict[int, int]]:
+    def _backend_with_twins(self) -> tuple[Tokenizer, dict[int | None, int]]:
         """The tokenizer, to which control tokens' names are text; it has a twin of each; and whose twin a token is.
 
         A twin splits the text as the token would, so ids are those that the tokenizer gives the template's own text.
@@ -144,7 +144,7 @@ class ChatTokenizer:
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
-        own = {}
+        own: dict[int | None, int] = {}
         for n, (name, token) in enumerate(self._control.items()):
             twin = AddedToken(chr(TWIN + n), lstrip=token.lstrip, rstrip=token.rstrip, normalized=False, special=False)
             backend.add_tokens([twin])
