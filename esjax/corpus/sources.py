@@ -100,7 +100,10 @@ def _esconv_rows(file: Path) -> list[Line]:
     """The rows of JSON Lines or of one JSON array, out of the hub's "text" where they lie in it."""
     text = read_whole(file, "a JSON Lines file, or a JSON array of dialogues")
     rows = json_array(text, str(file)) if text.lstrip().startswith("[") else read_jsonl(file)
-    whole = [json_object(r["text"], r.where) if list(r) == ["text"] and isinstance(r["text"], str) else r for r in rows]
+    whole = [
+        json_object(r["text"], r.where, r.number) if list(r) == ["text"] and isinstance(r["text"], str) else r
+        for r in rows
+    ]
     for row in whole:
         require(row, ESCONV_FIELDS)
     return whole
