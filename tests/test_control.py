@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from esjax import rows
+from esjax.config import DpoSettings
 from esjax.corpus.dialogue import Message
+from esjax.corpus.sources import read_conversations, read_dialogues
 from esjax.errors import InputError
+from esjax.evolve.pairs import contexts, read_pairs, trunks
 from esjax.sample.constrain import Field, compile_template
 from esjax.tokens.encode import Encoder
 from esjax.tokens.template import TODAY, stable
@@ -148,10 +152,10 @@ def test_white_space_that_the_tokenizer_merges_does_merge(tiny_folder: Path) -> 
     """Control of the test above: the whole chat's tokens do not begin with the prompt's, yet the reply has ids."""
     tokenizer = ChatTokenizer(tiny_folder)
     core = tokenizer.hf.backend_tokenizer
-    state: dict[str, Any] = __import__("json").loads(core.to_str())
+    state: dict[str, Any] = json.loads(core.to_str())
     state["model"]["vocab"]["ĊĊ"] = len(state["model"]["vocab"])
     state["model"]["merges"].insert(0, ["Ċ", "Ċ"])
-    tokenizer.hf._tokenizer = Tokenizer.from_str(__import__("json").dumps(state))
+    tokenizer.hf._tokenizer = Tokenizer.from_str(json.dumps(state))
     messages = chat("Hi", "\n\nBye")
     prompt, whole = tokenizer.prompt(messages[:-1]), in_template(tokenizer, messages, False)
     assert whole[: len(prompt)] != prompt
@@ -244,3 +248,97 @@ def test_whatever_a_template_raises_is_one_line(with_template: Callable[[str], C
     with pytest.raises(InputError, match="the model's chat template refuses a chat with the roles user: ") as e:
         with_template(fault).prompt(chat("Hi"))
     assert "\n" not in str(e.value)
+
+
+# --- who is named, and what is a target ------------------------------------------------------------------------------
+
+STRICT = (
+    "{% if messages[0]['role'] == 'assistant' %}{{ raise_exception('a user must begin') }}{% endif %}"
+    "{% for m in messages %}{% if not loop.first and m['role'] == loop.previtem['role'] %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}" + CHAT_TEMPLATE
+)
+
+
+def learned(tokenizer: ChatTokenizer, row: rows.Rows) -> list[str]:
+    """The texts between end-of-turn tokens that are targets."""
+    ids = [int(t) for t, w in zip(row.tokens[1:], row.weight, strict=False) if w]
+    out, text = [], []
+    for i in ids:
+        if i == tokenizer.end_of_turn:
+            out.append(tokenizer.decode(text))
+            text = []
+        else:
+            text.append(i)
+    return out
+
+
+def said(*pairs: tuple[str, str]) -> list[Message]:
+    names = {"s": "system", "u": "user", "a": "assistant"}
+    return [{"role": names[role], "content": text} for role, text in pairs]
+
+
+OPENINGS = {
+    "alone": said(("a", "Hello."), ("u", "Hi"), ("a", "Yes?"), ("u", "So"), ("a", "Ah.")),
+    "behind a system message": said(
+        ("s", "Sys"), ("a", "Hello."), ("u", "Hi"), ("a", "Yes?"), ("u", "So"), ("a", "Ah.")
+    ),
+    "twice": said(("a", "Hello."), ("a", "Hey."), ("u", "Hi"), ("a", "Yes?"), ("u", "So"), ("a", "Ah.")),
+}
+
+
+@pytest.mark.parametrize("messages", OPENINGS.values(), ids=OPENINGS)
+@pytest.mark.parametrize("system", ["", "You are kind."])
+def test_an_answer_that_opens_a_chat_is_context(tiny: ChatTokenizer, messages: list[Message], system: str) -> None:
+    encoder = Encoder(tiny, 512, system)
+    whole = encoder.with_system(messages)
+    (row,) = encoder.chat(whole)
+    assert learned(tiny, row) == ["Yes?", "Ah."]
+    assert [*row.tokens.tolist(), *tiny.encode("\n")] == in_template(tiny, whole, False)
+    tight = Encoder(tiny, len(row.tokens) - 2, system)
+    (cut,) = tight.chat(tight.with_system(messages))
+    assert tight.counts["cut"] == 1
+    assert learned(tiny, cut) == ["Yes?", "Ah."]
+    assert "Hello." not in tiny.decode(cut.tokens.tolist())
+
+
+def test_replay_chats_that_the_assistant_opens_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "replay.jsonl"
+    file.write_text("".join(json.dumps({"id": k, "messages": m}) + "\n" for k, m in OPENINGS.items()))
+    assert read_conversations(str(file)) == list(OPENINGS.items())
+
+
+def test_a_chat_that_the_template_refuses_is_named(
+    with_template: Callable[[str], ChatTokenizer], tmp_path: Path
+) -> None:
+    strict = with_template(STRICT)
+    encoder = Encoder(strict, 512, "")
+    turns = [{"role": r, "text": t} for r, t in (("seeker", "a"), ("supporter", "b"))]
+    labels = {"profile": "", "emotion": "", "problem": "", "situation": ""}
+    corpus = tmp_path / "train.jsonl"
+    corpus.write_text("\n" + json.dumps({"id": "x", "turns": turns, **labels}))
+    (dialogue,) = read_dialogues("sample", str(corpus))
+    assert encoder.dialogue(dialogue)
+    broken = Encoder(with_template("{{ raise_exception('never') }}"), 512, "")
+    for encode in (broken.dialogue, lambda d: contexts([d], broken, 512)):
+        with pytest.raises(
+            InputError, match=r"train\.jsonl, line 2: the model's chat template refuses a chat .*: never"
+        ):
+            encode(dialogue)
+    with pytest.raises(InputError, match=r"chats\.jsonl, id 7: .* the roles user, user: roles must alternate"):
+        encoder.target(said(("u", "a"), ("u", "b"), ("a", "c")), "chats.jsonl, id 7")
+    pairs = tmp_path / "pairs.jsonl"
+    sides = {"chosen": said(("a", "c")), "rejected": said(("a", "d"))}
+    good, bad = said(("u", "a")), said(("u", "a"), ("u", "b"))
+    pairs.write_text("".join("\n" + json.dumps({"prompt": p, **sides}) for p in (good, bad)))
+    read = read_pairs(pairs)
+    assert len(trunks(read[:1], encoder, DpoSettings())) == 1
+    with pytest.raises(InputError, match=r"pairs\.jsonl, line 3: .*: roles must alternate"):
+        trunks(read, encoder, DpoSettings())
+
+
+def test_a_template_that_rewrites_the_prompt_is_refused_with_the_row(
+    with_template: Callable[[str], ChatTokenizer], tmp_path: Path
+) -> None:
+    other = with_template("{{ messages | length }}" + CHAT_TEMPLATE)
+    with pytest.raises(InputError, match="here, line 3: the chat template does not keep a prompt as a prefix"):
+        Encoder(other, 512, "").target(said(("u", "a"), ("a", "b")), "here, line 3")

@@ -67,16 +67,23 @@ def check_messages(messages: Any, where: str, last: str) -> list[Message]:
     for i, m in enumerate(messages):
         if not isinstance(m, dict) or m.get("role") not in roles or not isinstance(m.get("content"), str):
             raise InputError(f"{where}: message {i} must have a role among {', '.join(roles)} and a text as content")
-        for key, value in m.items():
-            says_nothing = value is None or value in ([], {}, "") or (key == "weight" and value == 1)
-            if key not in ("role", "content") and not says_nothing:
-                raise InputError(
-                    f"{where}: message {i} has the key {key!r} ({json.dumps(value)[:40]}), which would be lost; "
-                    "allowed: role, content; take the key or the row out"
-                )
+        if lost := _lost(m, ("role", "content")):
+            raise InputError(f"{where}: message {i} {lost}")
     if messages[-1]["role"] != last:
         raise InputError(f"{where}: the last message must be the {last}'s, not the {messages[-1]['role']}'s")
     return [{"role": m["role"], "content": m["content"]} for m in messages]
+
+
+def _lost(message: dict[str, Any], known: tuple[str, ...]) -> str | None:
+    """Which key of a message says something that no reader would hear, if one does."""
+    for key, value in message.items():
+        says_nothing = value is None or value in ([], {}, "") or (key == "weight" and value == 1)
+        if key not in known and not says_nothing:
+            return (
+                f"has the key {key!r} ({json.dumps(value)[:40]}), which would be lost; allowed: {', '.join(known)}; "
+                "take the key or the row out"
+            )
+    return None
 
 
 def _sample_rows(file: Path) -> list[Line]:
@@ -88,6 +95,8 @@ def _sample(row: Line) -> Dialogue:
     for t in row["turns"]:
         if t["role"] not in ("seeker", "supporter"):
             raise ValueError(f"role {t['role']!r} is not seeker or supporter")
+        if lost := _lost(t, ("role", "text", "strategy")):
+            raise ValueError(f"a turn {lost}")
         turns.append(Turn(t["role"], t["text"], t.get("strategy")))
     labels = {k: row[k] for k in ("profile", "emotion", "problem", "situation")}
     return Dialogue(id=row["id"], turns=normalise(turns), where=row.where, **labels)

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer
 
 from esjax.corpus.dialogue import Message
-from esjax.errors import InputError
+from esjax.errors import InputError, within
 from esjax.tokens.template import stable
 
 # Stand-ins in a chat's text, see ChatTokenizer._render; no text that holds a control token may hold characters from here on.
@@ -41,6 +41,9 @@ class ChatTokenizer:
             raise InputError(f"{folder}: the tokenizer has no chat template; put chat_template.jinja into the folder")
         if self.hf.eos_token_id is None:
             raise InputError(f"{folder}: the tokenizer has no eos token; set eos_token in tokenizer_config.json")
+        if isinstance(self.hf.chat_template, str):
+            with within(str(folder)):
+                stable(self.hf.chat_template)  # a template that cannot be used is known now
         self.end_of_turn = int(self.hf.eos_token_id)
         added: dict[int, AddedToken] = self.hf.added_tokens_decoder
         flagged = {i for i, token in added.items() if token.special}
