@@ -50,15 +50,16 @@ def sft(args: argparse.Namespace, config: Config) -> None:
 def dpo(args: argparse.Namespace, config: Config) -> None:
     """Run DPO alone on a file of preference pairs; the model it starts from is also its reference."""
     from esjax.evolve import phases, preflight
+    from esjax.evolve.filters import Filters
     from esjax.evolve.lab import Lab, start_of_dpo
-    from esjax.evolve.pairs import read_pairs
+    from esjax.evolve.pairs import read_pairs, without_crisis
     from esjax.rundir import RunDir
 
-    pairs = read_pairs(args.pairs)
+    pairs = without_crisis(read_pairs(args.pairs), Filters.load(config.filters))
     with RunDir(args.run_dir, config) as run:
         lab = Lab.open(config)
         start, origin = start_of_dpo(args.model, lab)
-        preflight.check_dpo(lab, run, args.pairs, pairs)
+        preflight.check_dpo(lab, run, pairs)
         scored = phases.score_pairs(lab, run, args.pairs, start, origin)
         phases.dpo(lab, run, scored, "dpo", lambda: start)
 

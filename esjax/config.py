@@ -198,7 +198,7 @@ class FilterSettings(Settings):
     """Which pairs are dropped. The limits are ours; the paper's public text leaves them open."""
 
     min_words: int = Field(4, ge=1)
-    """A reply with fewer words counts as empty."""
+    """A reply with fewer words counts as empty. In scripts without spaces every character is a word."""
     max_similarity: float = Field(0.9, gt=0, le=1)
     """Draft and refinement whose word overlap ratio (difflib) reaches this are near-identical."""
     min_length_ratio: float = Field(0.5, gt=0)

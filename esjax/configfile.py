@@ -14,6 +14,8 @@ from pydantic import ValidationError
 from esjax.config import CONTENT, EXECUTION, Config, Settings
 from esjax.errors import InputError
 
+BOM = "\ufeff"  # a byte order mark, which some editors write
+
 
 def bundled(path: str) -> Path:
     """Resolve a path from a setting: ``bundled:P`` is a file shipped with esjax, anything else is taken as it is.
@@ -33,10 +35,20 @@ def bundled(path: str) -> Path:
 
 def read_text(path: str) -> str:
     """The text of a setting's file, stripped. Raises InputError naming the file."""
+    return read_whole(bundled(path), "a text file").strip()
+
+
+def read_whole(file: Path, kind: str) -> str:
+    """The text of a UTF-8 file, a byte order mark left out. Raises InputError naming the file; ``kind`` says what to give."""
     try:
-        return bundled(path).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{path}: cannot be read ({_reason(e)}); give a UTF-8 text file") from e
+        data = file.read_bytes()
+        text = data.decode("utf-8-sig")
+    except OSError as e:
+        raise InputError(f"{file}: cannot be read ({e.strerror or type(e).__name__}); give {kind}") from e
+    except UnicodeDecodeError as e:
+        what = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "not UTF-8"
+        raise InputError(f"{file}: cannot be read ({what}); save it as UTF-8") from e
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def load(file: str | None, overrides: list[str]) -> Config:
@@ -47,7 +59,7 @@ def load(file: str | None, overrides: list[str]) -> Config:
     where = file or "bundled:configs/quickstart.yaml"
     try:
         tree = yaml.safe_load(read_text(where))
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, RecursionError, ValueError) as e:
         raise InputError(f"{where}: not YAML: {' '.join(str(e).split())}") from e
     if not isinstance(tree, dict):
         raise InputError(f"{where}: expected a mapping of sections, found {type(tree).__name__}")
@@ -172,7 +184,3 @@ def marked(section: type[Settings], mark: str, prefix: str = "") -> set[str]:
         elif mark in info.metadata:
             out.add(f"{prefix}{name}")
     return out
-
-
-def _reason(e: Exception) -> str:
-    return (e.strerror or type(e).__name__) if isinstance(e, OSError) else type(e).__name__

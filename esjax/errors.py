@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What an operating system or a network says that may be over when the same command is tried again.
@@ -26,6 +28,15 @@ class Stopped(BaseException):
 
     No ``Exception``, for it may come anywhere: nobody who deals with a damaged file or a broken network may take it for one.
     """
+
+
+@contextmanager
+def within(where: str) -> Iterator[None]:
+    """Say where, file and line or id, in front of an InputError that is raised inside."""
+    try:
+        yield
+    except InputError as e:
+        raise InputError(f"{where}: {e}") from e
 
 
 def outcome(error: BaseException) -> tuple[int, str] | None:

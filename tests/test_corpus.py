@@ -210,9 +210,9 @@ BROKEN_SAMPLE = {
 BROKEN_ESCONV = {
     "not JSON": ("nothing", "not JSON"),
     "a field is missing": ({"dialog": []}, "'emotion_type' is missing"),
-    "an unknown speaker": (esconv_row(("listener", "a", None)), "speaker 'listener'"),
+    "an unknown speaker": (esconv_row(("narrator", "a", None)), "speaker 'narrator'"),
     "a turn without speaker": (esconv_row() | {"dialog": [{"text": "a"}]}, "'speaker' is missing"),
-    "raw schema": (esconv_row() | {"dialog": [{"speaker": "usr", "content": "a"}]}, "'text' is missing"),
+    "a turn without text": (esconv_row() | {"dialog": [{"speaker": "usr", "annotation": {}}]}, "'text' is missing"),
 }
 
 

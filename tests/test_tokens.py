@@ -175,7 +175,7 @@ def longest_that_fits(tokenizer: ChatTokenizer, chat: list[Message], room: int) 
     for start in starts:
         kept = [*head, *chat[start:]]
         text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in kept) + "<|im_start|>assistant\n"
-        if len(tokenizer.encode(text)) <= room:
+        if len(tokenizer.hf(text, add_special_tokens=False).input_ids) <= room:
             return kept
     return None
 

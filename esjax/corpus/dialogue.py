@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
+
+from esjax.corpus.text import is_empty
 
 Role = Literal["seeker", "supporter"]
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
@@ -33,6 +35,11 @@ class Dialogue:
     emotion: str = ""
     problem: str = ""
     situation: str = ""
+    where: str = field(default="", compare=False)  # file and line, for messages
+
+    def __post_init__(self) -> None:
+        if not self.where:
+            object.__setattr__(self, "where", f"dialogue {self.id}")
 
     def supporter_turns(self) -> list[int]:
         """Indices of the supporter turns that answer a seeker: each is a target, and has a context C_n before it.
@@ -51,11 +58,11 @@ class Dialogue:
 
 
 def normalise(turns: Iterable[Turn]) -> tuple[Turn, ...]:
-    """Strip texts, drop empty turns, merge consecutive turns of one speaker (the first strategy stays)."""
+    """Strip texts, drop turns in which nothing can be seen, merge consecutive turns of one speaker (the first strategy stays)."""
     out: list[Turn] = []
     for turn in turns:
         text = " ".join(turn.text.split())
-        if not text:
+        if is_empty(text):
             continue
         if out and out[-1].role == turn.role:
             out[-1] = replace(out[-1], text=f"{out[-1].text} {text}", strategy=out[-1].strategy or turn.strategy)

@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from esjax.config import Config
 from esjax.corpus.sources import check_messages
-from esjax.errors import InputError
+from esjax.errors import InputError, within
 from esjax.evolve.lab import Lab
 from esjax.mesh import batch_groups
 from esjax.model.lora import Adapter
-from esjax.runlog import gather, read_jsonl, say
+from esjax.runlog import Line, gather, read_jsonl, say, where_of
 from esjax.sample.constrain import START, Field, compile_template
 from esjax.sample.generate import Completion, Request, row_seed
 
 
-def read_questions(file: Path) -> list[dict[str, Any]]:
-    """Rows with an id and messages that await an answer. Raises InputError naming file and row."""
+def read_questions(file: Path) -> list[Line]:
+    """Rows with an id and messages that await an answer. Raises InputError naming file and line."""
     asked = read_jsonl(file, ("id", "messages"))
     if not asked:
         raise InputError(f"{file}: empty; expected one JSON object a line with id and messages")
-    for number, row in enumerate(asked, start=1):
-        row["messages"] = check_messages(row["messages"], f"{file}, row {number}", last="user")
+    for row in asked:
+        row["messages"] = check_messages(row["messages"], row.where, last="user")
     return asked
 
 
 def answer(
     lab: Lab,
     adapter: Adapter,
-    questions: list[dict[str, Any]],
+    questions: Sequence[dict[str, Any]],
     count: int,
     pattern: str | None,
     config: Config,
@@ -44,7 +44,10 @@ def answer(
     form = None
     if pattern is not None:
         form = compile_template([Field(pattern, max(1, most - 1))], tokenizer, lab.backbone.arch.vocab)
-    prompts = [tokenizer.prompt(lab.encoder.with_system(q["messages"])) for q in questions]
+    prompts = []
+    for number, q in enumerate(questions, start=1):
+        with within(where_of(q, number)):
+            prompts.append(tokenizer.prompt(lab.encoder.with_system(q["messages"])))
     generator = lab.generator
     devices = batch_groups()
     generator.lanes = min(how.batch, -(-count * len(prompts) // devices) * devices)

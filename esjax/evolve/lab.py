@@ -19,7 +19,7 @@ from esjax.config import Config
 from esjax.configfile import differing, load, read_text
 from esjax.corpus.dialogue import Dialogue
 from esjax.corpus.sources import read_conversations, read_dialogues
-from esjax.errors import InputError
+from esjax.errors import InputError, within
 from esjax.evolve.filters import Filters
 from esjax.evolve.pairs import Context, contexts
 from esjax.evolve.reflect import Instructions, form
@@ -62,8 +62,30 @@ class Lab:
         return cls(config, backbone, tokenizer, encoder)
 
     @cached_property
+    def filters(self) -> Filters:
+        return Filters.load(self.config.filters)
+
+    @cached_property
     def train(self) -> list[Dialogue]:
-        return read_dialogues(self.config.data.format, self.config.data.train)
+        """The training dialogues, each up to its first sign of crisis: what comes from there on no phase trains on."""
+        return self._screened[0]
+
+    def crisis_facts(self) -> dict[str, int]:
+        """For the manifest."""
+        return {"crisis_answers": self._screened[1]} if self._screened[1] else {}
+
+    @cached_property
+    def _screened(self) -> tuple[list[Dialogue], int]:
+        path = self.config.data.train
+        kept, lost = self.filters.before_crisis(read_dialogues(self.config.data.format, path))
+        if lost:
+            say(f"{path}: {lost} answers in or after a crisis are not trained on (filters.crisis_patterns)")
+        if not kept:
+            raise InputError(
+                f"{path}: every dialogue shows signs of crisis (filters.crisis_patterns) before its first answer is "
+                "over; give dialogues to train on"
+            )
+        return kept, lost
 
     @cached_property
     def valid(self) -> list[Dialogue]:
@@ -82,17 +104,28 @@ class Lab:
         c, encoder = self.config, self.encoder
         encoder.counts.clear()
         examples = self._fitting(c.data.train, "dialogue", [row for d in self.train for row in encoder.dialogue(d)])
-        facts: dict[str, Any] = {"dialogues": len(self.train), "dialogue_rows": len(examples)}
+        facts: dict[str, Any] = {"dialogues": len(self.train), "dialogue_rows": len(examples)} | self.crisis_facts()
         if c.data.replay is not None and c.data.replay_share > 0:
-            chats = read_conversations(c.data.replay)
-            replay = [row for _, messages in chats for row in encoder.chat(messages)]
-            self._fitting(c.data.replay, "conversation", replay)
+            replay, facts["crisis_conversations"] = self._replay_rows(c.data.replay)
             want = round(len(examples) * c.data.replay_share / (1 - c.data.replay_share))
             order = np.random.default_rng((c.seed, 1)).permutation(len(replay))
             examples += [replay[order[i % len(replay)]] for i in range(want)]
             facts["replay_rows"] = want
         facts |= {"history": dict(encoder.counts), "target_tokens": int(sum((e.weight != 0).sum() for e in examples))}
         return examples, facts
+
+    def _replay_rows(self, file: str) -> tuple[list[Rows], int]:
+        """Rows of the replay conversations, each up to its first sign of crisis, and how many had one."""
+        rows, short = [], 0
+        for name, messages in read_conversations(file):
+            calm = self.filters.chat_before_crisis(messages)
+            short += calm != messages
+            if calm:
+                with within(f"{file}, id {name}"):
+                    rows += self.encoder.chat(calm)
+        if short:
+            say(f"{file}: {short} conversations end before a crisis (filters.crisis_patterns)")
+        return self._fitting(file, "conversation without a crisis" if short else "conversation", rows), short
 
     @cached_property
     def valid_rows(self) -> list[Rows]:
@@ -129,10 +162,6 @@ class Lab:
     @cached_property
     def instructions(self) -> Instructions:
         return Instructions.load(self.config)
-
-    @cached_property
-    def filters(self) -> Filters:
-        return Filters.load(self.config.filters)
 
     @cached_property
     def form(self) -> Template:

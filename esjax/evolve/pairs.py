@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,10 +14,11 @@ import numpy as np
 from esjax.config import DpoSettings
 from esjax.corpus.dialogue import Dialogue, Message
 from esjax.corpus.sources import check_messages
-from esjax.errors import InputError
+from esjax.corpus.text import spaced
+from esjax.errors import InputError, within
 from esjax.evolve.filters import Filters
 from esjax.rows import Rows, prompt_with_replies, trunk_with_replies
-from esjax.runlog import read_jsonl
+from esjax.runlog import Line, read_jsonl, where_of
 from esjax.tokens.batches import share_trunks
 from esjax.tokens.encode import Encoder
 
@@ -40,7 +41,8 @@ def contexts(dialogues: list[Dialogue], encoder: Encoder, room: int, file: str, 
     out = []
     for dialogue in dialogues:
         for turn in dialogue.supporter_turns():
-            fitted = encoder.prompt(encoder.context(dialogue, turn), room)
+            with within(dialogue.where):
+                fitted = encoder.prompt(encoder.context(dialogue, turn), room)
             if fitted is not None:
                 messages, ids = fitted
                 out.append(Context(f"{dialogue.id}/{turn}", messages, dialogue.turns[turn].text, len(ids)))
@@ -58,9 +60,9 @@ def draw(pool: list[Context], count: int | None, seed: tuple[int, ...]) -> list[
 
 
 def sift(
-    drafts: list[dict[str, Any]],
-    reflections: list[dict[str, Any]],
-    refinements: list[dict[str, Any]],
+    drafts: Sequence[dict[str, Any]],
+    reflections: Sequence[dict[str, Any]],
+    refinements: Sequence[dict[str, Any]],
     filters: Filters,
     fits: Callable[[list[Message], str, str], bool],
     model: dict[str, Any],
@@ -100,20 +102,36 @@ def sift(
     return kept, dropped
 
 
-def read_pairs(path: Path) -> list[dict[str, Any]]:
-    """Read preference pairs from anywhere, in TRL's conversational form. Raises InputError naming file and row."""
+def read_pairs(path: Path) -> list[Line]:
+    """Read preference pairs from anywhere, in TRL's conversational form. Raises InputError naming file and line."""
     rows = read_jsonl(path, ("prompt", "chosen", "rejected"))
     if not rows:
         raise InputError(f"{path}: empty; expected one JSON object a line with prompt, chosen and rejected")
-    for number, row in enumerate(rows, start=1):
-        where = f"{path}, row {number}"
-        check_messages(row["prompt"], where, last="user")
+    for row in rows:
+        row["prompt"] = check_messages(row["prompt"], row.where, last="user")
         for side in ("chosen", "rejected"):
-            if len(check_messages(row[side], where, last="assistant")) != 1:
+            row[side] = check_messages(row[side], row.where, last="assistant")
+            if len(row[side]) != 1:
                 raise InputError(
-                    f"{where}: {side} must be one assistant message; a pair's prompt must be common to both"
+                    f"{row.where}: {side} must be one assistant message; a pair's prompt must be common to both"
                 )
     return rows
+
+
+def without_crisis(pairs: list[Line], filters: Filters) -> list[Line]:
+    """The pairs in which neither the seeker nor a reply shows signs of crisis. Raises InputError when none is left."""
+
+    def texts(pair: Line) -> list[str]:
+        asked = [m["content"] for m in pair["prompt"] if m["role"] == "user"]
+        return [*asked, pair["chosen"][0]["content"], pair["rejected"][0]["content"]]
+
+    kept = [p for p in pairs if filters.calm(texts(p)) is None]
+    if not kept:
+        raise InputError(
+            f"{pairs[0].where} and all {len(pairs)} pairs: signs of crisis (filters.crisis_patterns), so none is trained on; "
+            "give other pairs"
+        )
+    return kept
 
 
 class Trunk(NamedTuple):
@@ -123,13 +141,16 @@ class Trunk(NamedTuple):
     rows: Rows
 
 
-def trunks(pairs: list[dict[str, Any]], encoder: Encoder, settings: DpoSettings) -> list[Trunk]:
+def trunks(pairs: Sequence[dict[str, Any]], encoder: Encoder, settings: DpoSettings) -> list[Trunk]:
     """The rows of pairs: one for each pair, or with ``dpo.trunk: dialogue`` one for all pairs whose prompts share a trunk.
 
     Sharing needs the tokens of a prompt to begin those of a longer one. Where a chat template breaks that, although the
     messages do, the pairs stay apart; ``encoder.counts`` tells how many ("unshared").
     """
-    made = [encoder.pair(p["prompt"], p["chosen"][0]["content"], p["rejected"][0]["content"]) for p in pairs]
+    made = []
+    for number, p in enumerate(pairs, start=1):
+        with within(where_of(p, number)):
+            made.append(encoder.pair(p["prompt"], p["chosen"][0]["content"], p["rejected"][0]["content"]))
     if settings.trunk == "prompt":
         return [Trunk([i], prompt_with_replies(*pair)) for i, pair in enumerate(made)]
     prompts = [ids for ids, _ in made]
@@ -143,7 +164,7 @@ def trunks(pairs: list[dict[str, Any]], encoder: Encoder, settings: DpoSettings)
     return out
 
 
-def _broken_by_template(pairs: list[dict[str, Any]], prompts: list[list[int]]) -> int:
+def _broken_by_template(pairs: Sequence[dict[str, Any]], prompts: list[list[int]]) -> int:
     """How many prompts begin another one as messages, but not as tokens."""
     digests: list[bytes] = []  # of each whole prompt
     longer: dict[bytes, list[int]] = {}  # digests of the beginnings of all prompts, and the tokens of one that goes on
@@ -167,5 +188,5 @@ def _beginnings(messages: list[Message]) -> list[bytes]:
 
 def length_ratio(pairs: list[dict[str, Any]]) -> float:
     """Mean words of chosen over mean words of rejected: refinements tend to grow, so every round logs it."""
-    words = {side: sum(len(p[side][0]["content"].split()) for p in pairs) for side in ("chosen", "rejected")}
+    words = {side: sum(len(spaced(p[side][0]["content"])) for p in pairs) for side in ("chosen", "rejected")}
     return words["chosen"] / words["rejected"]

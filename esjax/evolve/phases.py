@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from esjax.errors import RunError
 from esjax.evolve.lab import Lab, adapter_folder
-from esjax.evolve.pairs import Trunk, read_pairs, trunks
+from esjax.evolve.pairs import Trunk, read_pairs, trunks, without_crisis
 from esjax.hosts import hosts
 from esjax.hub.shards import INDEX, SINGLE
 from esjax.mesh import rows_at_once
@@ -35,6 +35,7 @@ def sft(lab: Lab, run: RunDir) -> None:
         "data.valid": bundled_hash(c.data.valid),
     }
     inputs["prompts.system"] = bundled_hash(c.prompts.system)
+    inputs["filters.crisis_patterns"] = bundled_hash(c.filters.crisis_patterns)
     if c.data.replay:
         inputs["data.replay"] = bundled_hash(c.data.replay)
 
@@ -130,7 +131,7 @@ def check_start(metrics: dict[str, float], dtype: np.dtype) -> None:
         )
 
 
-def write_references(lab: Lab, adapter: Adapter, pairs: list[Row], path: Path, name: str) -> None:
+def write_references(lab: Lab, adapter: Adapter, pairs: Sequence[Row], path: Path, name: str) -> None:
     """Write pairs with the log-probs of both replies under the model that DPO, the stage ``name``, starts from.
 
     They are computed in the rows of DPO's first epoch and summed as its loss sums: where a reply lies in a row and what lies
@@ -163,14 +164,19 @@ def write_references(lab: Lab, adapter: Adapter, pairs: list[Row], path: Path, n
 def score_pairs(lab: Lab, run: RunDir, source: Path, start: Adapter, start_hash: str) -> Path:
     """Copy foreign pairs into the run directory with reference log-probs under the model that DPO starts from."""
     target = run.path / "pairs.jsonl"
-    rows = read_pairs(source)
-    run.stage(
-        "pairs",
-        [target],
-        {"pairs": sha256(source), "start": start_hash},
-        lambda: write_references(lab, start, rows, target, "dpo"),
-        ("seed", "model", "lora", "dpo"),
-    )
+    read = read_pairs(source)
+    rows = without_crisis(read, lab.filters)
+    crisis = len(read) - len(rows)
+
+    def work() -> Row:
+        if crisis:
+            say(f"  kept {len(rows)} of {len(read)} pairs; dropped: {crisis} crisis")
+        write_references(lab, start, rows, target, "dpo")
+        return {"kept": len(rows), "dropped": {"crisis": crisis}} if crisis else {}
+
+    inputs = {"pairs": sha256(source), "start": start_hash}
+    inputs["filters.crisis_patterns"] = bundled_hash(lab.config.filters.crisis_patterns)
+    run.stage("pairs", [target], inputs, work, ("seed", "model", "lora", "dpo"))
     return target
 
 

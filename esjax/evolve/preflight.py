@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 from esjax.config import DpoSettings
 from esjax.errors import InputError
 from esjax.evolve.lab import Lab
@@ -13,6 +10,7 @@ from esjax.evolve.rounds import requests
 from esjax.hosts import together
 from esjax.mesh import check_split, rows_at_once
 from esjax.rundir import RunDir
+from esjax.runlog import Line
 
 
 def check_sft(lab: Lab, run: RunDir) -> None:
@@ -67,25 +65,21 @@ def _done(run: RunDir, name: str) -> bool:
     return bool(run.manifest["stages"].get(name, {}).get("status") == "done")
 
 
-def check_dpo(lab: Lab, run: RunDir, file: Path, pairs: list[dict[str, Any]]) -> None:
+def check_dpo(lab: Lab, run: RunDir, pairs: list[Line]) -> None:
     """Each pair of a file is encoded, and fits a row and the model's positions. Raises InputError naming its line."""
     run.check_base(lab.identity)
     c, most = lab.config.dpo, lab.backbone.arch.max_positions
-    lines = [i for i, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1) if line.strip()]
     with together():
         rows_at_once("dpo", c)
-        for line, pair in zip(lines, pairs, strict=True):
-            try:
-                ((_, rows),) = trunks([pair], lab.encoder, DpoSettings(trunk="prompt"))
-            except (InputError, ValueError) as e:
-                raise InputError(f"{file}, line {line}: {e}") from e
+        for pair in pairs:
+            ((_, rows),) = trunks([pair], lab.encoder, DpoSettings(trunk="prompt"))
             tokens, positions = len(rows.tokens), int(rows.position.max()) + 1
             if tokens > c.row_length:
                 raise InputError(
-                    f"{file}, line {line}: the pair has {tokens} tokens and a row {c.row_length}; set dpo.row_length to {tokens} "
+                    f"{pair.where}: the pair has {tokens} tokens and a row {c.row_length}; set dpo.row_length to {tokens} "
                     "or more, or shorten the pair"
                 )
             if positions > most:
                 raise InputError(
-                    f"{file}, line {line}: prompt and reply take {positions} positions, and the model has {most}; shorten them"
+                    f"{pair.where}: prompt and reply take {positions} positions, and the model has {most}; shorten them"
                 )

@@ -60,6 +60,7 @@ class Round:
         say(f"round {self.t}: {len(chosen)} of {len(pool)} contexts{', of all ' + cut if cut else ''}")
 
         read = {"data.train": c.data.train} | {f"prompts.{k}": v for k, v in prompts.model_dump().items()}
+        read["filters.crisis_patterns"] = c.filters.crisis_patterns  # says which contexts there are
         inputs = self.teacher | {name: bundled_hash(path) for name, path in read.items()}
         made = [self.files[name] for name in KINDS]
         stage, hangs_on = f"round{self.t}/replies", ("seed", "model", "lora", "data", "evolve")
@@ -88,7 +89,7 @@ class Round:
                 journal.finish()
         if generator.usage.steps:
             say(f"  {generator.usage}")
-        return {"contexts": len(chosen)}
+        return {"contexts": len(chosen)} | self.lab.crisis_facts()
 
     def _pairs(self) -> Row:
         """Filter, then score the kept pairs under M_(t-1): the reference of this round's DPO."""

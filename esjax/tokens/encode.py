@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from esjax import rows
 from esjax.corpus.dialogue import Dialogue, Message
-from esjax.errors import InputError
+from esjax.errors import InputError, within
 from esjax.rows import Rows
 from esjax.tokens.tokenizer import ChatTokenizer
 
@@ -63,13 +63,17 @@ class Encoder:
 
     def dialogue(self, dialogue: Dialogue) -> list[Rows]:
         """SFT rows: one trunk with every supporter turn as a target where the template allows, else one row a turn."""
-        return self.chat(
-            self.with_system(dialogue.messages(len(dialogue.turns))), opening=dialogue.turns[0].role == "supporter"
-        )
+        with within(dialogue.where):
+            whole = self.with_system(dialogue.messages(len(dialogue.turns)))
+            return self.chat(whole, opening=dialogue.turns[0].role == "supporter")
 
     def chat(self, messages: list[Message], opening: bool = False) -> list[Rows]:
-        """Rows whose targets are all assistant messages of a chat (without the first one, if it is an ``opening``)."""
-        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        """Rows whose targets are all assistant messages of a chat that answer somebody.
+
+        One before the first user message does not; nor does the first one if that message stands for nobody (``opening``).
+        """
+        first = next(i for i, m in enumerate(messages) if m["role"] == "user")
+        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i > first]
         skipped = answers[0] if opening else -1
         last = answers[-1] + 1
         kept = self.fit(
@@ -78,7 +82,12 @@ class Encoder:
         if kept is None:
             return []
         dropped = last - len(kept)
-        targets = [i for i, m in enumerate(kept) if m["role"] == "assistant" and not (dropped == 0 and i == skipped)]
+        first = next(i for i, m in enumerate(kept) if m["role"] == "user")
+        targets = [
+            i
+            for i, m in enumerate(kept)
+            if m["role"] == "assistant" and i > first and not (dropped == 0 and i == skipped)
+        ]
         prompts = {i: self.tokenizer.prompt(kept[:i]) for i in targets}
         replies = {i: self.tokenizer.reply(prompts[i], kept[: i + 1]) for i in targets}
         whole = [*prompts[targets[-1]], *replies[targets[-1]]]
@@ -105,13 +114,14 @@ class Encoder:
 
     def target(self, messages: list[Message], where: str) -> Rows:
         """A scoring row: the last assistant message is the target. Raises InputError when it is too long."""
-        kept = self.fit(messages, lambda m: len(self.tokenizer.prompt(m[:-1])) + self._reply_size(m), self.window)
-        if kept is None or len(kept) < 2:
-            raise InputError(
-                f"{where}: the last two messages do not fit data.window={self.window} tokens; raise data.window"
-            )
-        prompt = self.tokenizer.prompt(kept[:-1])
-        return rows.prompt_with_replies(prompt, [self.tokenizer.reply(prompt, kept)])
+        with within(where):
+            kept = self.fit(messages, lambda m: len(self.tokenizer.prompt(m[:-1])) + self._reply_size(m), self.window)
+            if kept is None or len(kept) < 2:
+                raise InputError(
+                    f"the last two messages do not fit data.window={self.window} tokens; raise data.window"
+                )
+            prompt = self.tokenizer.prompt(kept[:-1])
+            return rows.prompt_with_replies(prompt, [self.tokenizer.reply(prompt, kept)])
 
     def _reply_size(self, messages: list[Message]) -> int:
         return len(self.tokenizer.encode(messages[-1]["content"])) + 2  # the header's and the end's rounding included

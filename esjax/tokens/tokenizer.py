@@ -1,20 +1,31 @@
-"""The tokenizer and its chat template: messages to token ids, ids to text and to bytes."""
+"""The tokenizer: messages to token ids, ids to text and to bytes. What people wrote never becomes a control token."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer
 
 from esjax.corpus.dialogue import Message
-from esjax.errors import InputError
+from esjax.errors import InputError, within
+from esjax.tokens.template import stable
+
+# Stand-ins in a chat's text, see ChatTokenizer._render; no text that holds a control token may hold characters from here on.
+TWIN = 0xF0000  # + n: the n-th control token where the template itself wrote it
+HIDDEN = 0x100000  # + c: the character c of a control token's name in what people wrote
 
 
 class ChatTokenizer:
-    """A Hugging Face tokenizer with a chat template and an end-of-turn token (its eos token)."""
+    """A Hugging Face tokenizer with a chat template and an end-of-turn token (its eos token).
+
+    Only the template writes control tokens: what a message holds is text, whatever characters it has. ``special`` are all
+    tokens that the tokenizer flags as special; added tokens that it does not flag are words of its vocabulary.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Load from a Hugging Face folder. Raises InputError when it has no tokenizer, template or eos token."""
@@ -22,57 +33,126 @@ class ChatTokenizer:
             self.hf: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         except Exception as e:
             raise InputError(f"{folder}: no usable tokenizer ({' '.join(str(e).split())[:200]})") from e
+        if getattr(self.hf, "backend_tokenizer", None) is None:
+            raise InputError(
+                f"{folder}: the tokenizer has no tokenizer.json; convert it with transformers' fast tokenizers"
+            )
         if not self.hf.chat_template:
             raise InputError(f"{folder}: the tokenizer has no chat template; put chat_template.jinja into the folder")
         if self.hf.eos_token_id is None:
             raise InputError(f"{folder}: the tokenizer has no eos token; set eos_token in tokenizer_config.json")
+        if isinstance(self.hf.chat_template, str):
+            with within(str(folder)):
+                stable(self.hf.chat_template)  # a template that cannot be used is known now
         self.end_of_turn = int(self.hf.eos_token_id)
-        self.special = frozenset(self.hf.all_special_ids)
+        added: dict[int, AddedToken] = self.hf.added_tokens_decoder
+        flagged = {i for i, token in added.items() if token.special}
+        self.special = frozenset(flagged | set(self.hf.all_special_ids))
+        self._control = {added[i].content: added[i] for i in sorted(self.special & set(added))}
+        longest_first = sorted(self._control, key=len, reverse=True)
+        self._names = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        # Where such tokens are looked for in normalised text, a normaliser may turn other text into their names.
+        hazy = any(t.normalized for t in self._control.values())
+        self._normalizer = self.hf.backend_tokenizer.normalizer if hazy else None
 
     def prompt(self, messages: list[Message]) -> list[int]:
         """Token ids of a chat that the assistant is about to continue (with the template's generation header)."""
-        return self._template(messages, header=True)
+        apart = self._holds_control(messages)
+        return self._ids(self._render(messages, True, apart), apart)
 
     def reply(self, prompt: list[int], messages: list[Message]) -> list[int]:
         """Token ids of the last message (the assistant's), end-of-turn token included, given its prompt's ids.
 
-        What the template puts after the end-of-turn token is not part of the reply. Raises InputError when the prompt is
-        not a prefix of the whole chat, or the reply does not end its turn: such a template cannot be trained on.
+        They are those with which the chat's ids go on after the prompt's; where a tokenizer merges the prompt's end with
+        the reply's beginning, those of the reply's text alone, which a model that is asked could draw. What the template
+        puts after the end-of-turn token is not part of the reply. Raises InputError when the prompt's text does not begin
+        that of the whole chat, or the reply does not end its turn: such a template cannot be trained on.
         """
-        whole = self._template(messages, header=False)
-        if whole[: len(prompt)] != prompt:
+        apart = self._holds_control(messages)
+        asked, whole = self._render(messages[:-1], True, apart), self._render(messages, False, apart)
+        if not whole.startswith(asked):
             raise InputError(
                 "the chat template does not keep a prompt as a prefix of the answered chat, so answers cannot be trained on; "
                 "use a template that only appends"
             )
-        reply = whole[len(prompt) :]
+        ids = self._ids(whole, apart)
+        same = ids[: len(prompt)] == prompt
+        reply = ids[len(prompt) :] if same else _continuation(whole[len(asked) :], lambda t: self._ids(t, apart))
         if self.end_of_turn not in reply:
             raise InputError(f"the chat template does not end an answer with the eos token {self.hf.eos_token!r}")
         return reply[: reply.index(self.end_of_turn) + 1]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, without special tokens."""
-        return list(self.hf(text, add_special_tokens=False).input_ids)
+        return list(self.hf(text, add_special_tokens=False, split_special_tokens=True).input_ids)
 
     def continuation(self, text: str) -> list[int]:
         """Token ids of plain text that continues a line, without the space that some tokenizers put before a text."""
-        for before in (".", "\n", "a", "1"):
-            head, whole = self.encode(before), self.encode(before + text)
-            if whole[: len(head)] == head:
-                return whole[len(head) :]
-        raise InputError(f"the tokenizer always merges {text!r} with what comes before it")
+        return _continuation(text, self.encode)
 
     def decode(self, ids: list[int]) -> str:
         """Text of token ids, special tokens left out."""
         return str(self.hf.decode([i for i in ids if i not in self.special], clean_up_tokenization_spaces=False))
 
-    def _template(self, messages: list[Message], header: bool) -> list[int]:
+    def _holds_control(self, messages: list[Message]) -> bool:
+        texts = [m["content"] for m in messages]
+        if self._normalizer is not None:
+            texts += [self._normalizer.normalize_str(text) for text in texts]
+        return any(map(self._names.search, texts))
+
+    def _render(self, messages: list[Message], header: bool, apart: bool) -> str:
+        """A chat's text. ``apart`` tells control tokens from text: those that the template wrote become twins.
+
+        So that they can be told, the template is shown messages in which such tokens' names are written with other
+        characters, which are put back afterwards.
+        """
+        shown = messages
+        if apart:
+            if any(c >= chr(TWIN) for m in messages for c in m["content"]):
+                raise InputError(
+                    "a message holds both a control token's name and private-use characters; take out either"
+                )
+            shown = [m | {"content": self._names.sub(_hide, m["content"])} for m in messages]
         try:
-            ids = self.hf.apply_chat_template(messages, add_generation_prompt=header, tokenize=True, return_dict=True)
-        except TemplateError as e:
+            template = stable(self.hf.get_chat_template())
+            text = self.hf.apply_chat_template(
+                shown, chat_template=template, add_generation_prompt=header, tokenize=False
+            )
+        except InputError:
+            raise
+        except Exception as e:  # a template can raise anything
             roles = ", ".join(m["role"] for m in messages)
-            raise InputError(f"the model's chat template refuses a chat with the roles {roles}: {e}") from e
-        return list(ids["input_ids"])
+            what = " ".join(str(e).split()) or type(e).__name__
+            raise InputError(f"the model's chat template refuses a chat with the roles {roles}: {what}") from e
+        if not apart:
+            return str(text)
+        order = {name: chr(TWIN + n) for n, name in enumerate(self._control)}
+        twins = self._names.sub(lambda match: order[match[0]], text)
+        return "".join(chr(ord(c) - HIDDEN) if ord(c) >= HIDDEN else c for c in twins)
+
+    def _ids(self, text: str, apart: bool) -> list[int]:
+        """Token ids of a chat's text, or of a part of it."""
+        if not apart:
+            return list(self.hf(text, add_special_tokens=False, split_special_tokens=False).input_ids)
+        backend, own = self._backend_with_twins
+        return [own.get(i, i) for i in backend.encode(text, add_special_tokens=False).ids]
+
+    @cached_property
+    def _backend_with_twins(self) -> tuple[Tokenizer, dict[int | None, int]]:
+        """The tokenizer, to which control tokens' names are text; it has a twin of each; and whose twin a token is.
+
+        A twin splits the text as the token would, so ids are those that the tokenizer gives the template's own text.
+        """
+        backend = Tokenizer.from_str(self.hf.backend_tokenizer.to_str())
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True
+        own: dict[int | None, int] = {}
+        for n, (name, token) in enumerate(self._control.items()):
+            twin = AddedToken(chr(TWIN + n), lstrip=token.lstrip, rstrip=token.rstrip, normalized=False, special=False)
+            backend.add_tokens([twin])
+            own[backend.token_to_id(chr(TWIN + n))] = self.hf.convert_tokens_to_ids(name)
+        return backend, own
 
     def token_bytes(self) -> dict[int, bytes]:
         """The bytes that each ordinary (not special) token stands for, for constrained decoding.
@@ -88,6 +168,18 @@ class ChatTokenizer:
         else:
             raise InputError(f"constrained decoding does not know this tokenizer's decoder: {kind[:80]}")
         return {i: to_bytes(token) for token, i in vocabulary.items() if i not in self.special}
+
+
+def _hide(name: re.Match[str]) -> str:
+    return "".join(chr(HIDDEN + ord(c)) if ord(c) < 0xFFFE else c for c in name[0])
+
+
+def _continuation(text: str, encode: Callable[[str], list[int]]) -> list[int]:
+    for before in (".", "\n", "a", "1"):
+        head, whole = encode(before), encode(before + text)
+        if whole[: len(head)] == head:
+            return whole[len(head) :]
+    raise InputError(f"the tokenizer always merges {text!r} with what comes before it")
 
 
 def _byte_level_bytes(token: str) -> bytes:

@@ -1,0 +1,169 @@
+"""What shows signs of crisis is trained on in no phase: SFT, replay, rounds, foreign pairs; and how signs are found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from esjax.cli import main
+from esjax.config import Config, FilterSettings
+from esjax.corpus.dialogue import Dialogue, Message, Turn
+from esjax.corpus.sources import read_dialogues
+from esjax.errors import InputError
+from esjax.evolve import phases
+from esjax.evolve.filters import Filters
+from esjax.evolve.lab import Lab
+from esjax.evolve.pairs import contexts, read_pairs, without_crisis
+from esjax.rundir import RunDir
+from esjax.tokens.encode import Encoder
+from esjax.tokens.tokenizer import ChatTokenizer
+
+SIGN = "I want to die."
+
+
+@pytest.fixture(scope="module")
+def filters() -> Filters:
+    return Filters.load(FilterSettings())
+
+
+def dialogue(*texts: str, id: str = "d") -> Dialogue:
+    return Dialogue(id, tuple(Turn(("seeker", "supporter")[i % 2], t) for i, t in enumerate(texts)))
+
+
+def write(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(path)
+
+
+def row(id: str, *texts: str) -> dict[str, Any]:
+    turns = [{"role": t.role, "text": t.text} for t in dialogue(*texts).turns]
+    return {"id": id, "profile": "", "emotion": "", "problem": "", "situation": "", "turns": turns}
+
+
+def messages(*texts: str) -> list[Message]:
+    return [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(texts)]
+
+
+@pytest.fixture
+def lab(tiny_folder: Path, tiny_config: Config, tmp_path: Path) -> Lab:
+    """A lab without a model, whose corpus has a crisis in the middle of one dialogue and another's beginning."""
+    data = [
+        row("a", "Hi", "One", SIGN, "Two", "So", "Three"),
+        row("b", SIGN, "Four", "Yes", "Five"),
+        row("c", "Hm", "Six"),
+    ]
+    replay = [
+        {"id": "r", "messages": messages("Sum?", "Seven", SIGN, "Eight")},
+        {"id": "s", "messages": [{"role": "system", "content": "At suicide, call."}, *messages("Sum?", "Nine")]},
+        {"id": "t", "messages": messages(SIGN, "Ten")},
+    ]
+    settings = {"train": write(tmp_path / "train.jsonl", data), "replay": write(tmp_path / "replay.jsonl", replay)}
+    config = tiny_config.model_copy(
+        update={"data": tiny_config.data.model_copy(update={**settings, "format": "sample", "replay_share": 0.5})}
+    )
+    tokenizer = ChatTokenizer(tiny_folder)
+    return Lab(config, cast(Any, None), tokenizer, Encoder(tokenizer, 768, ""))
+
+
+def test_no_answer_to_a_crisis_is_a_target_of_phase_1(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    examples, facts = phases.sft_rows(lab)
+    said = {lab.tokenizer.decode([int(t) for t in e.tokens[1:][e.weight[:-1] > 0]]) for e in examples}
+    assert said == {"One", "Six", "Seven", "Nine"}
+    assert not any("die" in lab.tokenizer.decode(e.tokens.tolist()) for e in examples)
+    assert (facts["crisis_answers"], facts["crisis_conversations"]) == (4, 2)
+    out = capsys.readouterr().err
+    assert "4 answers in or after a crisis are not trained on" in out
+    assert "2 conversations end before a crisis" in out
+
+
+def test_no_round_sees_a_crisis_that_the_window_would_cut_off(lab: Lab) -> None:
+    long = [row("a", SIGN, "Yes", *["word " * 100, "Hm"] * 4), row("b", *["word " * 100, "Hm"] * 5)]
+    write(Path(lab.config.data.train), long)
+    pool = contexts(lab.train, lab.encoder, 480)
+    assert {c.id.split("/")[0] for c in pool} == {"b"}
+    assert lab.crisis_facts() == {"crisis_answers": 5}
+    # Control: cut to the window, the last context of the other dialogue holds no sign any more.
+    whole = read_dialogues("sample", lab.config.data.train)
+    late = [c for c in contexts(whole, lab.encoder, 480) if c.id == "a/9"]
+    assert late
+    assert lab.filters.reply_fault(late[0].messages, "It sounds hard to me.", "stop") is None
+
+
+def test_a_corpus_of_crises_alone_is_refused(lab: Lab) -> None:
+    write(Path(lab.config.data.train), [row("b", SIGN, "Four")])
+    with pytest.raises(InputError, match=r"train\.jsonl: every dialogue shows signs of crisis"):
+        _ = lab.train
+
+
+def pair(*texts: str, chosen: str = "Yes you", rejected: str = "No") -> dict[str, Any]:
+    sides = {"chosen": chosen, "rejected": rejected}
+    return {"prompt": messages(*texts)} | {k: [{"role": "assistant", "content": v}] for k, v in sides.items()}
+
+
+PAIRS = [pair("Hi"), pair(SIGN, "Oh", "Hi"), pair("Hi", SIGN, "Yes"), pair("Hi", chosen="End it all"), pair("Ho")]
+
+
+def test_foreign_pairs_of_a_crisis_are_dropped_and_counted(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = Path(write(tmp_path / "pairs.jsonl", PAIRS))
+    taken: list[Any] = []
+
+    def score(lab: Lab, start: Any, pairs: list[Any], target: Path, label: str) -> None:
+        taken.extend(pairs)
+        target.write_text("")
+
+    monkeypatch.setattr(phases, "write_references", score)
+    with RunDir(tmp_path / "run", lab.config) as run:
+        phases.score_pairs(lab, run, file, cast(Any, None), "m0")
+    assert [p["prompt"][0]["content"] for p in taken] == ["Hi", "Hi", "Ho"]
+    assert taken[1]["prompt"][1]["content"] == SIGN  # the supporter's own words are no sign of the seeker's
+    stage = json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]["pairs"]
+    assert (stage["kept"], stage["dropped"]) == (3, {"crisis": 2})
+    assert "kept 3 of 5 pairs; dropped: 2 crisis" in capsys.readouterr().err
+
+
+def test_nothing_but_crises_is_one_line_and_no_run_directory(
+    tiny_config_file: Path, tmp_path: Path, filters: Filters, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "pairs.jsonl", [pair(SIGN), pair("Hi", rejected=SIGN)])
+    with pytest.raises(SystemExit) as e:
+        main(["dpo", "--config", str(tiny_config_file), "--run-dir", str(tmp_path / "run"), "--pairs", file])
+    assert e.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "pairs.jsonl" in err
+    assert "filters.crisis_patterns" in err
+    assert not (tmp_path / "run").exists()
+    assert len(without_crisis(read_pairs(Path(write(tmp_path / "p", PAIRS))), filters)) == 3
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        SIGN,
+        "I don’t want to live",
+        "I don't want to live",
+        "I donʼt want to live",
+        "I don`t want to live",
+        "I WANT  TO\nDIE",
+        "i want\u00a0to die",
+        "I wa\u200bnt to d\u00adie",
+        "Ｉ ｗａｎｔ ｔｏ ｄｉｅ",
+        "no reason\tto live",
+    ],
+)
+def test_signs_are_found_in_every_spelling(filters: Filters, text: str) -> None:
+    assert filters.calm(["Hi", text]) == 1
+    assert filters.calm(["Hi", "I want to diet"]) is None
+
+
+def test_the_sample_corpus_holds_no_crisis(filters: Filters) -> None:
+    for name in ("train", "valid", "test"):
+        read = read_dialogues("sample", f"bundled:data/sample/{name}.jsonl")
+        assert filters.before_crisis(read) == (read, 0)
+        assert np.sum([len(d.turns) for d in read]) > 20
