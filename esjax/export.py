@@ -16,6 +16,7 @@ from esjax import rows
 from esjax.errors import InputError, RunError
 from esjax.evolve.lab import Lab
 from esjax.hub.shards import write_shards
+from esjax.model.families import config_of
 from esjax.model.lora import Adapter, load_adapter, peft_tensors, save_adapter
 from esjax.model.weights import Backbone, bind, load_backbone, merged_tensors
 from esjax.rows import Rows
@@ -52,9 +53,8 @@ def export(lab: Lab, adapter: Adapter, format: Literal["merged", "peft"], out: P
         if format == "merged":
             folder.mkdir(parents=True)
             write_shards(folder, merged_tensors(backbone, adapter))
-            config = json.loads((backbone.folder / "config.json").read_text())
-            config.pop("torch_dtype", None)
-            config["dtype"] = backbone.dtype.name
+            config = config_of(backbone.arch, json.loads((backbone.folder / "config.json").read_text(encoding="utf-8")))
+            config |= {"dtype": backbone.dtype.name, "torch_dtype": backbone.dtype.name}  # transformers 5 and 4
             (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         else:
             save_adapter(folder, peft_tensors(adapter, backbone.arch), backbone.lora, str(backbone.folder.absolute()))
