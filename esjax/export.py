@@ -22,14 +22,10 @@ from esjax.model.weights import Backbone, bind, load_backbone, merged_tensors
 from esjax.rows import Rows
 from esjax.runlog import replacing, say
 
+# What belongs to a tokenizer, beside the files that its own class names.
 COPIED = (
-    "tokenizer*",
-    "chat_template*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "generation_config.json",
+    *("tokenizer*", "chat_template*", "additional_chat_templates/*.jinja", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab*", "merges*", "*.model", "*.tiktoken", "tekken.json", "generation_config.json"),
 )
 CHECK = "I lost my job this morning, and I have not told my family yet."
 
@@ -58,9 +54,11 @@ def export(lab: Lab, adapter: Adapter, format: Literal["merged", "peft"], out: P
             (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         else:
             save_adapter(folder, peft_tensors(adapter, backbone.arch), backbone.lora, str(backbone.folder.absolute()))
-        for pattern in COPIED:
+        for pattern in {*COPIED, *lab.tokenizer.hf.vocab_files_names.values()}:
             for file in backbone.folder.glob(pattern):
-                shutil.copy(file, folder / file.name)
+                to = folder / file.relative_to(backbone.folder)
+                to.parent.mkdir(exist_ok=True)
+                shutil.copy(file, to)
         if format == "merged":
             theirs = _logits(load_backbone(folder, None, backbone.dtype), nnx.State({}), probe)
         else:

@@ -49,8 +49,8 @@ class ShardReader:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise InputError(f"{index}: damaged index ({e!r:.160}); fetch the checkpoint again") from e
         for name in names:
-            if not isinstance(name, str) or Path(name).name != name:
-                raise InputError(f"{index}: {name!r:.160} is not the name of a file in this folder")
+            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+                raise InputError(f"{index}: {name!r:.160} is not the name of a safetensors file in this folder")
         return sorted(names)
 
     def keys(self) -> set[str]:
@@ -68,7 +68,7 @@ class ShardReader:
         shape = self._slice(key).get_shape()
         if shape != self._slice(other).get_shape():
             return False
-        cuts = [slice(i, i + 4096) for i in range(0, shape[0] if shape else 0, 4096)]
+        cuts = [slice(i, min(i + 4096, shape[0])) for i in range(0, shape[0], 4096)]
         return all(np.array_equal(self.read(key, (cut,)), self.read(other, (cut,))) for cut in cuts)
 
     def check(self, key: str, shape: tuple[int, ...]) -> None:

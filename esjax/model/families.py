@@ -90,7 +90,7 @@ def architecture(config: dict[str, Any], where: str) -> Architecture:
         return InputError(f"{where}: {key}={config.get(key)!r} is not supported; allowed: {allowed}")
 
     family = config.get("model_type")
-    if family not in QKV_BIAS:
+    if not isinstance(family, str) or family not in QKV_BIAS:
         raise refuse("model_type", ", ".join(QKV_BIAS))
     for key in SIZES:
         if key not in config:
@@ -144,7 +144,9 @@ def _as_transformers(family: str, config: dict[str, Any], where: str) -> Any:
 
     given = {k: v for k, v in config.items() if k in READ and not (v is None and k in UNSET)}
     try:
-        return CONFIG_MAPPING[family](**copy.deepcopy(given))
+        read = CONFIG_MAPPING[family](**copy.deepcopy(given))
+        read.standardize_rope_params()  # as the model does once more, which then sees original_max_position_embeddings
+        return read
     except Exception as e:  # of many kinds
         raise InputError(f"{where}: transformers does not take it ({' '.join(str(e).split())[:200]})") from e
 
@@ -162,7 +164,9 @@ def _rope_scaling(rope: dict[str, Any], where: str) -> Llama3Rope | None:
     if kind != "llama3":
         raise InputError(f"{where}: rope type {kind!r} is not supported; allowed: default, llama3")
     if rope.get("partial_rotary_factor", 1) != 1:
-        raise InputError(f"{where}: partial_rotary_factor={rope['partial_rotary_factor']!r} is not supported; allowed: 1")
+        raise InputError(
+            f"{where}: partial_rotary_factor={rope['partial_rotary_factor']!r} is not supported; allowed: 1"
+        )
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     factor, low, high, original = (_positive(rope[n], n, where) for n in names)
     if low >= high:

@@ -145,7 +145,9 @@ def _as_stored(reader: ShardReader, arch: Architecture) -> Architecture:
         reader.check(key, (arch.vocab, arch.width))
     if reader.same(embed, head):
         return arch
-    say(f"{reader.folder}: lm_head.weight differs from the embedding, so it is used, although tie_word_embeddings is set")
+    say(
+        f"{reader.folder}: lm_head.weight differs from the embedding, so it is used, although tie_word_embeddings is set"
+    )
     return replace(arch, tied_head=False)
 
 
