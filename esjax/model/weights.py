@@ -136,9 +136,10 @@ def _as_stored(reader: ShardReader, arch: Architecture) -> Architecture:
     names = [w.key for w in key_table(replace(arch, tied_head=False))]
     reader.rename({name.format(i) for name in names for i in range(arch.layers if "{}" in name else 1)})
     embed, head = "model.embed_tokens.weight", "lm_head.weight"
-    if not arch.tied_head or head not in reader.keys():
+    stored = reader.keys()
+    if not arch.tied_head or head not in stored:
         return arch
-    if embed not in reader.keys():
+    if embed not in stored:
         reader.files[embed] = reader.files.pop(head)  # the one stands for both
         return arch
     for key in (embed, head):
