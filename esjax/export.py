@@ -16,19 +16,16 @@ from esjax import rows
 from esjax.errors import InputError, RunError
 from esjax.evolve.lab import Lab
 from esjax.hub.shards import write_shards
+from esjax.model.families import config_of
 from esjax.model.lora import Adapter, load_adapter, peft_tensors, save_adapter
 from esjax.model.weights import Backbone, bind, load_backbone, merged_tensors
 from esjax.rows import Rows
 from esjax.runlog import check_writable, replacing, say
 
+# What belongs to a tokenizer, beside the files that its own class names.
 COPIED = (
-    "tokenizer*",
-    "chat_template*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "generation_config.json",
+    *("tokenizer*", "chat_template*", "additional_chat_templates/*.jinja", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab*", "merges*", "*.model", "*.tiktoken", "tekken.json", "generation_config.json"),
 )
 CHECK = "I lost my job this morning, and I have not told my family yet."
 
@@ -53,15 +50,16 @@ def export(lab: Lab, adapter: Adapter, format: Literal["merged", "peft"], out: P
         if format == "merged":
             folder.mkdir(parents=True)
             write_shards(folder, merged_tensors(backbone, adapter))
-            config = json.loads((backbone.folder / "config.json").read_text())
-            config.pop("torch_dtype", None)
-            config["dtype"] = backbone.dtype.name
+            config = config_of(backbone.arch, json.loads((backbone.folder / "config.json").read_text(encoding="utf-8")))
+            config |= {"dtype": backbone.dtype.name, "torch_dtype": backbone.dtype.name}  # transformers 5 and 4
             (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         else:
             save_adapter(folder, peft_tensors(adapter, backbone.arch), backbone.lora, str(backbone.folder.absolute()))
-        for pattern in COPIED:
+        for pattern in {*COPIED, *lab.tokenizer.hf.vocab_files_names.values()}:
             for file in backbone.folder.glob(pattern):
-                shutil.copy(file, folder / file.name)
+                to = folder / file.relative_to(backbone.folder)
+                to.parent.mkdir(exist_ok=True)
+                shutil.copy(file, to)
         if format == "merged":
             theirs = _logits(load_backbone(folder, None, backbone.dtype), nnx.State({}), probe)
         else:

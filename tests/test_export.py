@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_overrides
 from oracles import Ours, torch_logits, torch_model, worst
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
 from esjax.cli import main
 from esjax.configfile import load
 from esjax.errors import InputError
-from esjax.evolve.lab import adapter_folder, open_model
+from esjax.evolve.lab import Lab, adapter_folder, open_model
+from esjax.export import export
 from esjax.model.lora import load_adapter, read_lora
 from esjax.model.weights import load_backbone
 from esjax.runlog import read_jsonl
 from esjax.tokens.tokenizer import ChatTokenizer
 
 LENGTH = 384
+TOKENS = [5, 900, 2, 40, 41, 42, 7, 7, 190, 3]
 TOLERANCE = 2e-3  # what is promised
 TIGHT = 1e-4  # float32 keeps this small model's logits closer than that
 
@@ -176,3 +181,67 @@ def test_an_adapter_that_esjax_cannot_compute_is_refused(
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
     with pytest.raises(InputError, match=key):
         read_lora(tmp_path)
+
+
+def test_an_export_is_the_model_however_odd_its_folder(tiny_folder: Path, tmp_path: Path) -> None:
+    """A head behind tie_word_embeddings, rows beyond the tokenizer, scaling for transformers 4, templates in a folder."""
+    folder, out = tmp_path / "odd", tmp_path / "out"
+    shutil.copytree(tiny_folder, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for key in ("lm_head.weight", "model.embed_tokens.weight"):
+        tensors[key] = np.concatenate([tensors[key], tensors[key][:64] * 0.5])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope |= {"original_max_position_embeddings": 64}
+    config = json.loads((folder / "config.json").read_text()) | {"rope_scaling": rope, "rope_theta": 500.0}
+    config |= {"tie_word_embeddings": True, "vocab_size": config["vocab_size"] + 64, "unk_token_id": 0}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
+    lab = Lab.open(load(None, tiny_overrides(folder)))
+    adapter = lab.backbone.fresh_adapter(0)
+    expected = torch_logits(torch_model(folder), TOKENS)
+    assert worst(Ours(lab.backbone).sequence(TOKENS, 16, adapter), expected) <= TIGHT
+    assert worst(torch_logits(torch_model(tiny_folder), TOKENS), expected[:, :-64]) > TOLERANCE
+    for form in ("merged", "peft"):
+        export(lab, adapter, form, out / form)  # type: ignore[arg-type]
+        assert set(ChatTokenizer(out / form).hf.chat_template) == {"default", "rag"}
+    assert worst(torch_logits(torch_model(out / "merged"), TOKENS), expected) <= TIGHT
+    again = load_backbone(out / "merged", None, jnp.dtype("float32"))
+    assert again.arch == lab.backbone.arch
+    assert worst(Ours(again).sequence(TOKENS, 16), expected) <= TIGHT
+    assert expected.shape[1] == again.arch.vocab == len(lab.tokenizer.hf) + 64
+    written = json.loads((out / "merged" / "config.json").read_text())
+    assert (written["rope_theta"], written["rope_scaling"], written["tie_word_embeddings"]) == (500.0, rope, False)
+    assert written["dtype"] == written["torch_dtype"] == "float32"
+    peft = PeftModel.from_pretrained(torch_model(folder), out / "peft")
+    assert worst(torch_logits(peft, TOKENS), expected) <= TIGHT
+
+
+def test_a_tokenizer_beyond_the_embedding_is_refused_before_any_work(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "larger"
+    shutil.copytree(tiny_folder, folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["čau"])
+    tokenizer.save_pretrained(folder)
+    rows = len(tokenizer) - 1
+    with pytest.raises(InputError, match=f"larger: the tokenizer has {rows + 1} tokens, the embedding {rows} rows"):
+        Lab.open(load(None, tiny_overrides(folder)), adapted=False)
+
+
+def test_every_end_of_generation_config_ends_a_sampled_reply(tiny_folder: Path, tmp_path: Path) -> None:
+    """The same draws, up to whichever end comes first: as transformers stops, and not at that token without the list."""
+    lab, none = open_model(str(tiny_folder), load(None, tiny_overrides(tiny_folder)))
+    prompt = lab.tokenizer.prompt([{"role": "user", "content": "I lost my job."}])
+    how = lab.config.reply.model_copy(update={"temperature": 1.0})
+    made = lab.generator.generate(none, [prompt] * 8, range(8), how, 24)
+    seed, long = max(enumerate(made), key=lambda pair: len(pair[1].token_ids))
+    other = next(t for i, t in enumerate(long.token_ids[:-1]) if i >= 1 and t not in long.token_ids[:i])
+    folder = tmp_path / "ends"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, other]}))
+    lab, none = open_model(str(folder), load(None, tiny_overrides(folder)))
+    short = lab.generator.generate(none, [prompt] * 8, range(8), how, 24)[seed]
+    assert short.token_ids == long.token_ids[: long.token_ids.index(other) + 1]
+    assert (short.finish, len(short.token_ids) < len(long.token_ids)) == ("stop", True)
+    assert lab.tokenizer.decode(short.token_ids) == lab.tokenizer.decode(short.token_ids[:-1])

@@ -362,7 +362,7 @@ def plain_config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "hidden_act": ({"hidden_act": "gelu"}, "hidden_act='gelu'.*silu"),
-    "sliding_window": ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window=4096"),
+    "sliding_window": ({"model_type": "mistral", "sliding_window": 64}, "sliding_window=64"),
     "rope_type": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "rope.type.*'yarn'"),
     "rope_type, older": (
         {"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_parameters": None},
@@ -371,12 +371,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "llama3 without factor": ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "factor"),
     "attention_bias": ({"attention_bias": True}, "attention_bias=True"),
     "mlp_bias": ({"mlp_bias": True}, "mlp_bias=True"),
-    "unknown": ({"logit_softcapping": 30.0}, "logit_softcapping=30.0"),
     "model_type": ({"model_type": "gpt2"}, "model_type='gpt2'.*llama"),
     "quantization_config": ({"quantization_config": {"bits": 4}}, "quantization_config"),
     "use_sliding_window": (
-        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64},
-        "use_sliding_window=True",
+        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1},
+        "sliding_window=64",
     ),
     "layer_types": ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
 }

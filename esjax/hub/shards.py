@@ -16,16 +16,28 @@ from esjax.errors import InputError
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
+FLOATS = ("F64", "F32", "F16", "BF16")
+PREFIX = "model."  # of a base model inside a causal one
+
+
 def shard_names(folder: Path) -> list[str]:
     """The files that hold a folder's weights. Raises InputError naming a missing or damaged index."""
     if (folder / SINGLE).exists():
         return [SINGLE]
-    if not (folder / INDEX).exists():
-        raise InputError(f"{folder}: no weights; expected {SINGLE} or {INDEX} in it")
+    index = folder / INDEX
+    if not index.exists():
+        raise InputError(
+            f"{folder}: no weights; expected {SINGLE} or {INDEX} in it (only safetensors are read: transformers' "
+            "save_pretrained writes them)"
+        )
     try:
-        return sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as e:
-        raise InputError(f"{folder / INDEX}: damaged index ({e})") from e
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise InputError(f"{index}: damaged index ({e!r:.160}); fetch the checkpoint again") from e
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise InputError(f"{index}: {name!r:.160} is not the name of a safetensors file in this folder")
+    return sorted(names)
 
 
 class ShardReader:
@@ -33,31 +45,54 @@ class ShardReader:
 
     def __init__(self, folder: Path) -> None:
         """Raises InputError naming a missing or damaged file."""
-        names = shard_names(folder)
         self.folder = folder
-        self.files: dict[str, Any] = {}
-        for name in names:
+        self.files: dict[str, tuple[Any, str]] = {}  # the file, and the tensor's name in it
+        for name in shard_names(folder):
             try:
                 shard = safe_open(folder / name, framework="numpy")
             except (OSError, SafetensorError) as e:
                 raise InputError(f"{folder / name}: missing or damaged ({e}); fetch the checkpoint again") from e
             for key in shard.keys():  # noqa: SIM118  not a dict
-                self.files[key] = shard
+                self.files[key] = (shard, key)
 
     def keys(self) -> set[str]:
         return set(self.files)
 
+    def rename(self, known: set[str]) -> None:
+        """Add or take away a base model's prefix where that makes a name known, as transformers does."""
+        for key in [k for k in self.files if k not in known]:
+            other = key.removeprefix(PREFIX) if key.startswith(PREFIX) else PREFIX + key
+            if other in known and other not in self.files:
+                self.files[other] = self.files.pop(key)
+
+    def same(self, key: str, other: str) -> bool:
+        """Whether two tensors hold the same numbers, looked at in parts."""
+        shape = self._slice(key).get_shape()
+        if shape != self._slice(other).get_shape():
+            return False
+        cuts = [slice(i, min(i + 4096, shape[0])) for i in range(0, shape[0], 4096)]
+        return all(np.array_equal(self.read(key, (cut,)), self.read(other, (cut,))) for cut in cuts)
+
     def check(self, key: str, shape: tuple[int, ...]) -> None:
-        """Raise InputError when a tensor is missing or misshaped."""
+        """Raise InputError when a tensor is missing or misshaped, or holds no plain floating-point numbers."""
         if key not in self.files:
             raise InputError(f"{self.folder}: the tensor {key} is missing from the checkpoint")
-        found = self.files[key].get_slice(key).get_shape()
+        found, kind = self._slice(key).get_shape(), self._slice(key).get_dtype()
         if found != list(shape):
             raise InputError(f"{self.folder}: the tensor {key} has shape {found}, expected {list(shape)}")
+        if kind not in FLOATS:
+            raise InputError(
+                f"{self.folder}: the tensor {key} has the type {kind}; allowed: {', '.join(FLOATS)} (quantised weights must "
+                "be dequantised first)"
+            )
 
     def read(self, key: str, part: tuple[slice, ...]) -> np.ndarray:
         """These slices of one tensor, and no more of its file."""
-        return np.asarray(self.files[key].get_slice(key)[part])
+        return np.asarray(self._slice(key)[part])
+
+    def _slice(self, key: str) -> Any:
+        shard, name = self.files[key]
+        return shard.get_slice(name)
 
 
 def write_shards(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], max_bytes: int = 4 << 30) -> None:

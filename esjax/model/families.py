@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,27 +45,28 @@ class Architecture:
 # Families and what is particular to them.
 QKV_BIAS = {"llama": False, "mistral": False, "qwen2": True}
 
-# Keys of config.json that say nothing about the computation here.
-NEUTRAL = frozenset(
-    "architectures model_type torch_dtype dtype transformers_version bos_token_id eos_token_id pad_token_id "
-    "initializer_range use_cache _name_or_path attention_dropout max_window_layers is_llama_config "
-    "transformers.js_config chunk_size_feed_forward output_attentions output_hidden_states return_dict id2label label2id "
-    "problem_type is_encoder_decoder task_specific_params _attn_implementation_autoset".split()
+# The keys of config.json that transformers computes with, in these families. Its own config class reads them, so that
+# defaults, types and what goes before what (rope_scaling before rope_parameters) are its own. All other keys it ignores.
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+READ = (
+    *SIZES,
+    *"num_key_value_heads head_dim hidden_act rms_norm_eps max_position_embeddings tie_word_embeddings".split(),
+    *"attention_bias mlp_bias sliding_window use_sliding_window max_window_layers layer_types".split(),
+    *"rope_theta rope_scaling rope_parameters partial_rotary_factor original_max_position_embeddings".split(),
 )
-# Keys that must have one of these values, because nothing else is implemented.
+UNSET = ("head_dim", "attention_bias", "mlp_bias")  # null means: not given
+# Keys that must have one of these values, because nothing else is implemented; of one family alone where it says so.
 FIXED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "pretraining_tp": (1, None),
-    "rope_interleaved": (False, None),
-    "use_sliding_window": (False, None),
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "is_causal": (True, None),
+    "attention_chunk_size": (None,),
+    "per_layer_config": (None, {}),
     "quantization_config": (None,),
 }
-USED = frozenset(
-    "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size rms_norm_eps "
-    "rope_theta rope_scaling rope_parameters tie_word_embeddings max_position_embeddings sliding_window layer_types".split()
-)
+ONLY_LLAMA = ("attention_bias", "mlp_bias")
+LARGEST = 1 << 24  # of any size: what is above is a damaged file, and would only fail later and less clearly
 
 
 def read_architecture(folder: Path) -> Architecture:
@@ -88,65 +90,102 @@ def architecture(config: dict[str, Any], where: str) -> Architecture:
         return InputError(f"{where}: {key}={config.get(key)!r} is not supported; allowed: {allowed}")
 
     family = config.get("model_type")
-    if family not in QKV_BIAS:
+    if not isinstance(family, str) or family not in QKV_BIAS:
         raise refuse("model_type", ", ".join(QKV_BIAS))
-    for key in config:
-        if key in FIXED:
-            if config[key] not in FIXED[key]:
-                raise refuse(key, repr(FIXED[key][0]))
-        elif key not in NEUTRAL and key not in USED:
-            raise InputError(
-                f"{where}: the option {key}={config[key]!r} is not known to esjax; remove it if it has no effect"
-            )
-    for key in (
-        "vocab_size",
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "intermediate_size",
-        "rms_norm_eps",
-    ):
+    for key in SIZES:
         if key not in config:
             raise InputError(f"{where}: the key {key} is missing")
-    # Qwen2 writes sliding_window even where use_sliding_window switches it off.
-    if config.get("sliding_window") is not None and not (family == "qwen2" and not config.get("use_sliding_window")):
-        raise refuse("sliding_window", "null (full attention)")
-    if any(kind != "full_attention" for kind in config.get("layer_types") or ()):
-        raise refuse("layer_types", "full_attention everywhere")
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = rope.pop("rope_theta", config.get("rope_theta"))
-    if theta is None:
-        raise InputError(f"{where}: rope_theta is missing")
-    heads = config["num_attention_heads"]
+    for key in FIXED.keys() & config.keys():
+        ignored = family != "llama" and key in ONLY_LLAMA
+        if not ignored and config[key] not in FIXED[key] and not (config[key] is None and key in UNSET):
+            raise refuse(key, repr(FIXED[key][0]))
+    read = _as_transformers(family, config, where)
+    sizes = {key: getattr(read, key) for key in (*SIZES, "num_key_value_heads", "max_position_embeddings")}
+    # Mistral's and Qwen2's code rounds down where the heads do not divide the width.
+    sizes["head_dim"] = getattr(read, "head_dim", None) or read.hidden_size // max(1, read.num_attention_heads)
+    for key, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or not 0 < size <= LARGEST:
+            raise InputError(f"{where}: {key}={size!r} is not supported; allowed: whole numbers from 1 to {LARGEST}")
+    heads, kv_heads = read.num_attention_heads, read.num_key_value_heads
+    if heads % kv_heads:
+        raise InputError(f"{where}: num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}")
+    if sizes["head_dim"] % 2:
+        raise InputError(f"{where}: head_dim={sizes['head_dim']} is odd; the rotary embedding needs an even one")
+    positions, window = read.max_position_embeddings, getattr(read, "sliding_window", None)
+    layers = getattr(read, "layer_types", None)
+    slides = any(kind != "full_attention" for kind in layers) if layers else window is not None
+    if slides and not (isinstance(window, int) and window >= positions):  # a window of all positions is no window
+        found = f"layer_types={layers}" if config.get("layer_types") else f"sliding_window={window}"
+        raise InputError(
+            f"{where}: {found} is not supported; allowed: full attention (sliding_window null, or at least "
+            f"max_position_embeddings={positions})"
+        )
     return Architecture(
         family=family,
-        vocab=config["vocab_size"],
-        width=config["hidden_size"],
-        layers=config["num_hidden_layers"],
+        vocab=read.vocab_size,
+        width=read.hidden_size,
+        layers=read.num_hidden_layers,
         heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        head_size=config.get("head_dim") or config["hidden_size"] // heads,
-        hidden=config["intermediate_size"],
-        norm_eps=config["rms_norm_eps"],
-        rope_theta=float(theta),
-        rope_scaling=_rope_scaling(rope, where),
+        kv_heads=kv_heads,
+        head_size=sizes["head_dim"],
+        hidden=read.intermediate_size,
+        norm_eps=_positive(read.rms_norm_eps, "rms_norm_eps", where),
+        rope_theta=_positive(read.rope_parameters.get("rope_theta"), "rope_theta", where),
+        rope_scaling=_rope_scaling(read.rope_parameters, where),
         qkv_bias=QKV_BIAS[family],
-        tied_head=bool(config.get("tie_word_embeddings", False)),
-        max_positions=config.get("max_position_embeddings", 2048),
+        tied_head=read.tie_word_embeddings,
+        max_positions=positions,
     )
 
 
+def _as_transformers(family: str, config: dict[str, Any], where: str) -> Any:
+    """The config object that transformers makes of the keys that matter. Raises InputError for what it refuses."""
+    from transformers import CONFIG_MAPPING  # here, because it takes seconds
+
+    given = {k: v for k, v in config.items() if k in READ and not (v is None and k in UNSET)}
+    try:
+        read = CONFIG_MAPPING[family](**copy.deepcopy(given))
+        read.standardize_rope_params()  # as the model does once more, which then sees original_max_position_embeddings
+        return read
+    except Exception as e:  # of many kinds
+        raise InputError(f"{where}: transformers does not take it ({' '.join(str(e).split())[:200]})") from e
+
+
+def _positive(value: Any, key: str, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise InputError(f"{where}: {key}={value!r} is not supported; allowed: numbers above 0")
+    return float(value)
+
+
 def _rope_scaling(rope: dict[str, Any], where: str) -> Llama3Rope | None:
-    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    kind = rope.get("rope_type")
     if kind == "default":
         return None
     if kind != "llama3":
         raise InputError(f"{where}: rope type {kind!r} is not supported; allowed: default, llama3")
+    if rope.get("partial_rotary_factor", 1) != 1:
+        raise InputError(
+            f"{where}: partial_rotary_factor={rope['partial_rotary_factor']!r} is not supported; allowed: 1"
+        )
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    missing = [n for n in names if n not in rope]
-    if missing:
-        raise InputError(f"{where}: rope type llama3 needs {', '.join(missing)}")
-    return Llama3Rope(*(rope[n] for n in names))
+    factor, low, high, original = (_positive(rope[n], n, where) for n in names)
+    if low >= high:
+        raise InputError(f"{where}: low_freq_factor={low} must be below high_freq_factor={high}")
+    return Llama3Rope(factor, low, high, int(original))
+
+
+def config_of(arch: Architecture, config: dict[str, Any]) -> dict[str, Any]:
+    """``config`` (a config.json) with what this architecture computes with, as transformers 4 and 5 both read it."""
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if s := arch.rope_scaling:
+        rope = {"rope_type": "llama3", "factor": s.factor, "low_freq_factor": s.low_freq_factor}
+        rope |= {"high_freq_factor": s.high_freq_factor, "original_max_position_embeddings": s.original_max_positions}
+    return {k: v for k, v in config.items() if k not in ("torch_dtype", "auto_map")} | {
+        "tie_word_embeddings": arch.tied_head,
+        "rope_theta": arch.rope_theta,  # transformers 4 reads these two, 5 the third; they say the same
+        "rope_scaling": rope if arch.rope_scaling else None,
+        "rope_parameters": rope | {"rope_theta": arch.rope_theta},
+    }
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -20,6 +20,7 @@ from esjax.model.decoder import Decoder, Execution, Remat
 from esjax.model.families import Architecture, ignorable, key_table, read_architecture
 from esjax.model.layers import Lora
 from esjax.model.lora import Adapter, flatten, merge_kernel, unflatten
+from esjax.runlog import say
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ def load_backbone(
     arch = read_architecture(folder)
     check_divisible(arch)
     reader = ShardReader(folder)
+    arch = _as_stored(reader, arch)
     abstract = nnx.eval_shape(lambda: Decoder(arch, lora, dtype, nnx.Rngs(params=0, lora=0)))
     definition, _, base = nnx.split(abstract, nnx.LoRAParam, ...)  # type: ignore[misc]
     flat = flatten(base)
@@ -122,6 +124,32 @@ def load_backbone(
     if unfilled:
         raise AssertionError(f"parameters without a key: {unfilled}")
     return Backbone(folder, arch, lora, dtype, definition, unflatten(flat), execution)
+
+
+def _as_stored(reader: ShardReader, arch: Architecture) -> Architecture:
+    """The architecture that these tensors have: a head of its own is used whatever config.json says, as in transformers.
+
+    Names are brought to the key table's first. Raises InputError where there are fewer tensors than layers.
+    """
+    if arch.layers > len(reader.keys()):
+        raise InputError(f"{reader.folder}: {arch.layers} layers, but only {len(reader.keys())} tensors")
+    names = [w.key for w in key_table(replace(arch, tied_head=False))]
+    reader.rename({name.format(i) for name in names for i in range(arch.layers if "{}" in name else 1)})
+    embed, head = "model.embed_tokens.weight", "lm_head.weight"
+    stored = reader.keys()
+    if not arch.tied_head or head not in stored:
+        return arch
+    if embed not in stored:
+        reader.files[embed] = reader.files.pop(head)  # the one stands for both
+        return arch
+    for key in (embed, head):
+        reader.check(key, (arch.vocab, arch.width))
+    if reader.same(embed, head):
+        return arch
+    say(
+        f"{reader.folder}: lm_head.weight differs from the embedding, so it is used, although tie_word_embeddings is set"
+    )
+    return replace(arch, tied_head=False)
 
 
 def check_divisible(arch: Architecture) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from esjax.config import Config
 from esjax.configfile import bundled, read_text
 from esjax.errors import InputError
-from esjax.hub.fetch import resolve
+from esjax.hub.fetch import resolve, unreachable
 from esjax.model.families import Architecture, architecture, read_architecture
 
 
@@ -45,5 +45,4 @@ def _fetched(source: str) -> str:
     try:
         return hf_hub_download(name, "config.json", revision=revision or None)
     except Exception as e:
-        reason = " ".join(str(e).split())[:160]
-        raise InputError(f"{source}: its config.json could not be fetched ({reason}); give --shape NAME") from e
+        raise unreachable(f"{source}: its config.json could not be fetched", e, "give --shape NAME") from e

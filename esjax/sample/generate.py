@@ -92,7 +92,7 @@ class Generator:
 
     backbone: Backbone
     lanes: int
-    end_of_turn: int
+    end_of_turn: int | Sequence[int]  # ids that end a reply
     shared: int = 0  # 0: decided by the first prompts
     slots: int = 0
     new: int = 0
@@ -217,7 +217,7 @@ class _Session:
 
     def __init__(self, owner: Generator, weights: Any, done: Done, more_may_follow: bool) -> None:
         self.owner, self.weights, self.done, self.more_may_follow = owner, weights, done, more_may_follow
-        self.stop = np.asarray([owner.end_of_turn], np.int32)
+        self.stop = np.atleast_1d(np.asarray(owner.end_of_turn, np.int32))
         self.backlog: deque[Group] = deque()
         self.uids = count()
         self._begin()

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
-from transformers import AutoTokenizer
 
 from esjax.corpus.dialogue import Message
 from esjax.errors import InputError, within
+from esjax.tokens.folder import end_of_turn, load_tokenizer, stop_tokens
 from esjax.tokens.template import stable
 
 # Stand-ins in a chat's text, see ChatTokenizer._render; no text that holds a control token may hold characters from here on.
@@ -21,33 +21,33 @@ HIDDEN = 0x100000  # + c: the character c of a control token's name in what peop
 
 
 class ChatTokenizer:
-    """A Hugging Face tokenizer with a chat template and an end-of-turn token (its eos token).
+    """A Hugging Face tokenizer with a chat template and an end-of-turn token (the one that ends the template's answers).
 
     Only the template writes control tokens: what a message holds is text, whatever characters it has. ``special`` are all
     tokens that the tokenizer flags as special; added tokens that it does not flag are words of its vocabulary.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Load from a Hugging Face folder. Raises InputError when it has no tokenizer, template or eos token."""
-        try:
-            self.hf: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        except Exception as e:
-            raise InputError(f"{folder}: no usable tokenizer ({' '.join(str(e).split())[:200]})") from e
+        """Load from a Hugging Face folder. Raises InputError when it has no tokenizer, template or end-of-turn token."""
+        self.hf: Any = load_tokenizer(folder)
+        self.folder = folder
         if getattr(self.hf, "backend_tokenizer", None) is None:
             raise InputError(
                 f"{folder}: the tokenizer has no tokenizer.json; convert it with transformers' fast tokenizers"
             )
-        if not self.hf.chat_template:
-            raise InputError(f"{folder}: the tokenizer has no chat template; put chat_template.jinja into the folder")
-        if self.hf.eos_token_id is None:
+        with within(str(folder)):
+            stable(self.hf.get_chat_template())  # a template that cannot be used is known now
+        own = [] if self.hf.eos_token_id is None else [int(self.hf.eos_token_id)]
+        stops = [*own, *stop_tokens(folder)]
+        end = end_of_turn(self.hf, stops)
+        if end is None and not stops:
             raise InputError(f"{folder}: the tokenizer has no eos token; set eos_token in tokenizer_config.json")
-        if isinstance(self.hf.chat_template, str):
-            with within(str(folder)):
-                stable(self.hf.chat_template)  # a template that cannot be used is known now
-        self.end_of_turn = int(self.hf.eos_token_id)
+        self.end_of_turn = stops[0] if end is None else end
+        self.stops = tuple(dict.fromkeys([self.end_of_turn, *stops]))  # each of them ends a reply
+        self.text = _added_text(self.hf)
         added: dict[int, AddedToken] = self.hf.added_tokens_decoder
         flagged = {i for i, token in added.items() if token.special}
-        self.special = frozenset(flagged | set(self.hf.all_special_ids))
+        self.special = frozenset(flagged | {*self.hf.all_special_ids, *self.stops})
         self._control = {added[i].content: added[i] for i in sorted(self.special & set(added))}
         longest_first = sorted(self._control, key=len, reverse=True)
         self._names = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
@@ -79,7 +79,9 @@ class ChatTokenizer:
         same = ids[: len(prompt)] == prompt
         reply = ids[len(prompt) :] if same else _continuation(whole[len(asked) :], lambda t: self._ids(t, apart))
         if self.end_of_turn not in reply:
-            raise InputError(f"the chat template does not end an answer with the eos token {self.hf.eos_token!r}")
+            raise InputError(
+                f"the chat template does not end an answer with the eos token {self.hf.decode([self.end_of_turn])!r}"
+            )
         return reply[: reply.index(self.end_of_turn) + 1]
 
     def encode(self, text: str) -> list[int]:
@@ -92,7 +94,25 @@ class ChatTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Text of token ids, special tokens left out."""
-        return str(self.hf.decode([i for i in ids if i not in self.special], clean_up_tokenization_spaces=False))
+        out, pending = "", list[int]()
+        for i in [*(i for i in ids if i not in self.special), None]:
+            if i is not None and i not in self.text:
+                pending.append(i)
+                continue
+            if pending or i is None:
+                out += str(self.hf.decode(pending, clean_up_tokenization_spaces=False))
+            pending = []
+            out += "" if i is None else self.text[i]
+        return out
+
+    def check_rows(self, rows: int) -> None:
+        """Raise InputError when the tokenizer has ids for which an embedding of ``rows`` rows has none."""
+        last = max(self.hf.get_vocab().values())
+        if last >= rows:
+            raise InputError(
+                f"{self.folder}: the tokenizer has {last + 1} tokens, the embedding {rows} rows; use the tokenizer that belongs "
+                "to this model, or make room with transformers' resize_token_embeddings and save the model again"
+            )
 
     def _holds_control(self, messages: list[Message]) -> bool:
         texts = [m["content"] for m in messages]
@@ -167,7 +187,16 @@ class ChatTokenizer:
             to_bytes = _sentencepiece_bytes
         else:
             raise InputError(f"constrained decoding does not know this tokenizer's decoder: {kind[:80]}")
-        return {i: to_bytes(token) for token, i in vocabulary.items() if i not in self.special}
+        out = {i: to_bytes(token) for token, i in vocabulary.items() if i not in self.special}
+        return out | {i: text.encode() for i, text in self.text.items() if i in out}
+
+
+def _added_text(hf: Any) -> dict[int, str]:
+    """Added tokens that a byte-level decoder would take for bytes: they stand for their own text."""
+    if "ByteLevel" not in str(getattr(getattr(hf, "backend_tokenizer", None), "decoder", None)):
+        return {}
+    added = {i: token.content for i, token in hf.added_tokens_decoder.items()}
+    return {i: text for i, text in added.items() if _byte_level_bytes(text) != text.encode()}
 
 
 def _hide(name: re.Match[str]) -> str:
