@@ -178,7 +178,7 @@ def test_malformed_overrides(minimal: str, words: list[str], message: str) -> No
         ("lora.alpha", "0"),
         ("lora.alpha", "-1"),
         ("lora.alpha", ".inf"),
-        ("lora.targets", "q_proj"),
+        ("lora.targets", "q_proj,"),
         ("model.dtype", "float16"),
         ("model.remat", "some"),
         ("data.format", "daily"),

@@ -27,7 +27,7 @@ def read_dialogues(format: str, path: str) -> list[Dialogue]:
     """
     file = bundled(path)
     dialogues = []
-    for number, row in _numbered(file, READERS[format][1]):
+    for number, row in numbered(file, READERS[format][1]):
         try:
             dialogues.append(READERS[format][0](row, number))
         except (KeyError, TypeError, AttributeError, ValueError) as e:
@@ -43,7 +43,7 @@ def read_conversations(path: str) -> list[tuple[str, list[Message]]]:
     """Read JSON Lines of {"id", "messages"}; the last message must be the assistant's. Raises InputError."""
     file = bundled(path)
     out = []
-    for number, row in _numbered(file, ("id", "messages")):
+    for number, row in numbered(file, ("id", "messages")):
         where = f"{file}, line {number}"
         messages = check_messages(row["messages"], where, last="assistant")
         if all(m["role"] != "user" for m in messages):
@@ -67,7 +67,8 @@ def check_messages(messages: Any, where: str, last: str) -> list[Message]:
     return [{"role": m["role"], "content": m["content"]} for m in messages]
 
 
-def _numbered(file: Path, required: tuple[str, ...]) -> list[tuple[int, dict[str, Any]]]:
+def numbered(file: Path, required: tuple[str, ...]) -> list[tuple[int, dict[str, Any]]]:
+    """The rows of a JSON Lines file with their lines' numbers, blank lines counted. Raises InputError."""
     rows = read_jsonl(file, required)
     lines = [i for i, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1) if line.strip()]
     return list(zip(lines, rows, strict=True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from esjax import storage
 from esjax.config import Config
-from esjax.configfile import load, read_text
+from esjax.configfile import Given, read_text
 from esjax.corpus.dialogue import Dialogue
 from esjax.corpus.sources import read_dialogues
 from esjax.errors import InputError
+from esjax.evolve.models import adapter_folder, run_model, settings_of
 from esjax.hub.fetch import resolve, weights_file
 from esjax.model.lora import Adapter, load_adapter, lora_from, read_lora
 from esjax.model.weights import Backbone, compute_dtype, load_backbone
@@ -46,7 +46,8 @@ class Lab:
         backbone = load_backbone(folder, lora, dtype, m.attention, m.remat, m.decoding_weights)
         how = backbone.execution
         say(
-            f"computing on {jax.default_backend()} in {dtype}; attention: {how.attention}, rematerialisation: {how.remat}"
+            f"computing on {jax.default_backend()} in {dtype}; attention: {how.attention}, rematerialisation: {how.remat}, "
+            f"weights while decoding: {how.weights}, cache: {dtype if m.cache_dtype == 'auto' else m.cache_dtype}"
         )
         encoder = Encoder(tokenizer, config.data.window, read_text(config.prompts.system))
         return cls(config, backbone, tokenizer, encoder)
@@ -83,29 +84,37 @@ class Lab:
         return load_adapter(folder, self.backbone.adapter_shapes)
 
 
-def adapter_folder(run: Path, t: int) -> Path:
-    """Where M_t's adapter lies in a run directory."""
-    return run / "sft" / "adapter" if t == 0 else run / f"round{t}" / "dpo" / "adapter"
+def open_model(spec: str, config: Config, told: Given | None = None) -> tuple[Lab, Adapter]:
+    """Open ``RUN_DIR:mT`` with the run's settings, or any backbone source, bare, with those of ``config``.
 
-
-def open_model(spec: str, config: Config) -> tuple[Lab, Adapter]:
-    """Open ``RUN_DIR:mT``, with the run's own config, or any backbone source, bare.
-
-    A run's model brings the run's system message; a bare backbone has none. Raises InputError.
+    What the command was ``told`` counts over the run's settings. A run's model brings the run's system message; a bare
+    backbone has none unless the command was told one. Raises InputError.
     """
-    match = re.fullmatch(r"(.+):m(\d+)", spec)
-    if match is None:
-        given = config.model.sha256 if spec == config.model.source else None
-        prompts = config.prompts.model_copy(update={"system": "bundled:prompts/none.txt"})
-        model = config.model.model_copy(update={"source": spec, "sha256": given})
-        lab = Lab.open(config.model_copy(update={"model": model, "prompts": prompts}), adapted=False)
-        return lab, nnx.State({})
-    run, t = storage.local(match[1]), int(match[2])
-    if not (run / "config.yaml").exists():
-        raise InputError(f"{spec}: {run} is not a run directory (no config.yaml in it)")
-    folder = adapter_folder(run, t)
-    if not folder.exists():
-        have = [f"m{i}" for i in range(100) if adapter_folder(run, i).exists()]
-        raise InputError(f"{spec}: M_{t} is not there; this run has {', '.join(have) or 'no finished model'}")
-    lab = Lab.open(load(str(run / "config.yaml"), []))
-    return lab, lab.adapter(folder)
+    told = told or Given()
+    named, settings = run_model(spec), settings_of(spec, told)
+    if named is not None and settings is not None:
+        lab = Lab.open(settings)
+        if "model.source" in told.settings:
+            check_base(spec, named[0], lab)
+        return lab, lab.adapter(adapter_folder(*named))
+    hashed = spec == config.model.source or "model.sha256" in told.settings
+    model = config.model.model_copy(update={"source": spec, "sha256": config.model.sha256 if hashed else None})
+    config = config.model_copy(update={"model": model})
+    if "prompts.system" not in told.settings:
+        none = config.prompts.model_copy(update={"system": "bundled:prompts/none.txt"})
+        config = config.model_copy(update={"prompts": none})
+    return Lab.open(config, adapted=False), nnx.State({})
+
+
+def check_base(spec: str, run: Path, lab: Lab) -> None:
+    """Raise InputError unless the backbone, named in so many words, is the one that the run's adapter was made on."""
+    manifest = run / "manifest.json"
+    stages = json.loads(manifest.read_text(encoding="utf-8"))["stages"] if manifest.exists() else {}
+    if lab.weights_hash not in (stage["inputs"].get("weights") for stage in stages.values()):
+        raise InputError(f"model.source={lab.config.model.source}: not the weights that {spec} was made on; leave it out")
+
+
+def model_hash(spec: str, lab: Lab) -> str:
+    """Identifies an opened model: its backbone, and its adapter if it has one."""
+    named = run_model(spec)
+    return lab.weights_hash + (sha256(adapter_folder(*named)) if named else "")

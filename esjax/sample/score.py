@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from flax import nnx
@@ -27,16 +27,25 @@ class Scorer:
         self.backbone, self.row_length, self.batch_rows = backbone, row_length, batch_rows
 
     def score(
-        self, adapter: Adapter, examples: Sequence[Rows], advance: Callable[[int], None] = lambda n: None
+        self,
+        adapter: Adapter,
+        examples: Sequence[Rows],
+        done: Callable[[int, list[np.ndarray]], object] = lambda i, branches: None,
+        wanted: Iterable[int] | None = None,
     ) -> list[list[np.ndarray]]:
         """For each example the log-probs of its targets, float32, one array for each branch (the trunk's first, if any).
 
-        ``advance`` is told how many examples are done after each batch. Raises Stopped on SIGTERM.
+        ``done`` is told each example's number and what it gets, batch after batch. Where some are ``wanted``, batches
+        without any of them are left out, and only those are told; a row holds the same examples as ever, for the same
+        rounding. Raises Stopped on SIGTERM.
         """
+        left = set(range(len(examples)) if wanted is None else wanted)
         out: list[list[np.ndarray]] = [[] for _ in examples]
         how = self.backbone.execution._replace(layout=layout(examples, packed=True), remat="none")
         with deferred() as stops:
             for rows, packed in in_order(examples, self.row_length, self.batch_rows):
+                if left.isdisjoint(i for members in packed for i in members):
+                    continue
                 if stops():
                     raise Stopped
                 placed = put_batch(rows)
@@ -46,7 +55,8 @@ class Scorer:
                         mine = (rows.segment[r] == segment) & (rows.weight[r] != 0)
                         branches = np.unique(rows.branch[r][mine])
                         out[i] = [logprobs[r][mine & (rows.branch[r] == b)] for b in branches]
-                advance(sum(map(len, packed)))
+                        if i in left:
+                            done(i, out[i])
         return out
 
 
