@@ -174,7 +174,7 @@ def similar(word: str, known: Collection[str]) -> list[str]:
     if exact and not ("." in word and near and near[0] in exact):
         return exact[:4]
     ending = difflib.get_close_matches(name, sorted(set(ends.values())), n=1, cutoff=0.75)
-    return near if near or not ending else [k for k, end in ends.items() if end == ending[0]][:4]
+    return [k for k, end in ends.items() if end == ending[0]][:4] if ending and "." not in word else near
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

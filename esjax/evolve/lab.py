@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from esjax.config import Config
-from esjax.configfile import Given, read_text
+from esjax.configfile import Given, load, read_text
 from esjax.corpus.dialogue import Dialogue
 from esjax.corpus.sources import read_dialogues
 from esjax.errors import InputError
@@ -107,11 +107,15 @@ def open_model(spec: str, config: Config, told: Given | None = None) -> tuple[La
 
 
 def check_base(spec: str, run: Path, lab: Lab) -> None:
-    """Raise InputError unless the backbone, named in so many words, is the one that the run's adapter was made on."""
+    """Raise InputError unless a backbone that was named in so many words is the one that the run's adapter was made on."""
+    if load(str(run / "config.yaml"), [], together=False).model.source == lab.config.model.source:
+        return
     manifest = run / "manifest.json"
     stages = json.loads(manifest.read_text(encoding="utf-8"))["stages"] if manifest.exists() else {}
     if lab.weights_hash not in (stage["inputs"].get("weights") for stage in stages.values()):
-        raise InputError(f"model.source={lab.config.model.source}: not the weights that {spec} was made on; leave it out")
+        raise InputError(
+            f"model.source={lab.config.model.source}: not the weights that {spec} was made on; leave it out"
+        )
 
 
 def model_hash(spec: str, lab: Lab) -> str:

@@ -15,6 +15,7 @@ from esjax.errors import InputError, RunError
 from esjax.evolve.lab import Lab, adapter_folder
 from esjax.evolve.pairs import Trunk, read_pairs, trunks
 from esjax.hosts import hosts
+from esjax.hub.fetch import public_name
 from esjax.model.lora import Adapter, peft_tensors, save_adapter
 from esjax.rows import Rows
 from esjax.rundir import RunDir, bundled_hash
@@ -185,7 +186,10 @@ def _save(lab: Lab, folder: Path, adapter: Adapter) -> None:
     tensors = peft_tensors(adapter, lab.backbone.arch)
     if hosts.writer:
         with replacing(folder) as temporary:
-            save_adapter(temporary, tensors, lab.backbone.lora, lab.config.model.source)
+            source = lab.config.model.source
+            base, revision = public_name(source, lab.backbone.folder)
+            # A converted file's source at least says what it is; `esjax export` writes a base that PEFT opens.
+            save_adapter(temporary, tensors, lab.backbone.lora, base or source, revision)
 
 
 def counted(counts: Counter[str]) -> str:

@@ -30,8 +30,18 @@ class ChatTokenizer:
         self.special = frozenset(self.hf.all_special_ids)
 
     def prompt(self, messages: list[Message]) -> list[int]:
-        """Token ids of a chat that the assistant is about to continue (with the template's generation header)."""
-        return self._template(messages, header=True)
+        """Token ids of a chat that the assistant is about to continue (with the template's generation header).
+
+        Raises InputError where there are none: a model continues something.
+        """
+        ids = self._template(messages, header=True)
+        if not ids:
+            roles = ", ".join(m["role"] for m in messages)
+            raise InputError(
+                f"the chat template makes no token of a chat with the roles {roles}; use a template that writes them, or set "
+                "prompts.system"
+            )
+        return ids
 
     def reply(self, prompt: list[int], messages: list[Message]) -> list[int]:
         """Token ids of the last message (the assistant's), end-of-turn token included, given its prompt's ids.
@@ -39,6 +49,11 @@ class ChatTokenizer:
         What the template puts after the end-of-turn token is not part of the reply. Raises InputError when the prompt is
         not a prefix of the whole chat, or the reply does not end its turn: such a template cannot be trained on.
         """
+        if len(prompt) < 2:
+            raise InputError(
+                "the chat template makes a single token of the prompt, and an answer to be trained on or scored needs two before "
+                "it; use a template that writes the roles, or set prompts.system"
+            )
         whole = self._template(messages, header=False)
         if whole[: len(prompt)] != prompt:
             raise InputError(
