@@ -122,7 +122,7 @@ def export(args: argparse.Namespace, config: Config) -> None:
     from esjax.export import export
     from esjax.outfile import held
 
-    with held(args.out, ".{}.lock"):
+    with held(args.out, "folder"):
         lab, adapter = open_model(f"{args.run_dir}:{args.model}", config, args.told)
         export(lab, adapter, args.format, args.out)
 

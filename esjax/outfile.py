@@ -8,14 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedRandom
 from pathlib import Path
+from typing import Literal
 
 from esjax.errors import InputError, TransientError
 from esjax.hosts import hosts, together
 
 
 @contextmanager
-def held(out: Path, lock: str = "{}.part") -> Iterator[None]:
-    """Within, ``out`` is this command's. ``lock`` is the file beside it that says so; it goes when it is empty in the end.
+def held(out: Path, kind: Literal["file", "folder"] = "file") -> Iterator[None]:
+    """Within, ``out`` is this command's: a lock on a file beside it says so (a file's .part), which goes if it ends empty.
 
     Raises InputError where ``out`` is there or cannot be written, TransientError while another command writes it.
     """
@@ -23,7 +24,7 @@ def held(out: Path, lock: str = "{}.part") -> Iterator[None]:
     try:
         with together():
             if hosts.writer:
-                taken = _take(out, lock)
+                taken = _take(out, kind)
         yield
     finally:
         if taken is not None:
@@ -33,15 +34,15 @@ def held(out: Path, lock: str = "{}.part") -> Iterator[None]:
             taken.close()
 
 
-def _take(out: Path, lock: str) -> BufferedRandom:
-    exists = InputError(f"{out} exists; give a new place as --out")
+def _take(out: Path, kind: str) -> BufferedRandom:
+    exists = InputError(f"{out} exists; give a new {kind} as --out")
     if out.is_dir() or not out.name:
         raise exists
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as e:
         raise InputError(f"--out {out}: {out.parent} is not a folder") from e
-    place = out.with_name(lock.format(out.name))
+    place = out.with_name(f"{out.name}.part" if kind == "file" else f".{out.name}.lock")
     if out.exists() and not place.exists():
         raise exists
     while True:

@@ -74,7 +74,7 @@ def run(tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
     file = tmp_path / "prompts.jsonl"
-    write_jsonl(file, [{"id": i, "messages": [user("I am so tired. " * (1 + i % 5))]} for i in range(24)])
+    write_jsonl(file, [{"id": i, "messages": [user("I am so tired. " * (1 + i % 5))]} for i in range(40)])
     return file
 
 
@@ -87,25 +87,25 @@ def test_a_killed_command_goes_on_from_what_is_finished(
     tiny_folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, what: str
 ) -> None:
     if command == "sample":
-        words = ["sample", "--prompts", str(prompts), "--reply.max_tokens", "12", "--reply.batch", "4"]
+        words = ["sample", "--prompts", str(prompts), "--reply.max_tokens", "6", "--reply.batch", "1"]
     else:
         rows = [r | {"messages": [*r["messages"], ANSWER]} for r in read_jsonl(prompts)]
         write_jsonl(tmp_path / "chats.jsonl", rows)
         words = ["score", "--data", str(tmp_path / "chats.jsonl"), "--data.window", "64", "--sft.micro_rows", "1"]
     words += ["--model", str(tiny_folder)]
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
-    killer = [sys.executable, "-c", SIGNALLER, what, "esjax.runlog", "Journal", "add", "7"]
+    killer = [sys.executable, "-c", SIGNALLER, what, "esjax.runlog", "Journal", "add", "36"]
     killed = subprocess.run([*killer, *words, "--out", str(out)], capture_output=True, text=True, check=False)
     assert killed.returncode == (143 if what == "SIGTERM" else -signal.SIGKILL), killed.stderr[-2000:]
     assert "Traceback" not in killed.stderr
     done = len((tmp_path / "out.jsonl.part").read_text().splitlines()) - 1  # the first line says what it is of
-    assert 6 <= done < 24
+    assert 35 <= done < 40
     if what == "SIGTERM":
         assert killed.stderr.splitlines()[-1] == "esjax: stopped by SIGTERM; the same command continues"
     main([*words, "--out", str(whole)])
     capsys.readouterr()
     main([*words, "--out", str(out)])
-    assert f"out.jsonl: {done} of 24 rows were finished before" in capsys.readouterr().err
+    assert f"out.jsonl: {done} of 40 rows were finished before" in capsys.readouterr().err
     assert out.read_bytes() == whole.read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir() if "out" in p.name) == ["out.jsonl"]
 
@@ -127,7 +127,7 @@ def test_what_another_command_left_is_refused_by_name(
     part.unlink()
     main([*map(str, words)])
     made = out.read_bytes()
-    assert [r["id"] for r in read_jsonl(out)] == list(range(24))
+    assert [r["id"] for r in read_jsonl(out)] == list(range(40))
     # What a kill between the name and the end leaves is done; what one before it leaves goes on.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("esjax.runlog.Journal.finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -144,13 +144,13 @@ def test_what_another_command_left_is_refused_by_name(
         (["--prompts.system", "bundled:prompts/system.txt"], "prompts.system"),
     ):
         line = refused(*words, *change)
-        assert f"24 rows of another command, which differs in {named}" in line
+        assert f"40 rows of another command, which differs in {named}" in line
     assert set(identity) >= {"--model", "content of the file", "model.dtype"}
     out.write_bytes(made)
     main([*map(str, words)])
     assert out.read_bytes() == made
     assert not part.exists()
-    assert f"{out} exists; give a new place as --out" in refused(*words)
+    assert f"{out} exists; give a new file as --out" in refused(*words)
 
 
 def test_only_what_continues_says_so(
@@ -183,7 +183,7 @@ def test_a_second_command_on_one_out_is_told_to_wait(
         line = refused(*words, "--out", out, code=75)
         assert line == f"esjax: error: {out}: another command is writing it; wait for it or give another --out"
         main([*map(str, words), "--out", str(tmp_path / "another.jsonl")])  # control
-    with held(tmp_path / "hf", ".{}.lock"):
+    with held(tmp_path / "hf", "folder"):
         words = ["export", "--run-dir", run, "--model", "m0", "--format", "peft", "--out", tmp_path / "hf"]
         assert "another command is writing it" in refused(*words, code=75)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["another.jsonl", "prompts.jsonl"]
@@ -208,10 +208,10 @@ def test_a_place_that_cannot_be_written_is_refused_first(
         adapter_folder(tmp_path, 0).mkdir(parents=True)
     before = sorted(p.name for p in tmp_path.iterdir())
     for out, message in (
-        (folder, "exists; give a new place"),
-        (prompts, "exists; give a new place"),
+        (folder, "exists; give a new"),
+        (prompts, "exists; give a new"),
         (file / "below" / "out", "is not a folder"),
-        ("", "exists; give a new place"),
+        ("", "exists; give a new"),
         ("x" * 300, "File name too long"),
     ):
         assert message in refused(*words, "--out", out)
@@ -347,7 +347,7 @@ def test_a_prompt_beyond_the_positions_is_named_before_anything_is_drawn(
     refused: Refused, tiny_folder: Path, tmp_path: Path
 ) -> None:
     file, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
-    rows = [{"id": "a", "messages": [user("Hi")]}, {"id": "b", "messages": [user("word " * 900)]}]
+    rows = [{"id": "a", "messages": [user("Hi")]}, {"id": "b", "messages": [user("word " * 1900)]}]
     file.write_text("\n\n" + "".join(json.dumps(r) + "\n" for r in rows))
     words = ["sample", "--model", tiny_folder, "--prompts", file, "--out", out]
     line = refused(*words, "--reply.max_tokens", 4000)

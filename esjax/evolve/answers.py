@@ -24,6 +24,7 @@ from esjax.sample.constrain import START, Field, compile_template
 from esjax.sample.generate import Completion, Request, row_seed
 from esjax.sample.score import Scorer
 
+BLOCK = 32  # replies a lane that are drawn together
 MOST = 10_000_000  # answers of one command: they are held in memory
 
 
@@ -88,8 +89,8 @@ def answer(
                     f"its {size} tokens and reply.max_tokens={most} new ones exceed the model's {positions} positions; "
                     f"{remedy}shorten or remove it"
                 )
-    generator, devices = lab.generator, batch_groups()
-    generator.lanes = min(how.batch, -(-count * len(prompts) // devices) * devices)
+    generator, devices, total = lab.generator, batch_groups(), count * len(prompts)
+    generator.lanes = min(how.batch, -(-total // devices) * devices)
 
     def requests(indices: range | list[int]) -> list[Request]:
         out = []
@@ -100,6 +101,8 @@ def answer(
         return out
 
     def work(missing: list[int], add: Callable[..., None]) -> None:
+        left = set(missing)
+
         def done(request: Request, made: Completion) -> tuple[()]:
             n, k = divmod(request.key, count)
             row = {
@@ -110,15 +113,23 @@ def answer(
                 "logprobs": made.logprobs,
                 "finish_reason": made.finish,
             }
-            add(request.key, row, len(made.token_ids))
+            if request.key in left:
+                add(request.key, row, len(made.token_ids))
             return ()
 
-        generator.fit(generator.grouped(requests(range(count * len(prompts)))))  # the shapes of a command never killed
-        generator.work(adapter, generator.grouped(requests(missing)), done, form.automaton if form else None)
+        # Which prompts share what they begin with moves log-probs in their last digits. So that a continued command ends
+        # with the same bytes, a block that lacks a reply is made anew as a whole, with the shapes of all.
+        generator.fit(generator.grouped(requests(range(total))))
+        slots = generator.slots
+        for start in range(0, total, BLOCK * generator.lanes):
+            block = range(start, min(total, start + BLOCK * generator.lanes))
+            if not left.isdisjoint(block):
+                generator.slots = slots
+                generator.work(adapter, generator.grouped(requests(block)), done, form.automaton if form else None)
 
     drawn = {f"reply.{key}": getattr(how, key) for key in ("temperature", "top_p", "top_k", "max_tokens")}
     of = of | {"--num-samples": count, "--regex or --json-schema": pattern, "seed": seed, **drawn}
-    gather(out, count * len(prompts), "replies", work, of | _read_as(lab, prompts))
+    gather(out, total, "replies", work, of | _read_as(lab, prompts))
     say(f"  {generator.usage}")
 
 
