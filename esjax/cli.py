@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import re
 import sys
 import traceback
-from pathlib import Path
 from typing import NoReturn
 
 from esjax import hosts
 from esjax.config import Config
-from esjax.configfile import keys, load
+from esjax.configfile import Given, keys, load, similar
 from esjax.errors import InputError, RunError, is_full_disk, outcome
-from esjax.options import build
+from esjax.options import FIXED, READ, build, read_by
+
+CONTINUES = ("evolve", "sft", "dpo", "sample", "score")  # the commands that go on from what a killed one finished
 
 
 def evolve(args: argparse.Namespace, config: Config) -> None:
@@ -69,14 +71,20 @@ def sample(args: argparse.Namespace, config: Config) -> None:
 
     With --num-samples a prompt has several answers, one line each, numbered as "sample" from 0.
     """
-    from esjax.evolve.answers import answer, read_questions
-    from esjax.evolve.lab import open_model
+    from esjax.evolve.answers import MOST, answer, identity, read_chats
+    from esjax.evolve.lab import model_hash, open_model
+    from esjax.outfile import held
 
-    if args.num_samples < 1:
-        raise InputError(f"--num-samples {args.num_samples}: at least 1")
-    questions, pattern = read_questions(args.prompts), _pattern(args)
-    _fresh(args.out)
-    answer(*open_model(args.model, config), questions, args.num_samples, pattern, config, args.out)
+    chats, pattern = read_chats(args.prompts, "user"), _pattern(args)
+    if not 1 <= args.num_samples <= MOST // len(chats):
+        raise InputError(
+            f"--num-samples {args.num_samples}: at least 1, and {MOST} answers at most: {MOST // len(chats)} to each of "
+            f"{len(chats)} prompts"
+        )
+    with held(args.out):
+        lab, adapter = open_model(args.model, config, args.told)
+        of = identity(model_hash(args.model, lab), args.prompts)
+        answer(lab, adapter, chats, args.out, of, args.num_samples, pattern)
 
 
 def _pattern(args: argparse.Namespace) -> str | None:
@@ -92,36 +100,31 @@ def _pattern(args: argparse.Namespace) -> str | None:
 
 
 def score(args: argparse.Namespace, config: Config) -> None:
-    """Score replies: JSON Lines {"id", "messages"}, the last assistant message being the target, to its log-probs."""
-    from esjax.corpus.sources import read_conversations
-    from esjax.evolve.lab import open_model
-    from esjax.mesh import rows_at_once
-    from esjax.runlog import progress, publish_jsonl
-    from esjax.sample.score import Scorer
+    """Score replies: JSON Lines {"id", "messages"}, the last assistant message being the target, to its log-probs.
 
-    chats = read_conversations(str(args.data))
-    _fresh(args.out)
-    lab, adapter = open_model(args.model, config)
-    examples = [lab.encoder.target(lab.encoder.with_system(m), f"{args.data}, id {i}") for i, m in chats]
-    scorer = Scorer(
-        lab.backbone, max(config.data.window, max(len(e.tokens) for e in examples)), rows_at_once("sft", config.sft)
-    )
-    with progress("scoring", len(examples)) as advance:
-        scored = scorer.score(adapter, examples, advance)
-    rows = []
-    for (name, _), (logprobs,) in zip(chats, scored, strict=True):
-        values = [float(x) for x in logprobs]
-        rows.append({"id": name, "logprob": sum(values), "num_tokens": len(values), "token_logprobs": values})
-    publish_jsonl(args.out, rows)
+    Chats are scored whole, whatever the run's data.window; given here, data.window cuts them as training does.
+    """
+    from esjax.evolve import answers
+    from esjax.evolve.lab import model_hash, open_model
+    from esjax.outfile import held
+
+    chats = answers.read_chats(args.data, "assistant")
+    with held(args.out):
+        lab, adapter = open_model(args.model, config, args.told)
+        of = answers.identity(model_hash(args.model, lab), args.data)
+        window = lab.config.data.window if "data.window" in args.told.settings else None
+        answers.score(lab, adapter, chats, args.out, of, window)
 
 
 def export(args: argparse.Namespace, config: Config) -> None:
     """Write a run's model as a Hugging Face folder (merged) or PEFT adapter, after reloading and comparing it."""
     from esjax.evolve.lab import open_model
     from esjax.export import export
+    from esjax.outfile import held
 
-    lab, adapter = open_model(f"{args.run_dir}:{args.model}", config)
-    export(lab, adapter, args.format, args.out)
+    with held(args.out, "folder"):
+        lab, adapter = open_model(f"{args.run_dir}:{args.model}", config, args.told)
+        export(lab, adapter, args.format, args.out)
 
 
 def bench(args: argparse.Namespace, config: Config) -> None:
@@ -186,33 +189,68 @@ def plan(args: argparse.Namespace, config: Config) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 1 the run failed, 2 bad input, 75 try again, 130 interrupted, 143 stopped by SIGTERM."""
-    arguments = sys.argv[1:] if argv is None else argv
     parser, commands = build((evolve, sft, dpo, sample, score, plan, bench, export))
+    continues = True
     try:
-        args, overrides = parser.parse_known_args(arguments)
-        options = [o for a in commands[args.command]._actions for o in a.option_strings if o.startswith("--")]
-        for word in overrides:
-            name = word.partition("=")[0]
-            if word.startswith("--") and "." not in name and name[2:].replace("-", "_") not in keys(Config):
-                close = difflib.get_close_matches(name, options, n=1)
-                raise InputError(
-                    f"unknown option {name}"
-                    + (f": did you mean {close[0]}?" if close else f": see esjax {args.command} --help")
-                )
+        args, overrides = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+        continues = args.command in CONTINUES
+        _check_names(args.command, commands[args.command], overrides)
         hosts.watch()
         _join(args)
         with hosts.together():
-            config = load(args.config, overrides)
+            config = _settings(args, overrides)
             _prepare_jax()
         with _devices(args, config):
             args.function(args, config)
     except BaseException as error:
-        _fail(error)
+        _fail(error, continues)
 
 
-def _fail(error: BaseException) -> NoReturn:
+def _check_names(command: str, parser: argparse.ArgumentParser, overrides: list[str]) -> None:
+    """Refuse what is neither an option nor a setting, with what may have been meant. Raises InputError."""
+    options = [o for a in parser._actions for o in a.option_strings if o.startswith("--") and o != "--help"]
+    for word in overrides:
+        name = word.partition("=")[0]
+        if not word.startswith("--") or "." in name or name[2:].replace("-", "_") in keys(Config):
+            continue
+        close = difflib.get_close_matches(name, options, n=1, cutoff=0.7)
+        close = close or [f"--{key}" for key in similar(name[2:], read_by(command))]
+        hint = f"did you mean {' or '.join(close)}?" if close else f"see esjax {command} --help"
+        raise InputError(f"unknown option {name}: {hint}")
+
+
+def _settings(args: argparse.Namespace, overrides: list[str]) -> Config:
+    """The settings of a command: those of the run whose model it opens, or of its --config; its options over them.
+
+    What it was told in so many words is kept as ``args.told``. Raises InputError for a setting that it does not read.
+    """
+    told, read = Given.of(args.config, overrides), read_by(args.command)
+    opens = getattr(args, "model", None)
+    if args.command == "export":
+        if not re.fullmatch(r"m\d+", args.model):
+            raise InputError(f"--model {args.model}: give m0, m1, ..., a model of the run")
+        opens = f"{args.run_dir}:{args.model}"
+    for key in sorted(told.typed - {*read, *(FIXED if opens else ())}):
+        raise InputError(
+            f"--{key}: esjax {args.command} makes no use of it; `esjax {args.command} --help` lists what it reads"
+        )
+    args.told = Given({k: v for k, v in told.settings.items() if k in read or k in FIXED}, told.typed)
+    whole = args.command not in READ  # it trains, or plans that
+    config = load(args.config, overrides, together=whole)
+    if opens is None:
+        return config
+    from esjax.evolve.models import settings_of
+
+    own = settings_of(opens, args.told, together=whole)
+    if own is None and args.command != "dpo":
+        for key in sorted(told.typed & set(FIXED)):
+            raise InputError(f"--{key}: {opens} is a bare backbone, which has nothing to set there; leave it out")
+    return own or config
+
+
+def _fail(error: BaseException, continues: bool) -> NoReturn:
     """End the process: one line for what a person or time can mend, the traceback for what only we can."""
-    ended = outcome(error)
+    ended = outcome(error, continues)
     if hosts.hosts.joined and (ended is None or ended[0] in (1, 75)):
         ended = hosts.elsewhere() or ended  # what ended another process is the reason for what this one met
     if hosts.hosts.joined and ended is None:
@@ -267,18 +305,6 @@ def _prepare_jax() -> None:
     gpu_share()  # JAX may take most of a GPU: nothing else runs there
     jax.config.update("jax_compilation_cache_dir", str(cache_root() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-
-
-def _fresh(path: Path) -> None:
-    from esjax.runlog import check_writable
-
-    with hosts.together():
-        check_writable(path, "--out")
-    if not hosts.hosts.all(not path.exists()):
-        raise InputError(f"{path} exists; give a new file as --out")
-    if hosts.hosts.writer:
-        path.with_name(path.name + ".part").unlink(missing_ok=True)  # of a killed command, perhaps with another model
-    hosts.hosts.wait("output fresh")
 
 
 def _print(table: object) -> None:

@@ -19,7 +19,9 @@ CONTENT = "content"  # names files: what is in them counts, not where they lie o
 class Settings(BaseModel):
     """Base of all sections: immutable, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, str_min_length=1
+    )
 
 
 class ModelSettings(Settings):

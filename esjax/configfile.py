@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import types
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -51,72 +52,150 @@ def read_whole(file: Path, kind: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def load(file: str | None, overrides: list[str]) -> Config:
+@dataclass(frozen=True)
+class Given:
+    """What a command was told in so many words: the settings of its ``--config FILE``, and the command line's over them."""
+
+    settings: dict[str, Any] = field(default_factory=dict)  # dotted name -> value, not yet checked
+    typed: frozenset[str] = frozenset()  # those of the command line
+
+    @classmethod
+    def of(cls, file: str | None, overrides: list[str]) -> Given:
+        """Without a file only the overrides: the quickstart's config is nobody's wish. Raises InputError."""
+        typed = _parsed(overrides)
+        return cls((dict(_flat(_tree(file))) if file else {}) | typed, frozenset(typed))
+
+
+def load(
+    file: str | None, overrides: list[str], over: Mapping[str, Any] | None = None, together: bool = True
+) -> Config:
     """Read FILE (the quickstart's when None), apply ``--section.key value`` overrides, check everything.
 
-    Raises InputError with one line on any unknown key, wrong type or out-of-range value.
+    ``over`` holds further settings by dotted name, see Given; without ``together`` only each setting by itself is checked,
+    which is enough for what trains nothing. Raises InputError with one line on any unknown key, wrong type or out-of-range
+    value.
     """
     where = file or "bundled:configs/quickstart.yaml"
-    try:
-        tree = yaml.safe_load(read_text(where))
-    except (yaml.YAMLError, RecursionError, ValueError) as e:
-        raise InputError(f"{where}: not YAML: {' '.join(str(e).split())}") from e
-    if not isinstance(tree, dict):
-        raise InputError(f"{where}: expected a mapping of sections, found {type(tree).__name__}")
-    _apply(tree, overrides)
-    known = set(keys(Config))
-    for key in _flat(tree):
+    tree, known = _tree(where), keys(Config)
+    for key, value in {**_parsed(overrides), **(over or {})}.items():
+        _put(tree, key, value)
+    for key, value in _flat(tree):
         if key not in known and not any(k.startswith(key + ".") for k in known):
             raise InputError(f"unknown setting {key}{nearest(key, known)} (in {where} or on the command line)")
+        if isinstance(value, bool) and "bool" not in known.get(key, ("bool",))[0]:  # pydantic takes true for 1
+            raise InputError(f"setting {key}={value}: expected {known[key][0]} (in {where} or on the command line)")
     try:
-        return Config.model_validate(tree).validate_together()
+        config = Config.model_validate(tree)
     except ValidationError as e:
         first = e.errors()[0]
         key = ".".join(str(p) for p in first["loc"])
-        value = "" if first["type"] == "missing" else f"={first['input']!r}"
+        value = "" if first["type"] == "missing" else f"={first['input']!r:.100}"
         raise InputError(f"setting {key}{value}: {first['msg']} (in {where} or on the command line)") from e
+    return config.validate_together() if together else config
 
 
-def _apply(tree: dict[str, Any], overrides: list[str]) -> None:
-    """Write ``--section.key value`` or ``--section.key=value`` into the tree; values are YAML."""
-    left = list(overrides)
+class _Loader(yaml.SafeLoader):
+    """YAML in which a repeated key is an error, not the later one."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in getattr(node, "value", []) if isinstance(node, yaml.MappingNode) else []:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _tree(where: str) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises InputError."""
+    try:
+        tree = yaml.load(read_text(where), Loader=_Loader)
+    except (
+        yaml.YAMLError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        RecursionError,
+    ) as e:  # of odd scalars, too
+        raise InputError(f"{where}: not YAML: {' '.join(str(e).split())[:300]}") from e
+    if not isinstance(tree, dict):
+        raise InputError(f"{where}: expected a mapping of sections, found {type(tree).__name__}")
+    return tree
+
+
+def _parsed(overrides: list[str]) -> dict[str, Any]:
+    """``--section.key value`` or ``--section.key=value`` as dotted names and values; the last one of a name counts."""
+    left, known, out = list(overrides), keys(Config), {}
     while left:
         word = left.pop(0)
         if not word.startswith("--"):
             raise InputError(f"unexpected argument {word!r}: settings are given as --section.key value")
         key, eq, text = word[2:].partition("=")
         key = key.replace("-", "_")
-        if not eq:
-            if not left:
-                raise InputError(f"--{key} needs a value: --{key} VALUE")
-            text = left.pop(0)
-        known = set(keys(Config))
         if key not in known:
             raise InputError(f"unknown setting --{key}{nearest(key, known)}")
-        node = tree
-        *sections, last = key.split(".")
-        for section in sections:
-            node = node.setdefault(section, {})
-            if not isinstance(node, dict):
-                raise InputError(f"--{key}: the file gives {section} as {node!r}; expected a mapping of settings there")
+        if not eq:
+            if not left or left[0].startswith("--"):
+                raise InputError(f"--{key} needs a value: --{key} VALUE, or --{key}=VALUE where it begins with --")
+            text = left.pop(0)
+        out[key] = _value(key, known[key][0], text)
+    return out
+
+
+def _value(key: str, kind: str, text: str) -> Any:
+    """A value as it was typed, for pydantic to read: YAML would make numbers and dates of names, and 8 of 010.
+
+    Quotes around it are YAML's, a list is ``a,b`` or YAML's ``[a, b]``, and null is none.
+    """
+    if not text:
+        raise InputError(f"--{key} is empty; give a value{', or null for none' if 'null' in kind.split('|') else ''}")
+    if text == "null":
+        return None
+    if text[0] in "'\"" or (kind == "list" and text[0] == "["):
         try:
-            node[last] = yaml.safe_load(text)
+            return yaml.safe_load(text)
         except yaml.YAMLError:
-            node[last] = text
+            return text
+    return [part.strip() for part in text.split(",")] if kind == "list" else text
 
 
-def nearest(word: str, known: set[str]) -> str:
-    """``": did you mean X?"`` for the most similar known name, or where to look."""
-    close = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.5)
-    return f": did you mean {close[0]}?" if close else ": `esjax evolve --help` lists all settings"
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    node = tree
+    *sections, last = key.split(".")
+    for section in sections:
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise InputError(f"--{key}: the file gives {section} as {node!r}; expected a mapping of settings there")
+    node[last] = value
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
+def nearest(word: str, known: Collection[str]) -> str:
+    """``": did you mean X?"`` for the most similar known names, or where to look."""
+    close = similar(word, known)
+    return f": did you mean {' or '.join(close)}?" if close else ": `esjax evolve --help` lists all settings"
+
+
+def similar(word: str, known: Collection[str]) -> list[str]:
+    """Known settings that a word may mean: by their last part (``temperature``), its initials (``lr``), or nearly so."""
+    ends = {key: key.rpartition(".")[2] for key in known}
+    name = word.rpartition(".")[2].replace("-", "_")
+    exact = [k for k, end in ends.items() if name in (end, "".join(part[0] for part in end.split("_")))]
+    near = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.5)
+    if exact and not ("." in word and near and near[0] in exact):
+        return exact[:4]
+    ending = difflib.get_close_matches(name, sorted(set(ends.values())), n=1, cutoff=0.75)
+    return [k for k, end in ends.items() if end == ending[0]][:4] if ending and "." not in word else near
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values. No setting lies five sections deep; an alias within itself would go on for ever."""
     for key, value in tree.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and prefix.count(".") < 5:
             yield from _flat(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}"
+            yield f"{prefix}{key}", value
 
 
 def keys(section: type[Settings], prefix: str = "") -> dict[str, tuple[str, Any, str]]:

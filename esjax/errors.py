@@ -39,23 +39,25 @@ def within(where: str) -> Iterator[None]:
         raise InputError(f"{where}: {e}") from e
 
 
-def outcome(error: BaseException) -> tuple[int, str] | None:
+def outcome(error: BaseException, continues: bool = True) -> tuple[int, str] | None:
     """The exit code and the line of an error that a person or time can mend; None for what only we can.
 
     Errors of the operating system count: a full disk and a lost connection pass (75), a folder that may not be written
-    does not (2). Memory that does not suffice will not suffice the next time either (2).
+    does not (2). Memory that does not suffice will not suffice the next time either (2). ``continues`` is whether the same
+    command, given again, goes on from what was done.
     """
+    again = "continues" if continues else "starts over"
     for kind, code in ((InputError, 2), (TransientError, 75), (RunError, 1)):
         if isinstance(error, kind):
             return code, f"error: {error}"
     if isinstance(error, Stopped):
-        return 143, "stopped by SIGTERM; the same command continues"
+        return 143, f"stopped by SIGTERM; the same command {again}"
     if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted; the same command continues"
+        return 130, f"interrupted; the same command {again}"
     if isinstance(error, SystemExit):
         return None
     if is_full_disk(error):
-        return 75, "error: the disk is full; free some space and run the same command again, it continues"
+        return 75, f"error: the disk is full; free some space and run the same command again, it {again}"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return 2, (
             f"error: out of memory ({_line(error)}); lower sft.micro_rows, dpo.micro_rows or evolve.batch, choose "
@@ -64,7 +66,7 @@ def outcome(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         if isinstance(error, ConnectionError | TimeoutError) or error.errno in PASSING:
-            return 75, f"error: {where}{_line(error)}; run the same command again, it continues"
+            return 75, f"error: {where}{_line(error)}; run the same command again, it {again}"
         if error.errno is not None:
             return 2, f"error: {where}{error.strerror}; choose a place that can be read and written"
     return None

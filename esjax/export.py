@@ -15,6 +15,7 @@ from flax import nnx
 from esjax import rows
 from esjax.errors import InputError, RunError
 from esjax.evolve.lab import Lab
+from esjax.hub.fetch import RECORD, public_name
 from esjax.hub.shards import write_shards
 from esjax.model.families import config_of
 from esjax.model.lora import Adapter, load_adapter, peft_tensors, save_adapter
@@ -54,7 +55,12 @@ def export(lab: Lab, adapter: Adapter, format: Literal["merged", "peft"], out: P
             config |= {"dtype": backbone.dtype.name, "torch_dtype": backbone.dtype.name}  # transformers 5 and 4
             (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         else:
-            save_adapter(folder, peft_tensors(adapter, backbone.arch), backbone.lora, str(backbone.folder.absolute()))
+            base, revision = public_name(lab.config.model.source, backbone.folder)
+            place = str((out / "base").absolute())
+            save_adapter(folder, peft_tensors(adapter, backbone.arch), backbone.lora, base or place, revision)
+            if base is None:  # converted from a file, so no name would do: the base goes along
+                shutil.copytree(backbone.folder, folder / "base", ignore=shutil.ignore_patterns(RECORD))
+                say(f"the base lies in {place}; where that is moved, adapter_config.json must say its new place")
         for pattern in {*COPIED, *lab.tokenizer.hf.vocab_files_names.values()}:
             for file in backbone.folder.glob(pattern):
                 to = folder / file.relative_to(backbone.folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -127,6 +128,24 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         ("--out", _need("DIR", "the folder to write; must not exist")),
     ),
 }
+# The settings (or whole sections) that a command makes use of, where those are not all. Any other may stand in the config
+# file, which is a whole experiment's, but is refused on the command line.
+MODEL_READ = ("model.sha256", "model.dtype", "model.attention")
+FIXED = ("model.source", "lora.rank", "lora.alpha", "lora.targets")  # the model's own: taken where they say what is so
+READ: dict[str, tuple[str, ...]] = {
+    "sample": (
+        *("seed", *MODEL_READ, "model.cache_dtype", "model.decoding_weights", "mesh", "prompts.system"),
+        *("reply.temperature", "reply.top_p", "reply.top_k", "reply.max_tokens", "reply.batch"),
+    ),
+    "score": (*MODEL_READ, "mesh", "data.window", "prompts.system", "sft.micro_rows"),
+    "bench": ("model.attention", "model.remat"),
+    "export": MODEL_READ,
+}
+
+
+def read_by(command: str) -> list[str]:
+    """The settings that a command makes use of, by dotted name."""
+    return [key for key in keys(Config) if any(f"{key}.".startswith(f"{r}.") for r in READ.get(command, (key,)))]
 
 
 class Parser(argparse.ArgumentParser):
@@ -160,7 +179,7 @@ def build(
             function.__name__,
             help=text.split(":")[0],
             description=text,
-            epilog=_settings_help(),
+            epilog=_settings_help(function.__name__),
             formatter_class=_Help,
             allow_abbrev=False,
         )
@@ -172,14 +191,20 @@ def build(
     return parser, commands
 
 
-def _settings_help() -> str:
-    """All settings with type, default and meaning, from the one place where they are defined."""
+def _settings_help(command: str) -> str:
+    """The settings that a command reads, with type, default and meaning, from the one place where they are defined."""
     lines = ["settings (in the config file, or as --section.key value):"]
-    for name, (kind, default, text) in keys(Config).items():
-        shown = (
-            "required"
-            if repr(default) == "PydanticUndefined"
-            else f"default {','.join(default) if isinstance(default, tuple) else default}"
-        )
-        lines += [f"  --{name} {kind.upper()}  ({shown})", f"      {text}"]
+    known = keys(Config)
+    for name in read_by(command):
+        kind, default, text = known[name]
+        if kind == "list":
+            kind, default = "A,B,...", ",".join(default)
+        elif "|" in kind and "|null" not in kind:
+            kind = "{" + kind.replace("|", ",") + "}"
+        else:
+            kind = kind.upper().replace("|NULL", "|null")
+        if default is None or isinstance(default, bool):
+            default = json.dumps(default)
+        shown = "required" if repr(default) == "PydanticUndefined" else f"default {default}"
+        lines += [f"  --{name} {kind}  ({shown})", "      " + text.replace("\n", "\n      ")]
     return "\n".join(lines)

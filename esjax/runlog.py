@@ -200,16 +200,21 @@ class Journal:
     Lines ``[index, row]`` gather in ``path.part``, each written out at once; whole lines found there from a killed run are
     kept. ``finish`` gives the file its name when all rows are there, in the order of their indices. All processes of a run
     add the same rows; the first writes them.
+
+    A file outside a run directory says itself what it was made from: ``of``, a mapping from option or setting to value or
+    hash, is the first line of ``path.part``, and rows of another one are refused by name.
     """
 
-    def __init__(self, path: Path, total: int) -> None:
-        self.path, self.total = path, total
+    def __init__(self, path: Path, total: int, of: dict[str, Any] | None = None) -> None:
+        self.path, self.total, self.of = path, total, of
         self._part = path.with_name(path.name + ".part")
         self._file: BinaryIO | None = None
         self.rows: dict[int, dict[str, Any]] = {}
 
     def __enter__(self) -> Journal:
         if self.path.exists():
+            if self.of is not None and self._differing(self._part_lines()[0]):
+                raise InputError(f"{self.path} exists; give a new file as --out")
             self.rows = dict(enumerate(read_jsonl(self.path)))
             if len(self.rows) != self.total:
                 raise InputError(
@@ -219,14 +224,39 @@ class Journal:
                 self._part.unlink(missing_ok=True)  # of a run that was killed between the name and the end
             return self
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = self._part.read_bytes().splitlines(keepends=True) if self._part.exists() else []
-        whole = [line for line in lines if line.endswith(b"\n")]  # a kill may have torn the last one
-        self.rows = dict(map(json.loads, whole))
+        of, rows, size = self._part_lines()
+        differing = self._differing(of) if rows else []
+        if differing:
+            raise InputError(
+                f"{self._part}: {len(rows)} rows of another command, which differs in {', '.join(differing)}; give the same as "
+                "then to go on with it, or delete it"
+            )
+        self.rows = rows
         hosts.wait(f"{self.path.name} read")
         if hosts.writer:
             self._file = open(self._part, "ab")  # closed in __exit__
-            self._file.truncate(sum(map(len, whole)))
+            self._file.truncate(size if rows else 0)
+            if not rows and self.of is not None:
+                self._write({"of": self.of})
+        if rows and self.of is not None:
+            say(f"{self.path}: {len(rows)} of {self.total} rows were finished before")
         return self
+
+    def _part_lines(self) -> tuple[dict[str, Any] | None, dict[int, dict[str, Any]], int]:
+        """What a killed command left: what it made rows of, its rows, and the bytes of its whole lines."""
+        lines = self._part.read_bytes().splitlines(keepends=True) if self._part.exists() else []
+        whole = [line for line in lines if line.endswith(b"\n")]  # a kill may have torn the last one
+        try:
+            read = list(map(json.loads, whole))
+            of = read.pop(0)["of"] if read and isinstance(read[0], dict) else None
+            return of, dict(read), sum(map(len, whole))
+        except (ValueError, TypeError, LookupError) as e:
+            raise InputError(f"{self._part}: damaged; delete it to have its rows made again") from e
+
+    def _differing(self, of: dict[str, Any] | None) -> list[str]:
+        """The options and settings in which what was found is not of this command."""
+        mine, found = self.of or {}, of or {}
+        return [key for key in mine | found if mine.get(key) != found.get(key)]
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None and not self._file.closed:
@@ -244,9 +274,13 @@ class Journal:
             raise AssertionError(f"{self.path}: row {index} of {self.total} is not wanted")
         self.rows[index] = row
         if self._file is not None:
-            self._file.write((json.dumps([index, row], ensure_ascii=False) + "\n").encode())
-            self._file.flush()
+            self._write([index, row])
             storage.keep(self._part)
+
+    def _write(self, line: Any) -> None:
+        assert self._file is not None
+        self._file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
+        self._file.flush()
 
     def finish(self) -> list[dict[str, Any]]:
         """Write the file, and return its rows."""
@@ -264,10 +298,17 @@ class Journal:
 
 
 def gather(
-    path: Path, total: int, label: str, work: Callable[[list[int], Callable[..., None]], None]
+    path: Path,
+    total: int,
+    label: str,
+    work: Callable[[list[int], Callable[..., None]], None],
+    of: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Fill a JSON Lines file: ``work(missing, add)`` makes the missing rows and calls ``add(index, row, tokens=0)``."""
-    with Journal(path, total) as journal:
+    """Fill a JSON Lines file: ``work(missing, add)`` makes the missing rows and calls ``add(index, row, tokens=0)``.
+
+    ``of``: see Journal.
+    """
+    with Journal(path, total, of) as journal:
         if journal.missing:
             with progress(label, total, done=len(journal.rows)) as advance:
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import yaml
 from conftest import REPOSITORY
 
 from esjax import configfile
+from esjax.cli import main
 from esjax.config import Config
-from esjax.configfile import changes, differing, dump, keys, load
+from esjax.configfile import Given, changes, differing, dump, keys, load, similar
 from esjax.errors import InputError
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -179,7 +181,7 @@ def test_malformed_overrides(minimal: str, words: list[str], message: str) -> No
         ("lora.alpha", "0"),
         ("lora.alpha", "-1"),
         ("lora.alpha", ".inf"),
-        ("lora.targets", "q_proj"),
+        ("lora.targets", "q_proj,"),
         ("model.dtype", "float16"),
         ("model.remat", "some"),
         ("data.format", "daily"),
@@ -334,6 +336,158 @@ def test_bundled_files() -> None:
     assert configfile.bundled("/as/it/is") == Path("/as/it/is")
     with pytest.raises(InputError, match=r"bundled:prompts/absent\.txt: no such bundled file; looked in"):
         configfile.bundled("bundled:prompts/absent.txt")
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "value"),
+    [
+        (["--lora.targets", "q_proj,v_proj"], "lora.targets", ("q_proj", "v_proj")),  # as --help prints it
+        (["--lora.targets", "q_proj"], "lora.targets", ("q_proj",)),
+        (["--model.sha256", "1234567890"], "model.sha256", "1234567890"),
+        (["--model.sha256", "12.3e4"], "model.sha256", "12.3e4"),
+        (["--model.source", "2024-01-01"], "model.source", "2024-01-01"),
+        (["--model.source", "no"], "model.source", "no"),
+        (["--model.source", "a: b # c"], "model.source", "a: b # c"),
+        (["--model.source", "'007'"], "model.source", "007"),
+        (["--model.source=--odd"], "model.source", "--odd"),
+        (["--seed", "010"], "seed", 10),  # in YAML 8
+        (["--mesh.fsdp", "-1"], "mesh.fsdp", -1),
+        (["--mesh.fsdp=2"], "mesh.fsdp", 2),
+        (["--sft.learning_rate", "1e-3"], "sft.learning_rate", 0.001),
+        (["--dpo.length_normalised", "on"], "dpo.length_normalised", True),
+        (["--model.sha256", "null"], "model.sha256", None),
+    ],
+)
+def test_a_value_is_read_as_it_was_typed(minimal: str, words: list[str], key: str, value: Any) -> None:
+    assert setting(load(minimal, words), key) == value
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seed", "true"], "setting seed='true'"),
+        (["--seed", "1:30"], "setting seed='1:30'"),
+        (["--model.source", ""], "--model.source is empty; give a value"),
+        (["--data.replay="], "--data.replay is empty; give a value, or null for none"),
+        (["--seed", "--sft.epochs", "3"], "--seed needs a value"),
+        (["--lora.targets", "q_proj,,v_proj"], "setting lora.targets.1"),
+        (["--model.source", "null"], "setting model.source=None"),
+    ],
+)
+def test_a_value_that_is_none_is_refused(minimal: str, words: list[str], message: str) -> None:
+    with pytest.raises(InputError) as e:
+        load(minimal, words)
+    assert message in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\nseed: 2\n", "seed is given twice"),
+        ("lora: {rank: 1, rank: 2}\n", "rank is given twice"),
+        ("lora:\n\trank: 1\n", "cannot start any token"),
+        ("1: 2\n", "unknown setting 1"),
+        ("lora: {null: 2}\n", "unknown setting lora.None"),
+        ("[1, 2]: 2\n", "not YAML"),
+        ("seed: true\n", "setting seed=True: expected int"),
+        ("sft: {learning_rate: yes}\n", "setting sft.learning_rate=True: expected float"),
+        ("sft: [1, 2]\n", "setting sft=[1, 2]"),
+        ("data: {train: 2024-13-45}\n", "not YAML"),
+        ("model: {source: 2024-01-01}\n", "setting model.source="),
+        ("model: {source: ''}\n", "setting model.source=''"),
+        ("model: &a {source: x, model: *a}\n", "unknown setting model.model"),
+        ("a: &a [*a]\n", "unknown setting a"),
+        ("[" * 5000, "not YAML"),
+        ("seed: !!python/object:os.system x\n", "not YAML"),
+        ("seed: 1\n---\nseed: 2\n", "not YAML"),
+    ],
+    ids=range(17),
+)
+def test_odd_yaml_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+    rest = {k: v for k, v in MINIMAL.items() if f"{k}:" not in text}
+    with pytest.raises(InputError) as e:
+        load(written(tmp_path, yaml.safe_dump(rest) + text if text[0] != "[" else text), [])
+    assert message in str(e.value)
+    assert "\n" not in str(e.value)
+    assert len(str(e.value)) < 600
+
+
+def test_anchors_merges_and_small_numbers_in_a_file(tmp_path: Path) -> None:
+    text = "sft: &a {learning_rate: 1e-4, epochs: 2}\ndpo: {<<: *a, epochs: 3, row_length: 1153}\n"
+    rest = {k: v for k, v in MINIMAL.items() if k != "dpo"}
+    c = load(written(tmp_path, yaml.safe_dump(rest) + text), [])
+    assert (c.sft.learning_rate, c.dpo.learning_rate, c.sft.epochs, c.dpo.epochs) == (1e-4, 1e-4, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("word", "names"),
+    [
+        ("lr", ["sft.learning_rate", "dpo.learning_rate"]),
+        (
+            "temperature",
+            [f"{s}.temperature" for s in ("evolve.draft", "evolve.reflection", "evolve.refinement", "reply")],
+        ),
+        ("learning-rate", ["sft.learning_rate", "dpo.learning_rate"]),
+        (
+            "tempratur",
+            [f"{s}.temperature" for s in ("evolve.draft", "evolve.reflection", "evolve.refinement", "reply")],
+        ),
+        ("beta", ["dpo.beta"]),
+        ("dpo.bta", ["dpo.beta"]),
+        ("answer.top_p", ["reply.top_p"]),
+        ("zzzzqqqq", []),
+    ],
+)
+def test_what_a_word_may_mean(word: str, names: list[str]) -> None:
+    assert similar(word, keys(Config)) == names
+
+
+def test_what_was_told_is_told_apart_from_what_holds(minimal: str) -> None:
+    assert Given.of(None, []).settings == {}  # the quickstart's config is nobody's wish
+    told = Given.of(minimal, ["--seed=5", "--data.window", "600"])
+    assert told.typed == {"seed", "data.window"}
+    assert told.settings == leaves(MINIMAL) | {"seed": "5", "data.window": "600"}
+    with pytest.raises(InputError, match=r"dpo\.row_length=100 is too small"):
+        load(minimal, [], {"dpo.row_length": 100})
+    assert load(minimal, [], {"dpo.row_length": 100}, together=False).dpo.row_length == 100
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["sample", "--temperature", "0.5"], "unknown option --temperature: did you mean --reply.temperature?"),
+        (["sft", "--lr", "3"], "unknown option --lr: did you mean --sft.learning_rate or --dpo.learning_rate?"),
+        (["sample", "--lr", "3"], "unknown option --lr: see esjax sample --help"),
+        (["sample", "--promts", "x"], "unknown option --promts: did you mean --prompts?"),
+        (["sample", "--hlep"], "unknown option --hlep: see esjax sample --help"),
+    ],
+)
+def test_a_wrong_option_gets_a_useful_hint(words: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    needed = {"sample": ["--model", "m", "--prompts", "p", "--out", "o"], "sft": ["--run-dir", "r"]}[words[0]]
+    with pytest.raises(SystemExit) as stopped:
+        main([*words[:1], *needed, *words[1:]])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"esjax: error: {hint}\n"
+
+
+def test_the_form_that_help_prints_is_accepted(minimal: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each setting with its default, and each of its choices, as they stand in the help."""
+    with pytest.raises(SystemExit):
+        main(["evolve", "--help"])
+    shown = re.findall(r"^  --(\S+) (\S+)  \((required|default (.*))\)$", capsys.readouterr().out, re.MULTILINE)
+    assert [name for name, *_ in shown] == list(keys(Config))
+    for name, form, _, default in shown:
+        choices = form[1:-1].split(",") if form[0] == "{" else []
+        for value in [*choices, *([default] if default else [])]:
+            # What must fit other settings is not in question here.
+            assert setting(load(minimal, [f"--{name}", value], together=False), name) is not Ellipsis
+    assert ("model.remat", "{none,dots,offload,full}") in [(name, form) for name, form, *_ in shown]
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    assert re.findall(r"^  --([a-z0-9_.]+\.\S+)", capsys.readouterr().out, re.MULTILINE) == [
+        "model.attention",
+        "model.remat",
+    ]
 
 
 # --- writing and comparing -------------------------------------------------------------------------------------------

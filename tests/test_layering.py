@@ -20,6 +20,7 @@ RANKS = {
     "storage": 0.5,  # waits for the hosts
     "mesh": 1,
     "runlog": 1,
+    "outfile": 1,
     "rundir": 1.5,  # writes with runlog
     "distributed": 1.5,
     "programs": 1,

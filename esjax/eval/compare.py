@@ -35,7 +35,9 @@ def _model(lab: Lab, run: RunDir, t: int) -> dict[str, Any]:
         rows = lab.test_rows
         scorer = Scorer(lab.backbone, c.sft.row_length, rows_at_once("sft", c.sft))
         with progress(f"m{t} reference scoring", len(rows)) as advance:
-            logprobs = np.concatenate([x for branches in scorer.score(adapter, rows, advance) for x in branches])
+            logprobs = np.concatenate(
+                [x for branches in scorer.score(adapter, rows, lambda *_: advance(1)) for x in branches]
+            )
 
         def answer(missing: list[int], add: Callable[..., None]) -> None:
             # The same seeds for every model: differences in the table are the models', not the draws'.

@@ -1,78 +1,171 @@
-"""Answers of any model to any prompts: what ``esjax sample`` does."""
+"""Answers of any model to any prompts, and scores of any answers: what ``esjax sample`` and ``esjax score`` do."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from esjax.config import Config
+import numpy as np
+
+from esjax.configfile import bundled
+from esjax.corpus.dialogue import Message
 from esjax.corpus.sources import check_messages
 from esjax.errors import InputError, within
 from esjax.evolve.lab import Lab
-from esjax.mesh import batch_groups
+from esjax.mesh import batch_groups, rows_at_once
 from esjax.model.lora import Adapter
-from esjax.runlog import Line, gather, read_jsonl, say, where_of
+from esjax.runlog import gather, read_jsonl, say, sha256
 from esjax.sample.constrain import START, Field, compile_template
 from esjax.sample.generate import Completion, Request, row_seed
+from esjax.sample.score import Scorer
+
+BLOCK = 32  # replies a lane that are drawn together
+MOST = 10_000_000  # answers of one command: they are held in memory
 
 
-def read_questions(file: Path) -> list[Line]:
-    """Rows with an id and messages that await an answer. Raises InputError naming file and line."""
-    asked = read_jsonl(file, ("id", "messages"))
-    if not asked:
+class Chat(NamedTuple):
+    """One row of a file of chats."""
+
+    id: str | int
+    messages: list[Message]
+    where: str  # file, line and id
+
+
+def read_chats(file: Path, last: str) -> list[Chat]:
+    """Rows of {"id", "messages"} whose last message is ``last``'s, user or assistant. Raises InputError naming the line."""
+    chats = []
+    for row in read_jsonl(bundled(str(file)), ("id", "messages")):
+        where, name = row.where, row["id"]
+        if not isinstance(name, str | int) or isinstance(name, bool):
+            raise InputError(f"{where}: the id is {json.dumps(name):.60}; give a text or a whole number")
+        messages = check_messages(row["messages"], where, last=last)
+        if all(m["role"] != "user" for m in messages):
+            raise InputError(f"{where}: there is no user message before the assistant's")
+        chats.append(Chat(name, messages, f"{where}, id {name!r:.60}"))
+    if not chats:
         raise InputError(f"{file}: empty; expected one JSON object a line with id and messages")
-    for row in asked:
-        row["messages"] = check_messages(row["messages"], row.where, last="user")
-    return asked
+    return chats
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
 def answer(
-    lab: Lab,
-    adapter: Adapter,
-    questions: Sequence[dict[str, Any]],
-    count: int,
-    pattern: str | None,
-    config: Config,
-    out: Path,
+    lab: Lab, adapter: Adapter, chats: list[Chat], out: Path, of: dict[str, Any], count: int, pattern: str | None
 ) -> None:
-    """Write ``count`` answers to each question, drawn as ``config.reply`` says; all match ``pattern``, if there is one.
+    """Write ``count`` answers to each chat, drawn as the settings' ``reply`` says; all match ``pattern``, if there is one.
 
-    An answer hangs on ``config.seed``, its question's id and its number alone; the first is that of a count of one.
+    An answer hangs on the seed, its chat's id and its number alone; the first is that of a count of one. ``of`` is what
+    identifies the model and the chats, see Journal. Raises InputError, before anything is drawn, where a chat does not fit.
     """
-    how, most, tokenizer = config.reply, config.reply.max_tokens, lab.tokenizer
+    seed, how, tokenizer = lab.config.seed, lab.config.reply, lab.tokenizer
+    most, positions = how.max_tokens, lab.backbone.arch.max_positions
     form = None
     if pattern is not None:
         form = compile_template([Field(pattern, max(1, most - 1))], tokenizer, lab.backbone.arch.vocab)
     prompts = []
-    for number, q in enumerate(questions, start=1):
-        with within(where_of(q, number)):
-            prompts.append(tokenizer.prompt(lab.encoder.with_system(q["messages"])))
-    generator = lab.generator
-    devices = batch_groups()
-    generator.lanes = min(how.batch, -(-count * len(prompts) // devices) * devices)
+    for chat in chats:
+        with within(chat.where):
+            prompts.append(tokenizer.prompt(lab.encoder.with_system(chat.messages)))
+            size = len(prompts[-1])
+            if size + most > positions:
+                remedy = f"lower reply.max_tokens to {positions - size}, or " if size < positions else ""
+                raise InputError(
+                    f"its {size} tokens and reply.max_tokens={most} new ones exceed the model's {positions} positions; "
+                    f"{remedy}shorten or remove it"
+                )
+    generator, devices, total = lab.generator, batch_groups(), count * len(prompts)
+    generator.lanes = min(how.batch, -(-total // devices) * devices)
+
+    def requests(indices: range | list[int]) -> list[Request]:
+        out = []
+        for i in indices:
+            n, k = divmod(i, count)
+            number = row_seed(seed, "sample", chats[n].id, *([k] if k else []))
+            out.append(Request(i, prompts[n], number, how, most, START if form else 0))
+        return out
 
     def work(missing: list[int], add: Callable[..., None]) -> None:
-        requests = []
-        for i in missing:
-            n, k = divmod(i, count)
-            seed = row_seed(config.seed, "sample", questions[n]["id"], *([k] if k else []))
-            requests.append(Request(i, prompts[n], seed, how, most, START if form else 0))
+        left = set(missing)
 
         def done(request: Request, made: Completion) -> tuple[()]:
             n, k = divmod(request.key, count)
             row = {
-                "id": questions[n]["id"],
+                "id": chats[n].id,
                 **({"sample": k} if count > 1 else {}),
                 "text": tokenizer.decode(made.token_ids),
                 "token_ids": made.token_ids,
                 "logprobs": made.logprobs,
                 "finish_reason": made.finish,
             }
-            add(request.key, row, len(made.token_ids))
+            if request.key in left:
+                add(request.key, row, len(made.token_ids))
             return ()
 
-        generator.work(adapter, generator.grouped(requests), done, form.automaton if form else None)
+        # Which prompts share what they begin with moves log-probs in their last digits. So that a continued command ends
+        # with the same bytes, a block that lacks a reply is made anew as a whole, with the shapes of all.
+        generator.fit(generator.grouped(requests(range(total))))
+        slots = generator.slots
+        for start in range(0, total, BLOCK * generator.lanes):
+            block = range(start, min(total, start + BLOCK * generator.lanes))
+            if not left.isdisjoint(block):
+                generator.slots = slots
+                generator.work(adapter, generator.grouped(requests(block)), done, form.automaton if form else None)
 
-    gather(out, count * len(prompts), "replies", work)
+    drawn = {f"reply.{key}": getattr(how, key) for key in ("temperature", "top_p", "top_k", "max_tokens")}
+    of = of | {"--num-samples": count, "--regex or --json-schema": pattern, "seed": seed, **drawn}
+    gather(out, total, "replies", work, of | _read_as(lab, prompts))
     say(f"  {generator.usage}")
+
+
+def score(lab: Lab, adapter: Adapter, chats: list[Chat], out: Path, of: dict[str, Any], window: int | None) -> None:
+    """Write the log-probs of each chat's last message, given all before it.
+
+    A chat longer than ``window`` loses its oldest turns, counted and said; without one, none does, and the model's
+    positions are the limit. Raises InputError, before anything is computed, where a chat does not fit.
+    """
+    positions = lab.backbone.arch.max_positions
+    if window is not None and window > positions:
+        raise InputError(f"data.window={window} exceeds the model's {positions} positions; lower it")
+    encoder = replace(lab.encoder, window=window or positions)
+    examples = []
+    for chat in chats:
+        with within(chat.where):
+            prompt = encoder.with_system(chat.messages)
+            examples.append(encoder.target(prompt, cut=window is not None))
+    if encoder.counts["cut"]:
+        say(
+            f"{encoder.counts['cut']} of {len(chats)} chats lost their oldest turns to data.window={window}; raise it, or "
+            f"leave it out for the model's {positions} positions"
+        )
+    row_length = max(lab.config.data.window if window is None else 0, *(len(e.tokens) for e in examples))
+    scorer = Scorer(lab.backbone, row_length, rows_at_once("sft", lab.config.sft))
+
+    def work(missing: list[int], add: Callable[..., None]) -> None:
+        def done(i: int, branches: list[np.ndarray]) -> None:
+            values = [float(x) for x in branches[0]]
+            row = {"id": chats[i].id, "logprob": sum(values), "num_tokens": len(values), "token_logprobs": values}
+            add(i, row, len(values))
+
+        scorer.score(adapter, examples, done, missing)
+
+    gather(out, len(chats), "scores", work, of | _read_as(lab, [e.tokens.tolist() for e in examples]))
+
+
+def _read_as(lab: Lab, tokens: list[list[int]]) -> dict[str, Any]:
+    """What else rows hang on: the tokens that chats became, and how they were computed."""
+    return {
+        "model.dtype": lab.backbone.dtype.name,
+        "prompts.system": _digest(lab.encoder.system),
+        "tokenizer, chat template or window": _digest(tokens),
+    }
+
+
+def identity(model: str, file: Path) -> dict[str, Any]:
+    """What identifies a model, by its hash, and the content of a file of chats."""
+    return {"--model": model, "content of the file": sha256(bundled(str(file)))}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import json
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from esjax import storage
 from esjax.config import Config
-from esjax.configfile import differing, load, read_text
+from esjax.configfile import Given, read_text
 from esjax.corpus.dialogue import Dialogue
 from esjax.corpus.sources import read_conversations, read_dialogues
 from esjax.errors import InputError, within
 from esjax.evolve.filters import Filters
+from esjax.evolve.models import adapter_folder, run_model, settings_of
 from esjax.evolve.pairs import Context, contexts
 from esjax.evolve.reflect import Instructions, form
 from esjax.hub.fetch import resolve
@@ -57,7 +57,8 @@ class Lab:
         tokenizer.check_rows(backbone.arch.vocab)
         how = backbone.execution
         say(
-            f"computing on {jax.default_backend()} in {dtype}; attention: {how.attention}, rematerialisation: {how.remat}"
+            f"computing on {jax.default_backend()} in {dtype}; attention: {how.attention}, rematerialisation: {how.remat}, "
+            f"weights while decoding: {how.weights}, cache: {dtype if m.cache_dtype == 'auto' else m.cache_dtype}"
         )
         encoder = Encoder(tokenizer, config.data.window, read_text(config.prompts.system))
         return cls(config, backbone, tokenizer, encoder)
@@ -189,54 +190,49 @@ class Lab:
         return load_adapter(folder, self.backbone.adapter_shapes)
 
 
-RUN_MODEL = re.compile(r"(.+):m(\d+)")
+def open_model(spec: str, config: Config, told: Given | None = None) -> tuple[Lab, Adapter]:
+    """Open ``RUN_DIR:mT`` with the run's settings, or any backbone source, bare, with those of ``config``.
 
-
-def adapter_folder(run: Path, t: int) -> Path:
-    """Where M_t's adapter lies in a run directory."""
-    return run / "sft" / "adapter" if t == 0 else run / f"round{t}" / "dpo" / "adapter"
-
-
-def open_model(spec: str, config: Config) -> tuple[Lab, Adapter]:
-    """Open ``RUN_DIR:mT``, with the run's own config, or any backbone source, bare.
-
-    A run's model brings the run's system message; a bare backbone has none. Raises InputError.
+    What the command was ``told`` counts over the run's settings. A run's model brings the run's system message; a bare
+    backbone has none unless the command was told one. Raises InputError.
     """
-    match = RUN_MODEL.fullmatch(spec)
-    if match is None:
-        given = config.model.sha256 if spec == config.model.source else None
-        prompts = config.prompts.model_copy(update={"system": "bundled:prompts/none.txt"})
-        model = config.model.model_copy(update={"source": spec, "sha256": given})
-        lab = Lab.open(config.model_copy(update={"model": model, "prompts": prompts}), adapted=False)
-        return lab, nnx.State({})
-    run, folder = find_adapter(match[1], int(match[2]))
-    lab = Lab.open(load(str(run / "config.yaml"), []))
-    check_base(run, read_manifest(run), lab.identity)
-    return lab, lab.adapter(folder)
+    told = told or Given()
+    named, settings = run_model(spec), settings_of(spec, told)
+    if named is not None and settings is not None:
+        lab = Lab.open(settings)
+        return lab, _stored(lab, *named)
+    hashed = spec == config.model.source or "model.sha256" in told.settings
+    model = config.model.model_copy(update={"source": spec, "sha256": config.model.sha256 if hashed else None})
+    config = config.model_copy(update={"model": model})
+    if "prompts.system" not in told.settings:
+        none = config.prompts.model_copy(update={"system": "bundled:prompts/none.txt"})
+        config = config.model_copy(update={"prompts": none})
+    return Lab.open(config, adapted=False), nnx.State({})
 
 
-def find_adapter(place: str, t: int) -> tuple[Path, Path]:
-    """A run directory and the folder of its M_t. Raises InputError when it is not there, or not as its stage made it."""
-    spec, run = f"{place}:m{t}", storage.local(place)
-    if not (run / "config.yaml").exists():
-        raise InputError(f"{spec}: {run} is not a run directory (no config.yaml in it)")
-    folder = adapter_folder(run, t)
-    if not folder.exists():
-        have = [f"m{i}" for i in range(100) if adapter_folder(run, i).exists()]
-        raise InputError(f"{spec}: M_{t} is not there; this run has {', '.join(have) or 'no finished model'}")
+def _stored(lab: Lab, run: Path, t: int) -> Adapter:
+    """M_t's adapter. Raises InputError where it, or the backbone, is not the one that the run made it with."""
+    manifest, folder = read_manifest(run), adapter_folder(run, t)
+    check_base(run, manifest, lab.identity)
     name = folder.parent.relative_to(run).as_posix()
-    check_made(run, name, read_manifest(run)["stages"].get(name, {}))
-    return run, folder
+    check_made(run, name, manifest["stages"].get(name, {}))
+    return lab.adapter(folder)
+
+
+def model_hash(spec: str, lab: Lab) -> str:
+    """Identifies an opened model: its backbone, and its adapter if it has one."""
+    named = run_model(spec)
+    return json.dumps([lab.identity, sha256(adapter_folder(*named)) if named else ""])
 
 
 def start_of_dpo(spec: str | None, lab: Lab) -> tuple[Adapter, str]:
     """The adapter that ``esjax dpo`` starts from, and what identifies it: a run's M_t, or a fresh one on the backbone.
 
-    Raises InputError when the run's model differs from the lab's, or ``spec`` is another backbone.
+    Raises InputError when the run's backbone is not the lab's, or ``spec`` is another backbone.
     """
     c = lab.config
-    match = spec and RUN_MODEL.fullmatch(spec)
-    if not match:
+    named = run_model(spec) if spec else None
+    if named is None:
         folder = Path(spec or "").expanduser()
         if spec not in (None, c.model.source) and not (folder.is_dir() and identity(folder) == lab.identity):
             raise InputError(
@@ -244,13 +240,4 @@ def start_of_dpo(spec: str | None, lab: Lab) -> tuple[Adapter, str]:
                 f"from it, leave --model out and give --model.source {spec}"
             )
         return lab.backbone.fresh_adapter(c.seed), f"fresh, seed {c.seed}"
-    run, folder = find_adapter(match[1], int(match[2]))
-    theirs = load(str(run / "config.yaml"), [])
-    changed = [key for key in differing(theirs, c) if key.startswith(("model.", "lora."))]
-    if changed:
-        raise InputError(
-            f"--model {spec} was made with other settings; differing: {', '.join(changed)}; give that run's with --config "
-            f"{run / 'config.yaml'}"
-        )
-    check_base(run, read_manifest(run), lab.identity)
-    return lab.adapter(folder), sha256(folder)
+    return _stored(lab, *named), sha256(adapter_folder(*named))

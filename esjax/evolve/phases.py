@@ -12,6 +12,7 @@ from esjax.errors import RunError
 from esjax.evolve.lab import Lab, adapter_folder
 from esjax.evolve.pairs import Trunk, read_pairs, trunks, without_crisis
 from esjax.hosts import hosts
+from esjax.hub.fetch import public_name
 from esjax.hub.shards import INDEX, SINGLE
 from esjax.mesh import rows_at_once
 from esjax.model.lora import Adapter, peft_tensors, save_adapter
@@ -191,7 +192,10 @@ def _save(lab: Lab, folder: Path, adapter: Adapter) -> None:
     tensors = peft_tensors(adapter, lab.backbone.arch)
     if hosts.writer:
         with replacing(folder) as temporary:
-            save_adapter(temporary, tensors, lab.backbone.lora, lab.config.model.source)
+            source = lab.config.model.source
+            base, revision = public_name(source, lab.backbone.folder)
+            # A converted file's source at least says what it is; `esjax export` writes a base that PEFT opens.
+            save_adapter(temporary, tensors, lab.backbone.lora, base or source, revision)
 
 
 def counted(counts: Mapping[str, int]) -> str:

@@ -181,6 +181,19 @@ def _whole(folder: Path) -> bool:
     return False
 
 
+def public_name(source: str, folder: Path) -> tuple[str | None, str | None]:
+    """What transformers opens a source by, and its revision: a hub's name, a local folder's path.
+
+    A converted file has none, as no other machine can be told of this one's cache.
+    """
+    if source.startswith("hf:"):
+        name, _, revision = source.removeprefix("hf:").partition("@")
+        commit = folder.name if folder.parent.name == "snapshots" else None  # where the hub's cache keeps it
+        return name, commit or revision or None
+    path = Path(source).expanduser()
+    return (str(path.absolute()) if path.is_dir() else None), None
+
+
 def _folder(stem: str, digest: str) -> Path:
     return cache_root() / "models" / f"{stem}-{digest[:12]}"
 

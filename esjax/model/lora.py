@@ -41,13 +41,19 @@ def peft_tensors(adapter: Adapter, arch: Architecture) -> dict[str, np.ndarray]:
     return out
 
 
-def save_adapter(folder: Path, tensors: dict[str, np.ndarray], lora: Lora, base: str) -> None:
-    """Write PEFT's tensors as a folder: adapter_config.json and adapter_model.safetensors. It must not exist."""
+def save_adapter(
+    folder: Path, tensors: dict[str, np.ndarray], lora: Lora, base: str, revision: str | None = None
+) -> None:
+    """Write PEFT's tensors as a folder: adapter_config.json and adapter_model.safetensors. It must not exist.
+
+    ``base`` and its ``revision`` are what PEFT opens the backbone by.
+    """
     folder.mkdir(parents=True)
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
+        "revision": revision,
         "inference_mode": True,
         "r": lora.rank,
         "lora_alpha": lora.scale * lora.rank,

@@ -158,9 +158,7 @@ class Generator:
         """
         if not groups:
             return
-        for request in (r for g in groups for r in g):
-            self._check(request)
-        self._fit(groups)
+        self.fit(groups)
         weights = self._weights(adapter, self.backbone.base)
         if constraint is not None:
             self._constraint = put_everywhere(constraint)
@@ -173,7 +171,7 @@ class Generator:
         if longest + request.max_tokens > most:
             raise InputError(
                 f"a prompt of {longest} tokens and {request.max_tokens} new ones exceed the model's {most} positions; "
-                "shorten data.window"
+                "lower max_tokens, or data.window"
             )
 
     def fix_shapes(self, longest: int, branch: int, new: int, least: int = 0) -> None:
@@ -201,6 +199,12 @@ class Generator:
             return
         check_split("replies at once (evolve.batch, in `esjax sample` reply.batch)", self.lanes)
         self.shared = SHARED_LANES if wanted and self.lanes % (batch_groups() * SHARED_LANES) == 0 else 1
+
+    def fit(self, groups: Sequence[list[Request]]) -> None:
+        """Make room for these groups. Raises InputError when a prompt and its new tokens exceed the model's positions."""
+        for request in (r for g in groups for r in g):
+            self._check(request)
+        self._fit(groups)
 
     def _fit(self, groups: Sequence[list[Request]]) -> None:
         """Shapes that hold these groups."""

@@ -27,23 +27,32 @@ class Scorer:
         self.backbone, self.row_length, self.batch_rows = backbone, row_length, batch_rows
 
     def score(
-        self, adapter: Adapter, examples: Sequence[Rows], advance: Callable[[int], None] = lambda n: None
+        self,
+        adapter: Adapter,
+        examples: Sequence[Rows],
+        done: Callable[[int, list[np.ndarray]], object] = lambda i, branches: None,
+        wanted: Iterable[int] | None = None,
     ) -> list[list[np.ndarray]]:
         """For each example the log-probs of its targets, float32, one array for each branch (the trunk's first, if any).
 
-        ``advance`` is told how many examples are done after each batch. Raises Stopped on SIGTERM.
+        ``done`` is told each example's number and what it gets, batch after batch. Where some are ``wanted``, batches
+        without any of them are left out, and only those are told; a row holds the same examples as ever, for the same
+        rounding. Raises Stopped on SIGTERM.
         """
+        left = set(range(len(examples)) if wanted is None else wanted)
         out: list[list[np.ndarray]] = [[] for _ in examples]
         packed = pack_in_order([len(e.tokens) for e in examples], range(len(examples)), self.row_length)
         steps = [packed[i : i + self.batch_rows] for i in range(0, len(packed), self.batch_rows)]
-        for members, rows, computed in self.batches(adapter, examples, steps):
+        needed = [step for step in steps if not left.isdisjoint(i for row in step for i in row)]
+        for members, rows, computed in self.batches(adapter, examples, needed):
             logprobs = np.asarray(computed)
             for r, row in enumerate(members):
                 for segment, i in enumerate(row, start=1):
                     mine = (rows.segment[r] == segment) & (rows.weight[r] != 0)
                     branches = np.unique(rows.branch[r][mine])
                     out[i] = [logprobs[r][mine & (rows.branch[r] == b)] for b in branches]
-            advance(sum(map(len, members)))
+                    if i in left:
+                        done(i, out[i])
         return out
 
     def batches(

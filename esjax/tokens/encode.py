@@ -112,16 +112,30 @@ class Encoder:
         ]
         return ids, replies
 
-    def target(self, messages: list[Message], where: str) -> Rows:
-        """A scoring row: the last assistant message is the target. Raises InputError when it is too long."""
-        with within(where):
-            kept = self.fit(messages, lambda m: len(self.tokenizer.prompt(m[:-1])) + self._reply_size(m), self.window)
-            if kept is None or len(kept) < 2:
+    def target(self, messages: list[Message], cut: bool = True) -> Rows:
+        """A scoring row: the last assistant message is the target. Raises InputError when it is too long.
+
+        A history too long for the window loses its oldest turns; without ``cut`` it is too long itself.
+        """
+
+        def parts(chat: list[Message]) -> tuple[list[int], list[int]]:
+            prompt = self.tokenizer.prompt(chat[:-1])
+            return prompt, self.tokenizer.reply(prompt, chat)
+
+        kept = messages
+        if not cut and (size := sum(map(len, parts(messages)))) > self.window:
+            raise InputError(
+                f"its {size} tokens exceed the model's {self.window} positions; --data.window {self.window} leaves "
+                "out its oldest turns"
+            )
+        if cut:
+            kept = self.fit(messages, lambda m: sum(map(len, parts(m))), self.window) or []
+            if len(kept) < 2:
                 raise InputError(
                     f"the last two messages do not fit data.window={self.window} tokens; raise data.window"
                 )
-            prompt = self.tokenizer.prompt(kept[:-1])
-            return rows.prompt_with_replies(prompt, [self.tokenizer.reply(prompt, kept)])
+        prompt, reply = parts(kept)
+        return rows.prompt_with_replies(prompt, [reply])
 
     def _reply_size(self, messages: list[Message]) -> int:
         return len(self.tokenizer.encode(messages[-1]["content"])) + 2  # the header's and the end's rounding included

@@ -56,9 +56,19 @@ class ChatTokenizer:
         self._normalizer = self.hf.backend_tokenizer.normalizer if hazy else None
 
     def prompt(self, messages: list[Message]) -> list[int]:
-        """Token ids of a chat that the assistant is about to continue (with the template's generation header)."""
+        """Token ids of a chat that the assistant is about to continue (with the template's generation header).
+
+        Raises InputError where there are none: a model continues something.
+        """
         apart = self._holds_control(messages)
-        return self._ids(self._render(messages, True, apart), apart)
+        ids = self._ids(self._render(messages, True, apart), apart)
+        if not ids:
+            roles = ", ".join(m["role"] for m in messages)
+            raise InputError(
+                f"the chat template makes no token of a chat with the roles {roles}; use a template that writes them, or set "
+                "prompts.system"
+            )
+        return ids
 
     def reply(self, prompt: list[int], messages: list[Message]) -> list[int]:
         """Token ids of the last message (the assistant's), end-of-turn token included, given its prompt's ids.
@@ -68,6 +78,11 @@ class ChatTokenizer:
         puts after the end-of-turn token is not part of the reply. Raises InputError when the prompt's text does not begin
         that of the whole chat, or the reply does not end its turn: such a template cannot be trained on.
         """
+        if len(prompt) < 2:
+            raise InputError(
+                "the chat template makes a single token of the prompt, and an answer to be trained on or scored needs two before "
+                "it; use a template that writes the roles, or set prompts.system"
+            )
         apart = self._holds_control(messages)
         asked, whole = self._render(messages[:-1], True, apart), self._render(messages, False, apart)
         if not whole.startswith(asked):
