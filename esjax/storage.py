@@ -114,11 +114,13 @@ class Lease:
             raise TransientError(f"{bucket.url}: in use by another process; wait for it or choose another --run-dir")
         self._ended = threading.Event()
         goodbyes.insert(0, self.close)
-        threading.Thread(target=self._beat, daemon=True).start()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._thread.start()
 
     def close(self) -> None:
         """Give it back."""
         self._ended.set()
+        self._thread.join(BEAT)  # else it may write once more, after the object is gone
         with contextlib.suppress(Exception):  # then the next run waits, no more
             if self._mine():
                 self._bucket.files.rm_file(self._where)
