@@ -87,7 +87,7 @@ def sample(args: argparse.Namespace, config: Config) -> None:
 def _pattern(args: argparse.Namespace) -> str | None:
     """The regular expression that replies must match, of --regex or --json-schema. Raises InputError."""
     from esjax.configfile import read_text
-    from esjax.sample.constrain import schema_pattern
+    from esjax.sample.schema import schema_pattern
 
     if args.regex is not None and args.json_schema is not None:
         raise InputError("--regex and --json-schema: give one of them")

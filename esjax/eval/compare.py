@@ -46,7 +46,7 @@ def _model(lab: Lab, run: RunDir, t: int, asked: list[Context], filters: Filters
             # The same seeds for every model: differences in the table are the models', not the draws'.
             prompts = {i: lab.tokenizer.prompt(asked[i].messages) for i in missing}
             requests = [
-                Request(i, p, row_seed(c.seed, "eval", asked[i].id), c.reply, c.reply.max_tokens)
+                Request(i, p, row_seed(c.seed, "eval", asked[i].id), c.reply, c.reply.max_tokens, name=asked[i].id)
                 for i, p in prompts.items()
             ]
 

@@ -21,6 +21,7 @@ from esjax.hub.fetch import resolve, weights_file
 from esjax.model.lora import Adapter, load_adapter, lora_from, read_lora
 from esjax.model.weights import Backbone, compute_dtype, load_backbone
 from esjax.runlog import say, sha256
+from esjax.sample.constrain import drawable
 from esjax.sample.generate import Generator
 from esjax.tokens.encode import Encoder
 from esjax.tokens.tokenizer import ChatTokenizer
@@ -67,7 +68,8 @@ class Lab:
     def generator(self) -> Generator:
         """The one sampler of the run, so that all rounds and the closing table share its programs."""
         name = self.config.model.cache_dtype
-        made = Generator(self.backbone, self.config.evolve.batch, self.tokenizer.end_of_turn)
+        allowed = drawable(self.tokenizer, self.backbone.arch.vocab)
+        made = Generator(self.backbone, self.config.evolve.batch, self.tokenizer.end_of_turn, drawable=allowed)
         return made if name == "auto" else replace(made, cache_dtype=jnp.dtype(name))
 
     @cached_property

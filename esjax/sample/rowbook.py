@@ -26,6 +26,7 @@ class Request(NamedTuple):
     how: Any  # DrawSettings
     max_tokens: int
     state: int = 0  # of the constraint
+    name: str = ""  # what messages call it
 
 
 @dataclass(eq=False)
