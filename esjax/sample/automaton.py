@@ -155,6 +155,8 @@ class _Nfa:
         most = node.least if node.most is None else node.most
         if not self.counting or owner or node in self.unrolled or most < 2:
             return False
+        if any(most < max(r.least, r.most or 0) for r in _repeats(node.body)):
+            return False  # the longer one inside is
         return most * size(node.body) > UNROLLED and not nullable(node.body)
 
     def _count(self, node: Repeat, start: int, end: int, owner: int) -> None:

@@ -49,11 +49,10 @@ CHARACTER = r'(?:[^"\\\x00-\x1f\x7f-\x9f]|\\["\\/bfnrt])'
 NATURAL = "(?:0|[1-9][0-9]{0,14})"
 REST = r"(?:\.[0-9]{1,15})?(?:[eE][+-]?[0-9]{1,2})?"
 MONTH_DAY = r"(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)|02-(?:0[1-9]|1[0-9]|2[0-8]))"
-DATE = f"[0-9]{{3}}[1-9]-{MONTH_DAY}"  # no year 0000; years that end in 0 and leap days are left out
+DATE = f"[1-9][0-9]{{3}}-{MONTH_DAY}"  # without leap days, so that every day exists
 TIME = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,6})?(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
 FORMATS = {
     "date": DATE,
-    "time": TIME,
     "date-time": f"{DATE}T{TIME}",
     "uuid": "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
 }
@@ -109,17 +108,18 @@ class _Walker:
             raise ValueError(f"{at}: {json.dumps(schema)} {what}; give a schema with a type")
         keywords = [k for k in schema if k not in IGNORED]
         if "$ref" in keywords:
-            self._only(keywords, {"$ref"}, at, "beside $ref")
+            self._only(keywords, {"$ref"}, at, " beside $ref")
             return self._reference(schema["$ref"], at, within)
         if "anyOf" in keywords:
-            self._only(keywords, {"anyOf"}, at, "beside anyOf")
+            self._only(keywords, {"anyOf"}, at, " beside anyOf")
             options = [self.pattern(s, f"{at}.anyOf[{i}]", within) for i, s in enumerate(schema["anyOf"])]
             return self._checked(_either(options), at)
         if "enum" in keywords or "const" in keywords:
-            self._only(keywords, {"enum", "const", "type"}, at, "beside enum or const")
+            self._only(keywords, {"enum", "const", "type"}, at, " beside enum or const")
             return self._values(schema.get("enum", [schema.get("const")]), schema, at)
+        self._only(keywords, {"type"}.union(*ENFORCED.values()), at, "")
         types = self._types(schema, keywords, at)
-        self._only(keywords, {"type"}.union(*(ENFORCED[t] for t in types)), at, f"for the type {' or '.join(types)}")
+        self._only(keywords, {"type"}.union(*(ENFORCED[t] for t in types)), at, f" for the type {' or '.join(types)}")
         makers: dict[str, Callable[[Schema, str, tuple[str, ...]], str]] = {
             "object": self._object,
             "array": self._array,
@@ -135,7 +135,7 @@ class _Walker:
         for keyword in keywords:
             if keyword not in allowed:
                 remedy = REMEDIES.get(keyword, "leave it out, and check the answers afterwards")
-                raise _refusal(at, keyword, f"this keyword is not enforced {place}; {remedy}")
+                raise _refusal(at, keyword, f"this keyword is not enforced{place}; {remedy}")
 
     def _checked(self, pattern: str, at: str) -> str:
         if len(pattern) > LONGEST:
