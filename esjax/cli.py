@@ -77,8 +77,8 @@ def sample(args: argparse.Namespace, config: Config) -> None:
     from esjax.evolve.answers import answer, read_questions
     from esjax.evolve.lab import open_model
 
-    if args.num_samples < 1:
-        raise InputError(f"--num-samples {args.num_samples}: at least 1")
+    if not 1 <= args.num_samples <= 1_000_000:
+        raise InputError(f"--num-samples {args.num_samples}: 1 to 1,000,000")
     questions, pattern = read_questions(args.prompts), _pattern(args)
     _fresh(args.out)
     answer(*open_model(args.model, config), questions, args.num_samples, pattern, config, args.out)
@@ -131,14 +131,13 @@ def bench(args: argparse.Namespace, config: Config) -> None:
 
     Of the settings below only model.attention and model.remat count: the workload file says the rest.
     """
-    import json
-
     import jax.numpy as jnp
     import numpy as np
 
     from esjax.bench import sampling, training
     from esjax.bench.workload import TASKS, measured_bandwidth, measured_peak, read_workload
     from esjax.model.weights import choose_execution
+    from esjax.runlog import json_text
 
     tasks = args.tasks.split(",")
     for task in tasks:
@@ -150,7 +149,7 @@ def bench(args: argparse.Namespace, config: Config) -> None:
     trained = [task for task in tasks if task not in sampled]
 
     def show(line: dict[str, object]) -> None:
-        print(json.dumps(line), flush=True)
+        print(json_text(line), flush=True)
 
     how = choose_execution(config.model.attention, config.model.remat, dtype)
     if args.micro_rows is not None:  # said before anything runs

@@ -22,7 +22,7 @@ from rich.text import Text
 from tensorboardX import SummaryWriter
 
 from esjax import storage
-from esjax.errors import InputError
+from esjax.errors import InputError, RunError
 from esjax.hosts import hosts
 
 T = TypeVar("T")
@@ -76,9 +76,20 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def json_text(value: Any, **how: Any) -> str:
+    """JSON, keys in the given order. Raises RunError for a number that JSON does not have (NaN, infinity)."""
+    try:
+        return json.dumps(value, allow_nan=False, **how)
+    except ValueError as e:
+        raise RunError(
+            f"a number that is not finite would be written: {json.dumps(value)[:200]}; the model's weights or its adapter are "
+            "damaged, or its numbers overflow model.dtype"
+        ) from e
+
+
 def json_line(row: dict[str, Any]) -> str:
     """One JSON Lines line, keys in the given order."""
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return json_text(row, ensure_ascii=False) + "\n"
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -174,7 +185,7 @@ class Journal:
             raise AssertionError(f"{self.path}: row {index} of {self.total} is not wanted")
         self.rows[index] = row
         if self._file is not None:
-            self._file.write((json.dumps([index, row], ensure_ascii=False) + "\n").encode())
+            self._file.write((json_text([index, row], ensure_ascii=False) + "\n").encode())
             self._file.flush()
             storage.keep(self._part)
 

@@ -27,9 +27,13 @@ def read_dialogues(format: str, path: str) -> list[Dialogue]:
     """
     file = bundled(path)
     dialogues = []
+    first: dict[str, int] = {}
     for number, row in _numbered(file, READERS[format][1]):
         try:
             dialogues.append(READERS[format][0](row, number))
+            name = str(dialogues[-1].id)
+            if first.setdefault(name, number) != number:  # they would be drawn from with the same noise
+                raise ValueError(f"the id {name!r} is that of line {first[name]} too")
         except (KeyError, TypeError, AttributeError, ValueError) as e:
             what = f"the field {e} is missing" if isinstance(e, KeyError) else str(e)
             raise InputError(f"{file}, line {number}: {what}; expected a row of format {format}") from e

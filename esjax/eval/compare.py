@@ -16,7 +16,7 @@ from esjax.evolve.filters import REPLY_REASONS, Filters
 from esjax.evolve.lab import Lab, adapter_folder
 from esjax.evolve.pairs import Context, contexts
 from esjax.rundir import RunDir, bundled_hash
-from esjax.runlog import gather, progress, publish_text, sha256
+from esjax.runlog import gather, json_text, progress, publish_text, sha256
 from esjax.sample.generate import Completion, Request, row_seed
 from esjax.sample.score import Scorer
 
@@ -76,7 +76,7 @@ def _model(lab: Lab, run: RunDir, t: int, asked: list[Context], filters: Filters
             "replies": len(texts),
             "would_drop": {reason: faults[reason] / len(texts) for reason in REPLY_REASONS},
         }
-        publish_text(scores, json.dumps(row, indent=1) + "\n")
+        publish_text(scores, json_text(row, indent=1) + "\n")
 
     inputs = {
         "adapter": sha256(folder),

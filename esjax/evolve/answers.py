@@ -13,7 +13,7 @@ from esjax.evolve.lab import Lab
 from esjax.mesh import batch_groups
 from esjax.model.lora import Adapter
 from esjax.runlog import gather, read_jsonl, say
-from esjax.sample.constrain import START, Field, compile_template
+from esjax.sample.constrain import LONGEST, START, Field, compile_template
 from esjax.sample.generate import Completion, Request, row_seed
 
 
@@ -24,7 +24,23 @@ def read_questions(file: Path) -> list[dict[str, Any]]:
         raise InputError(f"{file}: empty; expected one JSON object a line with id and messages")
     for number, row in enumerate(asked, start=1):
         row["messages"] = check_messages(row["messages"], f"{file}, row {number}", last="user")
+    _check_ids(asked, file)
     return asked
+
+
+def _check_ids(rows: list[dict[str, Any]], file: Path) -> None:
+    """Raise InputError for an id that is no text or integer, or that two rows have: their answers would share their noise."""
+    lines = (i for i, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1) if line.strip())
+    first: dict[str, int] = {}
+    for line, row in zip(lines, rows, strict=True):
+        name = row["id"]
+        if not isinstance(name, str | int) or isinstance(name, bool):
+            raise InputError(f"{file}, line {line}: the id {name!r} must be a text or an integer")
+        if first.setdefault(str(name), line) != line:
+            raise InputError(
+                f'{file}, lines {first[str(name)]} and {line}: both have the id {str(name)!r} (1 and "1" are the same); '
+                "give each row an id of its own"
+            )
 
 
 def answer(
@@ -43,7 +59,11 @@ def answer(
     how, most, tokenizer = config.reply, config.reply.max_tokens, lab.tokenizer
     form = None
     if pattern is not None:
-        form = compile_template([Field(pattern, max(1, most - 1))], tokenizer, lab.backbone.arch.vocab)
+        field = Field(pattern, min(max(1, most - 1), LONGEST), min_tokens=0)
+        try:
+            form = compile_template([field], tokenizer, lab.backbone.arch.vocab)
+        except InputError as e:
+            raise InputError(f"--regex or --json-schema, in reply.max_tokens={most}: {e}") from e
     prompts = [tokenizer.prompt(lab.encoder.with_system(q["messages"])) for q in questions]
     generator = lab.generator
     devices = batch_groups()
@@ -54,7 +74,7 @@ def answer(
         for i in missing:
             n, k = divmod(i, count)
             seed = row_seed(config.seed, "sample", questions[n]["id"], *([k] if k else []))
-            requests.append(Request(i, prompts[n], seed, how, most, START if form else 0))
+            requests.append(Request(i, prompts[n], seed, how, most, START if form else 0, str(questions[n]["id"])))
 
         def done(request: Request, made: Completion) -> tuple[()]:
             n, k = divmod(request.key, count)

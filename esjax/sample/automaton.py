@@ -255,8 +255,8 @@ def _determinise(nfa: _Nfa) -> Dfa:
         loops=[Loop(r.least, UNLIMITED if r.most is None else r.most) for r in nfa.repeats],
     )
     for s, row in enumerate(rows):
-        for c, (following, left, enters) in row.items():
-            dfa.next[s, c], dfa.left[s, c], dfa.counts[s, c] = following, left, enters
+        for c, move in row.items():
+            dfa.next[s, c], dfa.left[s, c], dfa.counts[s, c] = move
     return dfa
 
 
