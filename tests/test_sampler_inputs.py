@@ -112,7 +112,7 @@ def test_two_rows_of_one_id_are_refused_with_both_lines(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="lines 3 and 5: both have the id '1'"):
         read_questions(file)
     file = write(tmp_path / "p.jsonl", [question("a"), None, question(1.5)])
-    with pytest.raises(InputError, match="line 3: the id 1.5 must be a text or an integer"):
+    with pytest.raises(InputError, match=r"line 3: the id 1\.5 must be a text or an integer"):
         read_questions(file)
     file = write(tmp_path / "p.jsonl", [question("a"), question(1), question("a/1")])
     assert len(read_questions(file)) == 3  # control

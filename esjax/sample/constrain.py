@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 from esjax.errors import InputError
-from esjax.sample.automaton import UNLIMITED, Dfa, advice, build
+from esjax.sample.automaton import UNLIMITED, advice, build
 from esjax.sample.pattern import parse, shown
+from esjax.sample.vocabulary import FAR, follow_all, leading_to, strides_of, trie
 from esjax.tokens.tokenizer import ChatTokenizer
 
 BUCKET = 32  # the number of states is a multiple of this, so that similar constraints share a program
@@ -24,8 +26,6 @@ NEVER = np.iinfo(np.int16).max  # the cost of a token that is not allowed; every
 LEAVES = -1  # the cost of a token that leaves its part
 LONGEST = 32000  # most tokens of any part
 TABLE_BYTES = 1 << 29  # most that the tables of a constraint may take
-TOGETHER = 64  # states whose tokens are followed at once
-FAR = 1 << 20  # tokens that no budget has
 
 
 @dataclass(frozen=True)
@@ -118,70 +118,6 @@ def compile_template(parts: list[str | Field], tokenizer: ChatTokenizer, vocab: 
     return Template(graph.tables(), opening, graph.longest)
 
 
-class _Level(NamedTuple):
-    """Prefixes of N tokens that have the same length in bytes."""
-
-    parent: np.ndarray  # [N], of the level before
-    byte: np.ndarray  # [N]
-    ends: np.ndarray  # [E], prefixes that are tokens
-    tokens: np.ndarray  # [E], which
-
-
-def _trie(texts: dict[int, bytes]) -> list[_Level]:
-    """The tokens' prefixes, so that what tokens have in common is followed once."""
-    levels = []
-    left = [(token, text, 0) for token, text in texts.items() if text]
-    depth = 0
-    while left:
-        nodes: dict[tuple[int, int], int] = {}
-        here = [nodes.setdefault((parent, text[depth]), len(nodes)) for _, text, parent in left]
-        depth += 1
-        ending = [(n, token) for n, (token, text, _) in zip(here, left, strict=True) if len(text) == depth]
-        ends, tokens = np.asarray(ending, np.int64).reshape(-1, 2).T
-        keys = np.asarray(list(nodes), np.int64)
-        levels.append(_Level(keys[:, 0], keys[:, 1], ends, tokens))
-        left = [(token, text, n) for n, (token, text, _) in zip(here, left, strict=True) if len(text) > depth]
-    return levels
-
-
-def _follow(dfa: Dfa, levels: list[_Level], states: np.ndarray, vocab: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where each token leads from these states [N]: the next states [N, V] (the dead one), and units [N, V], see Counted."""
-    dead = len(dfa.accepts) - 1
-    ends = np.full((len(states), vocab), dead, np.int32)
-    units = np.zeros((len(states), vocab if dfa.loops else 0), np.int16)
-    least, most = (np.asarray([*(x[i] for x in dfa.loops), d], np.int32) for i, d in ((0, 0), (1, UNLIMITED)))
-    inside = dfa.loop[states][:, None] >= 0
-    now, place = states[:, None], np.zeros(1, np.int64)
-    gone, spent = np.zeros(now.shape, bool), np.zeros(now.shape, np.int32)
-    for level in levels:
-        before = place[level.parent]
-        kept = np.flatnonzero(before >= 0)
-        before, c = before[kept], dfa.classes[level.byte[kept]]
-        old = now[:, before]
-        now = dfa.next[old, c]
-        if dfa.loops:
-            gone, spent = gone[:, before], spent[:, before]
-            left, counts, loop = dfa.left[old, c], dfa.counts[old, c], dfa.loop[old]
-            whole = left & ~inside  # a repetition that began in this token
-            wrong = whole & ((spent < least[loop]) | (spent > most[loop]))
-            wrong |= gone & counts
-            gone, spent = gone | (left & inside), np.where(whole, 0, spent) + counts
-            now = np.where(wrong | (~gone & (spent > most[dfa.loop[now]])), dead, now)
-        alive = np.flatnonzero((now != dead).any(axis=0))
-        now = now[:, alive]
-        place = np.full(len(level.parent), -1)
-        place[kept[alive]] = np.arange(len(alive))
-        found = place[level.ends]
-        found, tokens = found[found >= 0], level.tokens[found >= 0]
-        ends[:, tokens] = now[:, found]
-        if dfa.loops:
-            gone, spent = gone[:, alive], spent[:, alive]
-            units[:, tokens] = np.where(gone, ~spent, np.where(dfa.loop[now] >= 0, spent, 0))[:, found]
-        if not len(alive):
-            break
-    return ends, units
-
-
 class _State(NamedTuple):
     """Of the repetition that a state lies in: fewest and most repetitions, and its own number; see Counted."""
 
@@ -196,7 +132,7 @@ class _Graph:
     def __init__(self, tokenizer: ChatTokenizer, vocab: int) -> None:
         self.vocab, self.end = vocab, tokenizer.end_of_turn
         texts = tokenizer.token_bytes()
-        self.levels = _trie({i: text for i, text in texts.items() if i < vocab and i != self.end})
+        self.levels = trie({i: text for i, text in texts.items() if i < vocab and i != self.end})
         self.most_states = min(NEVER, TABLE_BYTES // (4 * vocab))
         self.rows: list[np.ndarray] = []  # int16 [V] a state: the next state, -1 for none
         self.units: dict[int, np.ndarray] = {}  # int16 [V] of states whose tokens count
@@ -251,17 +187,17 @@ class _Graph:
                 f"a field of {field.min_tokens} to {field.max_tokens} tokens: give 0 <= fewest <= most <= {LONGEST}"
             )
         tree = parse(field.pattern)
-        remedy = advice(tree)
+        room = partial(self._make_room, remedy=advice(tree))
         dfa = build(tree, field.pattern, counting=field.min_tokens <= 1)
-        found = self._tokens(dfa, remedy)
-        strides = _strides(dfa, *found)
+        found = follow_all(dfa, self.levels, self.vocab, room)
+        strides = strides_of(dfa, *found)
         if 0 in strides:
             dfa = build(tree, field.pattern, counting=False)
-            found, strides = self._tokens(dfa, remedy), []
+            found, strides = follow_all(dfa, self.levels, self.vocab, room), []
         rows, units = found
         self.longest += field.max_tokens
         self.limits[number] = field.min_tokens, field.max_tokens
-        useful = _leading_to({s for s in rows if dfa.accepts[s]}, rows, len(dfa.accepts))
+        useful = leading_to({s for s in rows if dfa.accepts[s]}, rows, len(dfa.accepts))
         if 0 not in useful or (len(useful) == 1 and not (rows[0] == 0).any()):
             raise InputError(f"the pattern {shown(field.pattern)} cannot be written with this tokenizer's tokens")
         (start,) = self.open
@@ -284,25 +220,6 @@ class _Graph:
         if dfa.accepts[0] and not field.min_tokens:
             self.open.append(start)
         self.entries.append((number, start))
-
-    def _tokens(self, dfa: Dfa, remedy: str) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
-        """Next states and units, both [V], of all states that tokens lead to."""
-        rows: dict[int, np.ndarray] = {}
-        units: dict[int, np.ndarray] = {}
-        seen = np.zeros(len(dfa.accepts), bool)
-        seen[[0, -1]] = True
-        todo = np.asarray([0])
-        while len(todo):
-            self._make_room(int(seen.sum()), remedy)
-            block, todo = todo[:TOGETHER], todo[TOGETHER:]
-            ends, spent = _follow(dfa, self.levels, block, self.vocab)
-            for i, s in enumerate(block.tolist()):
-                rows[s], units[s] = ends[i].astype(np.int16), spent[i]
-            reached = np.zeros(len(seen), bool)
-            reached[ends] = True
-            todo = np.concatenate([todo, np.flatnonzero(reached & ~seen)])
-            seen |= reached
-        return rows, units
 
     def tables(self) -> Constraint:
         """The dense tables."""
@@ -410,33 +327,3 @@ def _cheapest(to: np.ndarray, weight: np.ndarray) -> tuple[list[int], list[int]]
     np.minimum.at(best, to, weight)
     targets = np.flatnonzero(best < FAR)
     return targets.tolist(), best[targets].tolist()
-
-
-def _strides(dfa: Dfa, rows: dict[int, np.ndarray], units: dict[int, np.ndarray]) -> list[int]:
-    """For each counted repetition the largest K for which tokens that lead from a state to itself begin 1, ..., K of them.
-
-    0 where no state has such a token.
-    """
-    out = [FAR] * len(dfa.loops)
-    for s, row in rows.items():
-        loop = dfa.loop[s]
-        if loop >= 0:
-            have = set(np.unique(units[s][row == s]).tolist())
-            k = next(k for k in range(1, len(have) + 2) if k not in have) - 1
-            out[loop] = min(out[loop], k) if k else out[loop]
-    return [k if k < FAR else 0 for k in out]
-
-
-def _leading_to(goal: set[int], rows: dict[int, np.ndarray], count: int) -> set[int]:
-    """The states from which some way leads to one of the goal's."""
-    back: dict[int, list[int]] = {}
-    for s, row in rows.items():
-        for n in np.flatnonzero(np.bincount(row, minlength=count)).tolist():
-            back.setdefault(n, []).append(s)
-    reached, todo = set(goal), list(goal)
-    while todo:
-        for s in back.get(todo.pop(), ()):
-            if s not in reached:
-                reached.add(s)
-                todo.append(s)
-    return reached

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -27,6 +24,7 @@ from esjax.sample.compiled import sampling_programs, windows_of
 from esjax.sample.constrain import START, Constraint, free, narrowed
 from esjax.sample.decode import Draw, Lanes, Leaf, Log, idle_lanes
 from esjax.sample.rowbook import Group, Placed, Request, RowBook, together, windows
+from esjax.sample.rowbook import row_seed as row_seed
 from esjax.tokens.batches import alike
 
 BUCKET = 128  # rows have a multiple of so many slots, so that a run compiles a handful of programs
@@ -390,15 +388,3 @@ class _Session:
             group.trunk = None
         self._begin()
         self.backlog = deque(left)
-
-
-def row_seed(*parts: object) -> int:
-    """A seed for one row from what identifies it (run seed, stage, context): the same on every machine and batch.
-
-    Other parts give another seed; 1 and "1" are the same part. The parts (run seed, stage) and (run seed, stage, id) are
-    joined by slashes, which is unambiguous for the names that stages have; all others as a JSON list.
-    """
-    texts = [str(part) for part in parts]
-    staged = len(parts) in (2, 3) and isinstance(parts[0], int) and re.fullmatch(r"[a-z]+|round\d+/[a-z]+", texts[1])
-    joined = "/".join(texts) if staged else json.dumps(texts)
-    return int.from_bytes(hashlib.sha256(joined.encode()).digest()[:4], "big")
