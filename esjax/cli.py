@@ -90,7 +90,7 @@ def sample(args: argparse.Namespace, config: Config) -> None:
 def _pattern(args: argparse.Namespace) -> str | None:
     """The regular expression that replies must match, of --regex or --json-schema. Raises InputError."""
     from esjax.configfile import read_text
-    from esjax.sample.constrain import schema_pattern
+    from esjax.sample.schema import schema_pattern
 
     if args.regex is not None and args.json_schema is not None:
         raise InputError("--regex and --json-schema: give one of them")
@@ -132,15 +132,13 @@ def bench(args: argparse.Namespace, config: Config) -> None:
 
     Of the settings below only model.attention and model.remat count: the workload file says the rest.
     """
-    import json
-
     import jax.numpy as jnp
     import numpy as np
 
     from esjax.bench import sampling, training
     from esjax.bench.workload import TASKS, measured_bandwidth, measured_peak, read_workload
     from esjax.model.weights import choose_execution
-    from esjax.runlog import check_writable
+    from esjax.runlog import check_writable, json_text
 
     if args.trace is not None:
         check_writable(args.trace / "trace", "--trace")
@@ -154,7 +152,7 @@ def bench(args: argparse.Namespace, config: Config) -> None:
     trained = [task for task in tasks if task not in sampled]
 
     def show(line: dict[str, object]) -> None:
-        print(json.dumps(line), flush=True)
+        print(json_text(line), flush=True)
 
     how = choose_execution(config.model.attention, config.model.remat, dtype)
     if args.micro_rows is not None:  # said before anything runs

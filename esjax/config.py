@@ -154,26 +154,26 @@ class DpoSettings(OptimSettings):
 class SamplingSettings(Settings):
     """How tokens are drawn. Temperature 0 is greedy."""
 
-    temperature: float = Field(0.7, ge=0)
-    """Softmax temperature; 0 takes the most likely token."""
+    temperature: float = Field(0.7, ge=0, le=1e6)
+    """Softmax temperature; 0, or less than 1e-6, takes the most likely token."""
     top_p: float = Field(0.9, gt=0, le=1)
     """Nucleus: the smallest set of tokens with at least this probability."""
-    top_k: int = Field(0, ge=0)
+    top_k: int = Field(0, ge=0, lt=1 << 31)
     """Only the k most likely tokens; 0 means all."""
-    max_tokens: int = Field(128, ge=1)
+    max_tokens: int = Field(128, ge=1, lt=1 << 31)
     """Longest reply in tokens, the end-of-turn token included."""
 
 
 class ReflectionSettings(Settings):
     """The constrained reflection (u, s): one line for each field."""
 
-    temperature: float = Field(0.7, ge=0)
-    """Softmax temperature; 0 takes the most likely token."""
+    temperature: float = Field(0.7, ge=0, le=1e6)
+    """Softmax temperature; 0, or less than 1e-6, takes the most likely token."""
     top_p: float = Field(0.9, gt=0, le=1)
     """Nucleus."""
-    top_k: int = Field(0, ge=0)
+    top_k: int = Field(0, ge=0, lt=1 << 31)
     """Only the k most likely tokens; 0 means all."""
-    field_tokens: int = Field(40, ge=4)
+    field_tokens: int = Field(40, ge=4, le=32000)
     """Longest field in tokens; a field that reaches it is closed with a full stop, so that every reflection parses."""
 
 
@@ -186,7 +186,7 @@ class EvolveSettings(Settings):
     """Contexts C_n drawn without replacement for a round, anew for every round; null means all."""
     context_tokens: int | None = Field(None, ge=16)
     """Longest context C_n in tokens (older turns are dropped and counted); null means what data.window leaves."""
-    batch: Annotated[int, EXECUTION] = Field(16, ge=1)
+    batch: Annotated[int, EXECUTION] = Field(16, ge=1, le=1 << 16)
     """Replies under way at once (also for the closing table)."""
     draft: SamplingSettings = SamplingSettings()
     """The pre-refined reply, later `rejected`."""
@@ -218,7 +218,7 @@ class FilterSettings(Settings):
 class ReplySettings(SamplingSettings):
     """How a finished model answers: in the closing table and in `esjax sample`."""
 
-    batch: Annotated[int, EXECUTION] = Field(16, ge=1)
+    batch: Annotated[int, EXECUTION] = Field(16, ge=1, le=1 << 16)
     """Replies under way at once in `esjax sample`."""
     max_contexts: int | None = Field(None, ge=1)
     """Contexts answered for the closing table, evenly spread over those of the test dialogues; null means all."""

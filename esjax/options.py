@@ -83,8 +83,21 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         ("--prompts", _need("FILE", "prompts.jsonl")),
         ("--out", _need("FILE", "replies.jsonl")),
         ("--num-samples", _number("N", "answers to each prompt", 1)),
-        ("--regex", {"metavar": "PATTERN", "help": "a regular expression that every answer matches as a whole"}),
-        ("--json-schema", {"type": _path, "metavar": "FILE", "help": "a JSON schema that every answer obeys"}),
+        (
+            "--regex",
+            {
+                "metavar": "PATTERN",
+                "help": "a regular expression that every answer matches as a whole; \\d, \\w and \\s draw ASCII only",
+            },
+        ),
+        (
+            "--json-schema",
+            {
+                "type": _path,
+                "metavar": "FILE",
+                "help": "a JSON schema that every answer obeys; keywords that cannot be enforced are refused",
+            },
+        ),
         *SEVERAL,
     ),
     "score": (

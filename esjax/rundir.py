@@ -22,7 +22,7 @@ from esjax.config import Config
 from esjax.configfile import bundled, changes, differing, dump, load
 from esjax.errors import InputError, TransientError
 from esjax.hosts import alike, hosts, together
-from esjax.runlog import publish_text, say, sha256, write_text
+from esjax.runlog import json_text, publish_text, say, sha256, write_text
 
 
 class RunDir:
@@ -216,7 +216,7 @@ class RunDir:
 
     def _record(self, name: str, entry: dict[str, Any]) -> None:
         self.manifest["stages"][name] = entry
-        publish_text(self.manifest_path, json.dumps(self.manifest, indent=1) + "\n")
+        publish_text(self.manifest_path, json_text(self.manifest, indent=1) + "\n")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from tensorboardX import SummaryWriter
 
 from esjax import storage
 from esjax.configfile import BOM, read_whole
-from esjax.errors import InputError, is_full_disk
+from esjax.errors import InputError, RunError, is_full_disk
 from esjax.hosts import hosts
 
 T = TypeVar("T")
@@ -91,9 +91,20 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def json_text(value: Any, **how: Any) -> str:
+    """JSON, keys in the given order. Raises RunError for a number that JSON does not have (NaN, infinity)."""
+    try:
+        return json.dumps(value, allow_nan=False, **how)
+    except ValueError as e:
+        raise RunError(
+            f"a number that is not finite would be written: {json.dumps(value)[:200]}; the model's weights or its adapter are "
+            "damaged, or its numbers overflow model.dtype"
+        ) from e
+
+
 def json_line(row: dict[str, Any]) -> str:
     """One JSON Lines line, keys in the given order."""
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return json_text(row, ensure_ascii=False) + "\n"
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -279,7 +290,7 @@ class Journal:
 
     def _write(self, line: Any) -> None:
         assert self._file is not None
-        self._file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
+        self._file.write((json_text(line, ensure_ascii=False) + "\n").encode())
         self._file.flush()
 
     def finish(self) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ import pytest
 from oracles import BARE
 
 from esjax import rows
+from esjax.bench import sampling
 from esjax.bench import training as bench
 from esjax.bench import workload as sizes
 from esjax.cli import main
@@ -25,9 +26,10 @@ from esjax.model.cached import cache_shapes, layered
 from esjax.model.decoder import Execution
 from esjax.model.families import Architecture
 from esjax.model.lora import lora_from
-from esjax.model.weights import bind, choose_execution
+from esjax.model.weights import Backbone, bind, choose_execution
 from esjax.sample.constrain import free
 from esjax.sample.decode import idle_lanes, run
+from esjax.sample.generate import Generator
 from esjax.train.losses import sft_loss
 
 WORKLOAD = "bundled:configs/workload.json"
@@ -65,6 +67,7 @@ def test_one_line_for_each_sampling_job(capsys: pytest.CaptureFixture[str]) -> N
         ("round", "unshared", "pairs/s"),
     ]
     for x in lines:
+        assert x["mem_gib"] + 0.01 >= x["step_gib"]  # what is held, of which a step reads a part
         assert all(x[k] > 0 for k in ("figure", "mem_gib", "prefill_mfu", "step_ms", "step_limit_ms", "compile_s"))
         assert x["padded_tokens"] >= 0
     sample, shared, unshared = lines
@@ -208,3 +211,25 @@ def test_the_figure_is_of_the_settings() -> None:
     moved, _, metrics = step(trained, opt_state, frozen, example, extra)
     assert {x.dtype for x in jax.tree.leaves(moved)} == {FLOAT32}
     assert float(metrics["loss"]) == pytest.approx(np.log(work.architecture.vocab), rel=0.05)
+
+
+def test_memory_of_sampling_is_what_is_held_not_what_a_step_reads() -> None:
+    """Base, its layers cut apart, rows and rings, and the program's own: by numpy from the arrays' shapes."""
+    work = sizes.read_workload(WORKLOAD, "tiny")
+    definition, make = sizes.parts(work.architecture, None, FLOAT32, bare=True)
+    backbone = Backbone(
+        Path(), work.architecture, None, FLOAT32, definition, make()[1], choose_execution("auto", "full", FLOAT32)
+    )
+    generator = Generator(backbone, 4, end_of_turn=-1, shared=1, slots=128, new=64)
+    weights = sum(x.nbytes for x in jax.tree.leaves(backbone.base))
+    a = work.architecture
+    cache = 2 * a.layers * a.kv_heads * a.head_size * 4 * (128 + 64) * 4
+    prompts = [[11, 12, 13]] * 4
+    held = sampling.memory_held(
+        generator, lambda: generator.generate(BARE, prompts, range(4), sampling.HOW, 8) and None
+    )
+    assert held > weights + cache
+    larger = Generator(backbone, 4, end_of_turn=-1, shared=1, slots=128, new=64 + 4096)
+    more = sampling.memory_held(larger, lambda: larger.generate(BARE, prompts, range(4), sampling.HOW, 8) and None)
+    rings = 2 * a.layers * a.kv_heads * a.head_size * 4 * 4096 * 4
+    assert rings <= more - held < 2.5 * rings

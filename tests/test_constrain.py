@@ -34,10 +34,10 @@ from esjax.sample.constrain import (
     Template,
     compile_template,
     free,
-    schema_pattern,
 )
 from esjax.sample.decode import permitted
 from esjax.sample.generate import Completion, Generator
+from esjax.sample.schema import schema_pattern
 from esjax.sample.score import Scorer
 from esjax.tokens.tokenizer import ChatTokenizer
 
@@ -497,10 +497,10 @@ def test_a_template_that_a_field_makes_ambiguous_is_refused(tokenizer: ChatToken
     [
         Field("[^\\s\\S]", 4),  # no text at all
         Field("(", 4),  # no expression
-        Field("x*", 4),  # also the empty text: no token enters the field
+        Field("x{0}", 4),  # the empty text alone: no token enters the field
         Field("wxyzwxyzwxyz", 3),  # the shortest text is longer than the budget
         Field("[a-z]+", 4, min_tokens=5),
-        Field("[a-z]+", 4, min_tokens=0),
+        Field("[a-z]+", 4, min_tokens=-1),
         Field("[a-z]+", LONGEST + 1),
     ],
     ids=["no text", "broken", "empty", "budget", "fewest > most", "none", "too many"],

@@ -244,3 +244,22 @@ def test_rounding_of_logits_disturbs_hardly_any_draw(how: How) -> None:
 
     assert changed(1e-6) <= 5
     assert changed(1e-2) > 20  # control
+
+
+@pytest.mark.parametrize("temperature", [2e-38, 1e-45, 1e-40, 1e-10, 9e-7])
+def test_the_tiniest_temperatures_are_greedy(temperature: float) -> None:
+    logits = (np.random.default_rng(3).normal(size=(64, 300)) * 30).astype(np.float32)
+    assert drawn(logits, some_noise(64, 300), How(temperature)) == logits.argmax(axis=1).tolist()
+    assert drawn(logits, some_noise(64, 300), How(30.0)) != logits.argmax(axis=1).tolist()
+
+
+@pytest.mark.parametrize("top_p", [1e-45, 1e-40, 1e-30, 1e-10])
+def test_the_tiniest_nucleus_is_the_likeliest_token(top_p: float) -> None:
+    """It used to go round for ever where top-p vanished."""
+    logits = np.random.default_rng(4).normal(size=(64, 300)).astype(np.float32)
+    assert drawn(logits, some_noise(64, 300), How(2.0, top_p=top_p)) == logits.argmax(axis=1).tolist()
+
+
+def test_the_highest_temperature_draws_no_forbidden_token() -> None:
+    logits = np.where(np.arange(300) < 10, 1.0, -np.inf).astype(np.float32)
+    assert set(drawn(logits, some_noise(500, 300), How(1e6))) == set(range(10))

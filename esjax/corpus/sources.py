@@ -30,9 +30,13 @@ def read_dialogues(format: str, path: str) -> list[Dialogue]:
     file = bundled(path)
     dialogues = []
     read, rows = READERS[format]
+    first: dict[str, str] = {}
     for row in rows(file):
         try:
             dialogues.append(read(row))
+            name = str(dialogues[-1].id)
+            if first.setdefault(name, row.where) != row.where:  # they would be drawn from with the same noise
+                raise ValueError(f"the id {name!r} is that of {first[name].removeprefix(f'{file}, ')} too")
         except (KeyError, TypeError, AttributeError, ValueError) as e:
             what = f"the field {e} is missing" if isinstance(e, KeyError) else str(e)
             raise InputError(f"{row.where}: {what}; expected a row of format {format}") from e

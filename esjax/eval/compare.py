@@ -16,7 +16,7 @@ from esjax.evolve.filters import REPLY_REASONS, pattern_hashes
 from esjax.evolve.lab import Lab, adapter_folder
 from esjax.mesh import rows_at_once
 from esjax.rundir import RunDir, bundled_hash
-from esjax.runlog import gather, progress, publish_text, sha256
+from esjax.runlog import gather, json_text, progress, publish_text, sha256
 from esjax.sample.generate import Completion, Request, row_seed
 from esjax.sample.score import Scorer
 
@@ -43,7 +43,7 @@ def _model(lab: Lab, run: RunDir, t: int) -> dict[str, Any]:
             # The same seeds for every model: differences in the table are the models', not the draws'.
             prompts = {i: lab.tokenizer.prompt(asked[i].messages) for i in missing}
             requests = [
-                Request(i, p, row_seed(c.seed, "eval", asked[i].id), c.reply, c.reply.max_tokens)
+                Request(i, p, row_seed(c.seed, "eval", asked[i].id), c.reply, c.reply.max_tokens, name=asked[i].id)
                 for i, p in prompts.items()
             ]
 
@@ -73,7 +73,7 @@ def _model(lab: Lab, run: RunDir, t: int) -> dict[str, Any]:
             "replies": len(texts),
             "would_drop": {reason: faults[reason] / len(texts) for reason in REPLY_REASONS},
         }
-        publish_text(scores, json.dumps(row, indent=1) + "\n")
+        publish_text(scores, json_text(row, indent=1) + "\n")
 
     inputs = {
         "adapter": sha256(folder),

@@ -19,7 +19,7 @@ from esjax.evolve.lab import Lab
 from esjax.mesh import batch_groups, rows_at_once
 from esjax.model.lora import Adapter
 from esjax.runlog import gather, read_jsonl, say, sha256
-from esjax.sample.constrain import START, Field, compile_template
+from esjax.sample.constrain import LONGEST, START, Field, compile_template
 from esjax.sample.generate import Completion, Request, row_seed
 from esjax.sample.score import Scorer
 
@@ -37,11 +37,17 @@ class Chat(NamedTuple):
 
 def read_chats(file: Path, last: str) -> list[Chat]:
     """Rows of {"id", "messages"} whose last message is ``last``'s, user or assistant. Raises InputError naming the line."""
-    chats = []
+    chats: list[Chat] = []
+    first: dict[str, int] = {}
     for row in read_jsonl(bundled(str(file)), ("id", "messages")):
         where, name = row.where, row["id"]
         if not isinstance(name, str | int) or isinstance(name, bool):
             raise InputError(f"{where}: the id is {json.dumps(name):.60}; give a text or a whole number")
+        if last == "user" and first.setdefault(str(name), row.number) != row.number:  # they would share their noise
+            raise InputError(
+                f"{file}, lines {first[str(name)]} and {row.number}: both have the id {str(name)!r:.60}, and 1 is the same as "
+                "'1'; give each row an id of its own"
+            )
         messages = check_messages(row["messages"], where, last=last)
         if all(m["role"] != "user" for m in messages):
             raise InputError(f"{where}: there is no user message before the assistant's")
@@ -67,7 +73,9 @@ def answer(
     most, positions = how.max_tokens, lab.backbone.arch.max_positions
     form = None
     if pattern is not None:
-        form = compile_template([Field(pattern, max(1, most - 1))], tokenizer, lab.backbone.arch.vocab)
+        field = Field(pattern, min(max(1, most - 1), LONGEST), min_tokens=0)
+        with within(f"--regex or --json-schema, in reply.max_tokens={most}"):
+            form = compile_template([field], tokenizer, lab.backbone.arch.vocab)
     prompts = []
     for chat in chats:
         with within(chat.where):
@@ -87,7 +95,7 @@ def answer(
         for i in indices:
             n, k = divmod(i, count)
             number = row_seed(seed, "sample", chats[n].id, *([k] if k else []))
-            out.append(Request(i, prompts[n], number, how, most, START if form else 0))
+            out.append(Request(i, prompts[n], number, how, most, START if form else 0, str(chats[n].id)))
         return out
 
     def work(missing: list[int], add: Callable[..., None]) -> None:

@@ -30,7 +30,7 @@ from esjax.model.weights import Backbone, compute_dtype, load_backbone
 from esjax.rows import Rows
 from esjax.rundir import check_base, check_made, read_manifest
 from esjax.runlog import say, sha256
-from esjax.sample.constrain import Template
+from esjax.sample.constrain import Template, drawable
 from esjax.sample.generate import Generator
 from esjax.tokens.encode import Encoder
 from esjax.tokens.tokenizer import ChatTokenizer
@@ -174,7 +174,8 @@ class Lab:
     def generator(self) -> Generator:
         """The one sampler of the run, so that all rounds and the closing table share its programs."""
         name = self.config.model.cache_dtype
-        made = Generator(self.backbone, self.config.evolve.batch, self.tokenizer.stops)
+        allowed = drawable(self.tokenizer, self.backbone.arch.vocab)
+        made = Generator(self.backbone, self.config.evolve.batch, self.tokenizer.stops, drawable=allowed)
         return made if name == "auto" else replace(made, cache_dtype=jnp.dtype(name))
 
     @cached_property

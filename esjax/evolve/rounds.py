@@ -210,7 +210,7 @@ class _Replies:
         prompt = self.lab.tokenizer.prompt(self.lab.instructions.reflection_prompt(self.chosen[i].messages))
         seed = self._seed("reflection", i)
         most, how = self.form.max_tokens, self.settings.reflection
-        return Request(("reflection", i), [*prompt, *self.form.opening], seed, how, most, START)
+        return Request(("reflection", i), [*prompt, *self.form.opening], seed, how, most, START, self.chosen[i].id)
 
     def _refinements(self, number: int) -> list[Request]:
         """The requests of a group of contexts whose drafts and reflections are there."""
@@ -221,7 +221,8 @@ class _Replies:
         return [self._request("refinement", i, c, self.settings.refinement) for i, c in zip(wanted, chats, strict=True)]
 
     def _request(self, kind: str, i: int, chat: list[Message], how: SamplingSettings) -> Request:
-        return Request((kind, i), self.lab.tokenizer.prompt(chat), self._seed(kind, i), how, how.max_tokens)
+        prompt, name = self.lab.tokenizer.prompt(chat), self.chosen[i].id
+        return Request((kind, i), prompt, self._seed(kind, i), how, how.max_tokens, name=name)
 
     def _seed(self, kind: str, i: int) -> int:
         return row_seed(self.round.config.seed, f"round{self.round.t}/{kind}", self.chosen[i].id)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from esjax.plan.jobs import NAMES
 from esjax.plan.measure import Needs
 from esjax.plan.report import Change, Hardware, plan, remedies, table, words
 from esjax.plan.shape import shape_of
+from esjax.runlog import json_text
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Outcome:
         shape = mesh_shape(self.config.mesh, len(self.hardware.devices))
         fits = {"mesh": dict(zip(AXES, shape, strict=True)), "fits": all(n.fits for n in self.found)}
         more = {"change": self.change, "changed": [n.as_json() for n in self.changed]}
-        return json.dumps({**hardware, **fits, "programs": [n.as_json() for n in self.found], **more})
+        return json_text({**hardware, **fits, "programs": [n.as_json() for n in self.found], **more})
 
     @property
     def misfit(self) -> str | None:

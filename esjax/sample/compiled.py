@@ -17,7 +17,7 @@ from esjax.model.layers import Block
 from esjax.model.lora import Adapter
 from esjax.model.weights import bind
 from esjax.programs import program
-from esjax.sample.constrain import Automaton
+from esjax.sample.constrain import Constraint
 from esjax.sample.decode import Called, Lanes, Leaf, run
 
 STEPS = 128  # most steps between two looks of the host
@@ -63,7 +63,7 @@ def sampling_programs(
         waiting: Leaf,
         count: jax.Array,
         stop: jax.Array,
-        constraint: Automaton,
+        constraint: Constraint,
         patience: jax.Array,
     ) -> Called:
         return run(arch, lambda: see(weights), cache, lanes, waiting, count, stop, constraint, patience, STEPS, how)

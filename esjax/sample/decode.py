@@ -17,13 +17,15 @@ from esjax.mesh import constrain, everywhere
 from esjax.model.cached import Cache, Seen, Weights, pinned, step
 from esjax.model.decoder import Execution
 from esjax.model.families import Architecture
-from esjax.sample.constrain import Automaton
+from esjax.sample.constrain import Constraint, Counted
+
+COLD = 1e-6  # a lower temperature is greedy: logits over it would overflow, and differences of rounding decide there
 
 
 class Draw(NamedTuple):
     """How tokens are drawn, one entry a reply."""
 
-    temperature: Any  # float32; 0 is greedy
+    temperature: Any  # float32; below COLD is greedy
     top_p: Any  # float32 in (0, 1]
     top_k: Any  # int32; 0 is all
 
@@ -53,6 +55,7 @@ class Lanes(NamedTuple):
     leaf: Leaf  # [R, M]
     drawn: Array  # int32 [R, M], tokens drawn so far
     used: Array  # int32 [R, M], tokens spent in the current part of the constraint
+    units: Array  # int32 [R, M], repetitions begun in the constraint's counted one that the state lies in; 0 outside
     clock: Array  # int32, steps ever made: where in the ring the next one writes
 
 
@@ -80,7 +83,7 @@ def idle_lanes(rows: int, lanes: int) -> Lanes:
     zero, one = jnp.zeros((rows, lanes), jnp.int32), jnp.ones((rows, lanes), jnp.float32)
     draw = Draw(one, one, zero)
     leaf = Leaf(zero - 1, zero, zero, zero, zero, zero, zero, zero.astype(jnp.uint32), zero, draw, zero)
-    return Lanes(leaf, zero, zero, jnp.int32(0))
+    return Lanes(leaf, zero, zero, zero, jnp.int32(0))
 
 
 def run(
@@ -91,7 +94,7 @@ def run(
     waiting: Leaf,
     count: Array,
     stop: Array,
-    constraint: Automaton,
+    constraint: Constraint,
     patience: Array,
     steps: int,
     how: Execution,
@@ -125,14 +128,18 @@ def run(
         x, cache = step(arch, w, state.cache, leaf.token, leaf.position, seen, lanes.clock, how)
         logits = constrain(jnp.einsum("bd,vd->bv", x, w.head, preferred_element_type=jnp.float32), "batch", "vocab")
         flat: Leaf = jax.tree.map(lambda a: a.reshape(-1), leaf)
-        drawn, used = lanes.drawn.reshape(-1), lanes.used.reshape(-1)
-        allowed = jnp.where(permitted(constraint, flat.state, used), logits, -jnp.inf)
+        drawn, used, units = lanes.drawn.reshape(-1), lanes.used.reshape(-1), lanes.units.reshape(-1)
+        allowed = jnp.where(permitted(constraint, flat.state, used, units), logits, -jnp.inf)
         token = draw_token(allowed, lambda: noise(flat.seed, drawn, logits.shape[1]), flat.draw)
         logprob = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
         following = jnp.maximum(constraint.next[flat.state, token].astype(jnp.int32), 0)
         stays = constraint.part[following] == constraint.part[flat.state]
-        token, logprob, following, used = everywhere(
-            [x.reshape(r, m) for x in (token, logprob, following, jnp.where(stays, used + 1, 1))]
+        used = jnp.where(stays, used + 1, 1)
+        if isinstance(constraint, Counted):
+            begun = units + constraint.units[flat.state, token].astype(jnp.int32)
+            units = jnp.where(constraint.stride[following] > 0, begun, 0)
+        token, logprob, following, used, units = everywhere(
+            [x.reshape(r, m) for x in (token, logprob, following, used, units)]
         )
         stopped = busy & jnp.any(token[..., None] == stop, axis=-1)
         over = stopped | (lanes.drawn + 1 >= leaf.most)
@@ -146,7 +153,7 @@ def run(
             position=leaf.position + 1,
             state=jnp.where(over | ~busy, 0, following),  # a lane with nothing to do is free to draw anything
         )
-        lanes = Lanes(leaf, lanes.drawn + 1, used, lanes.clock + 1)
+        lanes = Lanes(leaf, lanes.drawn + 1, used, units, lanes.clock + 1)
         return Called(lanes, cache, started, state.steps + 1, log)
 
     blank = jnp.full((steps, r, m), -1, jnp.int32)
@@ -168,15 +175,27 @@ def _take(lanes: Lanes, waiting: Leaf, count: Array, started: Array) -> tuple[La
         return jnp.where(takes, jnp.take_along_axis(offered, place, axis=1), old)
 
     leaf = jax.tree.map(choose, lanes.leaf, waiting)
-    drawn, used = (jnp.where(takes, 0, x) for x in (lanes.drawn, lanes.used))
-    return lanes._replace(leaf=leaf, drawn=drawn, used=used), started + takes.sum(axis=1)
+    drawn, used, units = (jnp.where(takes, 0, x) for x in (lanes.drawn, lanes.used, lanes.units))
+    return lanes._replace(leaf=leaf, drawn=drawn, used=used, units=units), started + takes.sum(axis=1)
 
 
-def permitted(constraint: Automaton, state: Array, used: Array) -> Array:
-    """Which tokens [B, V] may follow: those that leave their part, where it is long enough, or from where it can be closed."""
+def permitted(constraint: Constraint, state: Array, used: Array, units: Array | None = None) -> Array:
+    """Which tokens [B, V] may follow: those that leave their part, where it is long enough, or from where it can be closed.
+
+    Where the constraint counts repetitions, with ``units`` [B] begun: a token may not exceed their limit, nor leave before
+    the fewest, and what is missing of these must be there in the budget too.
+    """
     cost = constraint.cost[state]
     left = constraint.most[state] - used
-    return jnp.where(cost < 0, (used >= constraint.least[state])[:, None], cost <= left[:, None])
+    if not isinstance(constraint, Counted) or units is None:
+        return jnp.where(cost < 0, (used >= constraint.least[state])[:, None], cost <= left[:, None])
+    more = constraint.units[state].astype(jnp.int32)
+    leaves = more < 0
+    begun = units[:, None] + jnp.where(leaves, ~more, more)
+    missing = jnp.maximum(0, constraint.fewest[state][:, None] - begun)
+    need = cost + -(-missing // jnp.maximum(1, constraint.stride[state])[:, None])
+    fits = jnp.where(cost < 0, (used >= constraint.least[state])[:, None], need <= left[:, None])
+    return fits & (begun <= constraint.limit[state][:, None]) & ~(leaves & (missing > 0))
 
 
 def noise(seed: Array, number: Array, vocab: int) -> Array:
@@ -204,14 +223,14 @@ def draw_token(logits: Array, noise: Any, draw: Draw) -> Array:
     top-p together; if it does not, no token as unlikely does, and the race is decided among the others. That is exact, and
     two or three rounds do. Tokens that tie with the least likely one of the nucleus, or of the top k, belong to it.
     """
-    hot = draw.temperature > 0
+    hot = draw.temperature >= COLD
 
     def race() -> Array:
         scaled = logits / jnp.where(hot, draw.temperature, 1.0)[:, None]
         p = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))  # unnormalised, most likely = 1
         p = jax.lax.cond(jnp.any(draw.top_k > 0), lambda p: _top_k(p, draw.top_k), lambda p: p, p)
         speed = p / jnp.maximum(noise(), 1e-30)
-        enough = draw.top_p * jnp.sum(p, axis=-1)
+        enough = jnp.maximum(draw.top_p, COLD) * jnp.sum(p, axis=-1)  # never 0: the most likely token has none above it
 
         def decide(pivot: Array) -> tuple[Array, Array, Array]:
             winner = _argmax(jnp.where(p > pivot[:, None], speed, -1.0))

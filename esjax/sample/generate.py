@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esjax.errors import InputError, Stopped
+from esjax.errors import InputError, RunError, Stopped
 from esjax.hosts import deferred
 from esjax.mesh import batch_groups, check_split, put_everywhere
 from esjax.model.cached import Cache, Chunk, empty_cache
@@ -22,9 +21,10 @@ from esjax.model.lora import Adapter
 from esjax.model.weights import Backbone
 from esjax.rows import common_prefix
 from esjax.sample.compiled import sampling_programs, windows_of
-from esjax.sample.constrain import START, Automaton, free
+from esjax.sample.constrain import START, Constraint, free, narrowed
 from esjax.sample.decode import Draw, Lanes, Leaf, Log, idle_lanes
 from esjax.sample.rowbook import Group, Placed, Request, RowBook, together, windows
+from esjax.sample.rowbook import row_seed as row_seed
 from esjax.tokens.batches import alike
 
 BUCKET = 128  # rows have a multiple of so many slots, so that a run compiles a handful of programs
@@ -98,6 +98,7 @@ class Generator:
     new: int = 0
     clocked: bool = False
     cache_dtype: jnp.dtype | None = None  # the backbone's, if None
+    drawable: np.ndarray | None = None  # bool [V], the tokens that unconstrained replies may have; all, if None
     usage: Usage = field(default_factory=Usage)
 
     def __post_init__(self) -> None:
@@ -107,7 +108,7 @@ class Generator:
         programs = sampling_programs(backbone.arch, backbone.definition, backbone.dtype, self._how)
         self._weights, self._load, self._run = programs
         arch = backbone.arch
-        self._constraint = put_everywhere(free(arch.vocab))  # the latest: all have a state that allows everything
+        self._place(free(arch.vocab))  # the latest: all have a state for replies without a constraint
 
     def generate(
         self,
@@ -116,7 +117,7 @@ class Generator:
         seeds: Sequence[int],
         how: DrawSettings,
         max_tokens: int,
-        constraint: Automaton | None = None,
+        constraint: Constraint | None = None,
     ) -> list[Completion]:
         """Continue each prompt with its own seed, all under one constraint. Raises InputError when one is too long."""
         state = 0 if constraint is None else START
@@ -143,7 +144,7 @@ class Generator:
         adapter: Adapter,
         groups: Sequence[list[Request]],
         done: Done,
-        constraint: Automaton | None = None,
+        constraint: Constraint | None = None,
         more_may_follow: bool = False,
     ) -> None:
         """Answer all requests, and those that ``done`` answers a finished one with.
@@ -161,10 +162,13 @@ class Generator:
         self.fit(groups)
         weights = self._weights(adapter, self.backbone.base)
         if constraint is not None:
-            self._constraint = put_everywhere(constraint)
+            self._place(constraint)
         session = _Session(self, weights, done, more_may_follow)
         session.backlog.extend(map(Group.of, groups))
         session.finish_all()
+
+    def _place(self, constraint: Constraint) -> None:
+        self._constraint = put_everywhere(narrowed(constraint, self.drawable))
 
     def _check(self, request: Request) -> None:
         longest, most = len(request.prompt), self.backbone.arch.max_positions
@@ -353,6 +357,11 @@ class _Session:
             placed.tokens += token[start:stop].tolist()
             placed.logprobs += logprob[start:stop].tolist()
             finished = bool(stopped[stop - 1])
+            if not np.isfinite(logprob[start:stop]).all():
+                raise RunError(
+                    f"{placed.request.name or placed.request.key}: the model's logits are not finite numbers, so nothing can be "
+                    "drawn from them; its weights or its adapter are damaged, or its numbers overflow model.dtype"
+                )
             if finished or len(placed.tokens) == placed.request.max_tokens:
                 ended.append((book.finish(placed.uid), finished))
         self.owner.usage.tokens += len(uid)
@@ -383,8 +392,3 @@ class _Session:
             group.trunk = None
         self._begin()
         self.backlog = deque(left)
-
-
-def row_seed(*parts: object) -> int:
-    """A seed for one row from what identifies it (run seed, stage, context): the same on every machine and batch."""
-    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:4], "big")

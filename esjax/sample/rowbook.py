@@ -6,6 +6,9 @@ stays until its slots are wanted, so a later prompt that begins like it finds it
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +29,7 @@ class Request(NamedTuple):
     how: Any  # DrawSettings
     max_tokens: int
     state: int = 0  # of the constraint
+    name: str = ""  # what messages call it
 
 
 @dataclass(eq=False)
@@ -234,3 +238,15 @@ def together(chunks: Sequence[Sequence[Chunk]], count: int) -> Chunk:
     empty = first._replace(valid=np.zeros_like(first.valid))
     filled = [c for device in chunks for c in [*device, *[empty] * (count - len(device))]]
     return Chunk(*(np.stack(x) for x in zip(*filled, strict=True)))
+
+
+def row_seed(*parts: object) -> int:
+    """A seed for one row from what identifies it (run seed, stage, context): the same on every machine and batch.
+
+    Other parts give another seed; 1 and "1" are the same part. The parts (run seed, stage) and (run seed, stage, id) are
+    joined by slashes, which is unambiguous for the names that stages have; all others as a JSON list.
+    """
+    texts = [str(part) for part in parts]
+    staged = len(parts) in (2, 3) and isinstance(parts[0], int) and re.fullmatch(r"[a-z]+|round\d+/[a-z]+", texts[1])
+    joined = "/".join(texts) if staged else json.dumps(texts)
+    return int.from_bytes(hashlib.sha256(joined.encode()).digest()[:4], "big")
