@@ -137,8 +137,9 @@ def bench(args: argparse.Namespace, config: Config) -> None:
 
     from esjax.bench import sampling, training
     from esjax.bench.workload import TASKS, measured_bandwidth, measured_peak, read_workload
+    from esjax.jsonl import json_text
     from esjax.model.weights import choose_execution
-    from esjax.runlog import check_writable, json_text
+    from esjax.runlog import check_writable
 
     if args.trace is not None:
         check_writable(args.trace / "trace", "--trace")

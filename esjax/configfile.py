@@ -79,19 +79,21 @@ def load(
     tree, known = _tree(where), keys(Config)
     for key, value in {**_parsed(overrides), **(over or {})}.items():
         _put(tree, key, value)
-    for key, value in _flat(tree):
-        if key not in known and not any(k.startswith(key + ".") for k in known):
-            raise InputError(f"unknown setting {key}{nearest(key, known)} (in {where} or on the command line)")
-        if isinstance(value, bool) and "bool" not in known.get(key, ("bool",))[0]:  # pydantic takes true for 1
-            raise InputError(f"setting {key}={value}: expected {known[key][0]} (in {where} or on the command line)")
     try:
+        for key, value in _flat(tree):
+            if key not in known and not any(k.startswith(key + ".") for k in known):
+                raise InputError(f"unknown setting {key}{nearest(key, known)}")
+            if isinstance(value, bool) and "bool" not in known.get(key, ("bool",))[0]:  # pydantic takes true for 1
+                raise InputError(f"setting {key}={value}: expected {known[key][0]}")
         config = Config.model_validate(tree)
+        return config.validate_together() if together else config
     except ValidationError as e:
         first = e.errors()[0]
         key = ".".join(str(p) for p in first["loc"])
         value = "" if first["type"] == "missing" else f"={first['input']!r:.100}"
         raise InputError(f"setting {key}{value}: {first['msg']} (in {where} or on the command line)") from e
-    return config.validate_together() if together else config
+    except InputError as e:
+        raise InputError(f"{e} (in {where} or on the command line)") from e
 
 
 class _Loader(yaml.SafeLoader):

@@ -22,7 +22,8 @@ from esjax.config import Config
 from esjax.configfile import bundled, changes, differing, dump, load
 from esjax.errors import InputError, TransientError
 from esjax.hosts import alike, hosts, together
-from esjax.runlog import json_text, publish_text, say, sha256, write_text
+from esjax.jsonl import json_text
+from esjax.runlog import publish_text, say, sha256, write_text
 
 
 class RunDir:

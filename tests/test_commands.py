@@ -28,9 +28,10 @@ from esjax.config import Config
 from esjax.configfile import dump, load
 from esjax.evolve.lab import Lab, adapter_folder
 from esjax.hub.fetch import public_name
+from esjax.jsonl import read_jsonl
 from esjax.model.lora import peft_tensors, save_adapter
 from esjax.outfile import held
-from esjax.runlog import read_jsonl, write_jsonl
+from esjax.runlog import write_jsonl
 
 Refused = Callable[..., str]
 ANSWER = {"role": "assistant", "content": "That sounds hard."}

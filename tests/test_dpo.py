@@ -38,13 +38,14 @@ from esjax.errors import RunError
 from esjax.evolve import phases
 from esjax.evolve.lab import Lab, adapter_folder, open_model
 from esjax.evolve.pairs import trunks
+from esjax.jsonl import read_jsonl
 from esjax.model.decoder import Execution, token_logprobs
 from esjax.model.layers import Lora
 from esjax.model.lora import Adapter, peft_tensors, save_adapter
 from esjax.model.weights import Backbone, bind, load_backbone
 from esjax.rows import Rows, check, concatenate, pack, prompt_with_replies, stack, trunk
 from esjax.rundir import RunDir
-from esjax.runlog import read_jsonl, write_jsonl
+from esjax.runlog import write_jsonl
 from esjax.sample.score import Scorer
 from esjax.tokens.encode import Encoder
 from esjax.tokens.tokenizer import ChatTokenizer

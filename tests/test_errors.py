@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from esjax.cli import main
 from esjax.configfile import bundled, load, read_text
 from esjax.corpus.sources import read_dialogues
-from esjax.runlog import read_jsonl
+from esjax.jsonl import read_jsonl
 from esjax.tokens.encode import Encoder
 from esjax.tokens.tokenizer import ChatTokenizer
 

@@ -28,9 +28,9 @@ from esjax.configfile import load
 from esjax.errors import InputError
 from esjax.evolve.lab import Lab, adapter_folder, open_model
 from esjax.export import export
+from esjax.jsonl import read_jsonl
 from esjax.model.lora import load_adapter, read_lora
 from esjax.model.weights import load_backbone
-from esjax.runlog import read_jsonl
 from esjax.tokens.tokenizer import ChatTokenizer
 
 LENGTH = 384

@@ -19,15 +19,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
+from esjax.config import FilterSettings
 from esjax.configfile import bundled, load
 from esjax.corpus.sources import read_conversations, read_dialogues
 from esjax.errors import InputError
-from esjax.evolve.answers import read_questions
+from esjax.evolve.answers import read_chats
+from esjax.evolve.filters import Filters
 from esjax.evolve.pairs import read_pairs
 from esjax.hub.shards import ShardReader
 from esjax.model.families import read_architecture
 
-EXAMPLES = 150
+EXAMPLES = 100
 CHAT = [{"role": "user", "content": "I am tired."}, {"role": "assistant", "content": "Since when?"}]
 PAIR = {"id": "a", "prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": [{"role": "assistant", "content": "Sleep."}]}
 ESCONV = {
@@ -122,6 +124,7 @@ def either(read: Callable[[], Any], file: Path) -> Any:
         return read() or True
     except InputError as refusal:
         line = str(refusal)
+        line.encode()  # can be printed
         assert "\n" not in line
         assert file.name in line or file.parent.name in line, line
         assert len(line) < 2000, line
@@ -135,7 +138,7 @@ LINES: dict[str, tuple[Any, Callable[[Path], Any]]] = {
     ),
     "esconv": (ESCONV, lambda f: read_dialogues("esconv", str(f))),
     "conversations": ({"id": "a", "messages": CHAT}, lambda f: read_conversations(str(f))),
-    "questions": ({"id": "a", "messages": CHAT[:1]}, read_questions),
+    "chats": ({"id": "a", "messages": CHAT[:1]}, lambda f: read_chats(f, "user")),
     "pairs": (PAIR, read_pairs),
 }
 relaxed = settings(
@@ -245,3 +248,13 @@ def test_safetensors_index(data: st.DataObject, tmp_path: Path) -> None:
     else:
         file.write_text(json.dumps(data.draw(damaged_values(index))))
     either(lambda: {"a": read()}, tmp_path / "model")
+
+
+@relaxed
+@given(text=st.text(max_size=12) | st.text("()[]\\?*+|^$b-", max_size=8))
+def test_patterns(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "patterns.txt"
+    file.write_text("I want to die\n", encoding="utf-8")
+    assert Filters.load(FilterSettings(crisis_patterns=str(file))).calm(["So I want to die."]) is not None
+    file.write_text(text, encoding="utf-8", errors="ignore")
+    either(lambda: Filters.load(FilterSettings(crisis_patterns=str(file))).calm(["I want to live"]), file)

@@ -17,6 +17,7 @@ RANKS = {
     "configfile": 0.5,  # reads what config describes
     "rows": 0,
     "hosts": 0.3,  # refuses bad input
+    "jsonl": 0.6,  # reads as configfile does
     "storage": 0.5,  # waits for the hosts
     "mesh": 1,
     "runlog": 1,

@@ -18,8 +18,9 @@ from esjax.evolve import preflight
 from esjax.evolve.lab import Lab
 from esjax.hub.identity import identity
 from esjax.hub.shards import INDEX, SINGLE, write_shards
+from esjax.jsonl import read_jsonl
 from esjax.rundir import RunDir
-from esjax.runlog import Journal, Metrics, read_jsonl, write_jsonl
+from esjax.runlog import Journal, Metrics, write_jsonl
 
 
 @pytest.fixture

@@ -24,8 +24,9 @@ from esjax.cli import main
 from esjax.config import Config
 from esjax.configfile import load
 from esjax.errors import InputError, is_full_disk
+from esjax.jsonl import json_line, read_jsonl
 from esjax.rundir import RunDir, bundled_hash
-from esjax.runlog import Journal, Metrics, gather, json_line, read_jsonl, replacing, sha256, write_jsonl, write_text
+from esjax.runlog import Journal, Metrics, gather, replacing, sha256, write_jsonl, write_text
 
 
 @pytest.fixture(scope="session")

@@ -18,9 +18,9 @@ from esjax.cli import main
 from esjax.configfile import load
 from esjax.corpus.sources import read_dialogues
 from esjax.errors import InputError, RunError
-from esjax.evolve.answers import read_questions
+from esjax.evolve.answers import read_chats
+from esjax.jsonl import json_line
 from esjax.model.weights import Backbone, compute_dtype, load_backbone
-from esjax.runlog import json_line
 from esjax.sample.constrain import BUCKET, Field, compile_template, drawable, free, narrowed
 from esjax.sample.decode import permitted
 from esjax.sample.generate import Generator, Request, row_seed
@@ -110,12 +110,12 @@ def question(name: Any) -> dict[str, Any]:
 def test_two_rows_of_one_id_are_refused_with_both_lines(tmp_path: Path) -> None:
     file = write(tmp_path / "p.jsonl", [question("a"), None, question(1), question("b"), question("1")])
     with pytest.raises(InputError, match="lines 3 and 5: both have the id '1'"):
-        read_questions(file)
+        read_chats(file, "user")
     file = write(tmp_path / "p.jsonl", [question("a"), None, question(1.5)])
-    with pytest.raises(InputError, match=r"line 3: the id 1\.5 must be a text or an integer"):
-        read_questions(file)
+    with pytest.raises(InputError, match=r"line 3: the id is 1\.5; give a text or a whole number"):
+        read_chats(file, "user")
     file = write(tmp_path / "p.jsonl", [question("a"), question(1), question("a/1")])
-    assert len(read_questions(file)) == 3  # control
+    assert len(read_chats(file, "user")) == 3  # control
 
 
 def test_two_dialogues_of_one_id_are_refused(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from transformers import AutoTokenizer
 
 from esjax.cli import main
 from esjax.corpus.dialogue import Message
-from esjax.runlog import read_jsonl, write_jsonl
+from esjax.jsonl import read_jsonl
+from esjax.runlog import write_jsonl
 
 CHATS = 8
 TOLERANCE = 1e-3

@@ -17,7 +17,8 @@ from test_resume import SIGNALLER, files
 from esjax import storage
 from esjax.cli import main
 from esjax.errors import InputError, TransientError
-from esjax.runlog import Journal, read_jsonl
+from esjax.jsonl import read_jsonl
+from esjax.runlog import Journal
 
 
 def test_a_run_killed_twice_ends_in_the_bucket_as_in_a_folder(

@@ -17,10 +17,10 @@ from esjax.corpus.sources import check_messages, read_conversations, read_dialog
 from esjax.corpus.text import is_empty, spaced, words
 from esjax.errors import InputError
 from esjax.eval.metrics import distinct, mean_words
-from esjax.evolve.answers import read_questions
+from esjax.evolve.answers import read_chats
 from esjax.evolve.filters import Filters
 from esjax.evolve.pairs import read_pairs
-from esjax.runlog import read_jsonl
+from esjax.jsonl import read_jsonl
 
 CHINESE = "我明白你的感受，这确实很难，我们一起想想办法。"
 
@@ -35,6 +35,10 @@ def chat(text: str) -> list[Message]:
 
 
 # --- scripts without spaces ------------------------------------------------------------------------------------------
+
+
+def asked(file: Path) -> Any:
+    return read_chats(file, "user")
 
 
 @pytest.mark.parametrize(
@@ -126,7 +130,7 @@ DEEP = '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"
     ],
     ids=lambda x: str(x)[:24],
 )
-@pytest.mark.parametrize("read", [read_conversations, read_questions])
+@pytest.mark.parametrize("read", [read_conversations, asked])
 def test_what_no_row_can_be_is_one_line_with_its_line(tmp_path: Path, line: str, message: str, read: Any) -> None:
     file = tmp_path / "rows.jsonl"
     ok = GOOD % "fine" if read is read_conversations else '{"id": "a", "messages": [{"role": "user", "content": "u"}]}'
@@ -182,7 +186,7 @@ def test_pairs_and_prompts_name_the_line_of_the_file(tmp_path: Path) -> None:
         read_pairs(file)
     file.write_text("\n" + json.dumps({"id": 1, "messages": []}))
     with pytest.raises(InputError, match=r"rows\.jsonl, line 2: messages must be"):
-        read_questions(file)
+        asked(file)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 from esjax.configfile import bundled, read_whole
 from esjax.corpus.dialogue import Dialogue, Message, Role, Turn, normalise
 from esjax.errors import InputError
-from esjax.runlog import Line, json_array, json_object, read_jsonl, require
+from esjax.jsonl import Line, json_array, json_object, read_jsonl, require
 
 
 def read_dialogues(format: str, path: str) -> list[Dialogue]:

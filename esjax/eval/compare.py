@@ -14,9 +14,10 @@ from rich.table import Table
 from esjax.eval.metrics import distinct, mean_words
 from esjax.evolve.filters import REPLY_REASONS, pattern_hashes
 from esjax.evolve.lab import Lab, adapter_folder
+from esjax.jsonl import json_text
 from esjax.mesh import rows_at_once
 from esjax.rundir import RunDir, bundled_hash
-from esjax.runlog import gather, json_text, progress, publish_text, sha256
+from esjax.runlog import gather, progress, publish_text, sha256
 from esjax.sample.generate import Completion, Request, row_seed
 from esjax.sample.score import Scorer
 

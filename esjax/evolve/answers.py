@@ -16,9 +16,10 @@ from esjax.corpus.dialogue import Message
 from esjax.corpus.sources import check_messages
 from esjax.errors import InputError, within
 from esjax.evolve.lab import Lab
+from esjax.jsonl import read_jsonl
 from esjax.mesh import batch_groups, rows_at_once
 from esjax.model.lora import Adapter
-from esjax.runlog import gather, read_jsonl, say, sha256
+from esjax.runlog import gather, say, sha256
 from esjax.sample.constrain import LONGEST, START, Field, compile_template
 from esjax.sample.generate import Completion, Request, row_seed
 from esjax.sample.score import Scorer

@@ -17,8 +17,8 @@ from esjax.corpus.sources import check_messages
 from esjax.corpus.text import spaced
 from esjax.errors import InputError, within
 from esjax.evolve.filters import Filters
+from esjax.jsonl import Line, read_jsonl, where_of
 from esjax.rows import Rows, prompt_with_replies, trunk_with_replies
-from esjax.runlog import Line, read_jsonl, where_of
 from esjax.tokens.batches import share_trunks
 from esjax.tokens.encode import Encoder
 

@@ -8,9 +8,9 @@ from esjax.evolve.lab import Lab
 from esjax.evolve.pairs import trunks
 from esjax.evolve.rounds import requests
 from esjax.hosts import together
+from esjax.jsonl import Line
 from esjax.mesh import check_split, rows_at_once
 from esjax.rundir import RunDir
-from esjax.runlog import Line
 
 
 def check_sft(lab: Lab, run: RunDir) -> None:

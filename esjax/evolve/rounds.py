@@ -16,10 +16,11 @@ from esjax.evolve.lab import Lab, adapter_folder
 from esjax.evolve.pairs import Context, draw, length_ratio, sift
 from esjax.evolve.phases import counted, dpo, sft, write_references
 from esjax.evolve.reflect import parse
+from esjax.jsonl import read_jsonl
 from esjax.model.lora import Adapter
 from esjax.rows import prompt_with_replies
 from esjax.rundir import RunDir, bundled_hash
-from esjax.runlog import Journal, progress, publish_jsonl, read_jsonl, say, sha256
+from esjax.runlog import Journal, progress, publish_jsonl, say, sha256
 from esjax.sample.constrain import START, Template
 from esjax.sample.generate import Completion, Generator, Request, Usage, row_seed
 
