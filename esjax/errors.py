@@ -7,6 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What JAX' runtime says when another process of a run is gone or cannot be reached.
+PEER = (
+    "gloo",
+    "unavailable:",
+    "deadline_exceeded",
+    "heartbeat",
+    "connection reset by peer",
+    "connection closed by peer",
+)
 # What an operating system or a network says that may be over when the same command is tried again.
 PASSING = (errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EINTR, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN)
 
@@ -63,6 +72,8 @@ def outcome(error: BaseException, continues: bool = True) -> tuple[int, str] | N
             f"error: out of memory ({_line(error)}); lower sft.micro_rows, dpo.micro_rows or evolve.batch, choose "
             "model.remat=full, or use more devices: `esjax plan` says what fits"
         )
+    if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and any(p in str(error).lower() for p in PEER):
+        return 75, f"error: another process of this run ended or cannot be reached ({_line(error)}); start all again"
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         if isinstance(error, ConnectionError | TimeoutError) or error.errno in PASSING:

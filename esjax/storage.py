@@ -174,6 +174,10 @@ _buckets: dict[str, Bucket] = {}
 def local(place: str | Path) -> Path:
     """Where this process finds a run directory: a path itself, or its copy of what lies behind a URL. Raises InputError."""
     if "://" not in str(place):
+        if "\\" in str(place):
+            raise InputError(
+                f"{place}: checkpoints cannot be read back where a name has a backslash; choose another name"
+            )
         return Path(place)
     if not str(place).startswith(SCHEMES):
         raise InputError(

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from conftest import tiny_overrides
@@ -19,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 from esjax.cli import main
 from esjax.configfile import bundled, load, read_text
 from esjax.corpus.sources import read_dialogues
+from esjax.errors import outcome
 from esjax.jsonl import read_jsonl
 from esjax.tokens.encode import Encoder
 from esjax.tokens.tokenizer import ChatTokenizer
@@ -238,3 +240,46 @@ def test_a_really_full_disk_is_one_line(tiny_folder: Path, tmp_path: Path, size:
         assert (disk / "run" / "sft" / "adapter").exists()
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)  # other programs may look in
+
+
+def test_places_that_cannot_be_used(
+    refused: Callable[..., str], tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run directory that is a file, lies below one or could not be read back, and a cache that is a file."""
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for place in (file, file / "run", tmp_path / "a\\b"):
+        assert str(place).split("/run")[0] in refused(*evolve(place, tiny_folder))
+    for place in ("memory://run", "abfs://c/run", "s3://b/run", "http://h/run"):
+        assert "gs://" in refused(*evolve(Path("x"), tiny_folder, "--run-dir", place))
+    monkeypatch.setenv("ESJAX_CACHE", str(file))
+    assert str(file) in refused(*evolve(tmp_path / "run", tiny_folder))
+    assert file.read_text() == "mine"
+    assert sorted(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
+def test_a_read_only_file_system_is_one_line(
+    refused: Callable[..., str], tiny_folder: Path, tiny_run: Path, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(disk)], check=False).returncode:
+        pytest.skip("this container may not mount")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"id": 1, "messages": [{"role": "user", "content": "Hello."}]}))
+    try:
+        assert str(disk) in refused(*evolve(disk / "run", tiny_folder))
+        assert str(disk) in refused("sample", "--model", f"{tiny_run}:m0", "--prompts", prompts, "--out", disk / "o")
+        assert str(disk) in refused(
+            "export", "--run-dir", tiny_run, "--model", "m0", "--format", "peft", "--out", disk / "x"
+        )
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_another_process_that_is_gone_passes() -> None:
+    """What JAX raises when a peer was killed, in its words; another of its errors is ours."""
+    gone = jax.errors.JaxRuntimeError("INTERNAL: Gloo all-reduce failed: Connection closed by peer [127.0.0.1]:3")
+    assert (outcome(gone) or (0, ""))[0] == 75
+    assert outcome(jax.errors.JaxRuntimeError("INVALID_ARGUMENT: shapes do not match")) is None

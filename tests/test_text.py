@@ -271,3 +271,13 @@ def test_the_real_failed_set(esconv: Path) -> None:
         }
         for role, name in (("seeker", "speaker"), ("supporter", "listener")):
             assert " ".join(t.text for t in d.turns if t.role == role) == spoken[name]
+
+
+@pytest.mark.parametrize("answer", ["", " \n", "\u200b\u2060", "\u3164"])
+def test_an_answer_in_which_nothing_can_be_seen_is_refused(tmp_path: Path, answer: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n" + json.dumps({"id": 1, "messages": [*chat("u"), {"role": "assistant", "content": answer}]}))
+    with pytest.raises(InputError, match=r"line 2: message 1 is an answer in which nothing can be seen"):
+        read_conversations(str(file))
+    file.write_text("\n" + json.dumps({"id": 1, "messages": [*chat("u"), {"role": "assistant", "content": "."}]}))
+    assert len(read_conversations(str(file))) == 1

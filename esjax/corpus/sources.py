@@ -9,6 +9,7 @@ from typing import Any
 
 from esjax.configfile import bundled, read_whole
 from esjax.corpus.dialogue import Dialogue, Message, Role, Turn, normalise
+from esjax.corpus.text import is_empty
 from esjax.errors import InputError
 from esjax.jsonl import Line, json_array, json_object, read_jsonl, require
 
@@ -73,6 +74,8 @@ def check_messages(messages: Any, where: str, last: str) -> list[Message]:
             raise InputError(f"{where}: message {i} must have a role among {', '.join(roles)} and a text as content")
         if lost := _lost(m, ("role", "content")):
             raise InputError(f"{where}: message {i} {lost}")
+        if m["role"] == "assistant" and is_empty(m["content"]):
+            raise InputError(f"{where}: message {i} is an answer in which nothing can be seen; take the row out")
     if messages[-1]["role"] != last:
         raise InputError(f"{where}: the last message must be the {last}'s, not the {messages[-1]['role']}'s")
     return [{"role": m["role"], "content": m["content"]} for m in messages]
