@@ -340,18 +340,24 @@ def test_skypilot_keys() -> None:
     assert given == {"SKYPILOT_NODE_IPS", "SKYPILOT_NUM_NODES", "SKYPILOT_NODE_RANK"}
 
 
-@pytest.mark.parametrize(("code", "times"), [(0, 1), (2, 1), (143, 1), (1, 4), (137, 4)])
+@pytest.mark.parametrize(
+    ("codes", "times"), [((0,), 1), ((2,), 1), ((143,), 1), ((1,), 4), ((137,), 4), ((75, 75, 75, 75, 75, 0), 6)]
+)
 @pytest.mark.parametrize("extra", ["cuda", "tpu"])
-def test_skypilot_run(extra: str, code: int, times: int, tmp_path: Path) -> None:
+def test_skypilot_run(extra: str, codes: tuple[int, ...], times: int, tmp_path: Path) -> None:
+    """The last code is that of all further calls."""
     esjax, calls = tmp_path / "esjax-venv" / "bin" / "esjax", tmp_path / "calls"
     esjax.parent.mkdir(parents=True)
-    esjax.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >>"{calls}"\nexit {code}\n')
+    turns = "".join(f"{i}) exit {code};; " for i, code in enumerate(codes, start=1))
+    esjax.write_text(
+        f'#!/bin/sh\nprintf "%s\\n" "$*" >>"{calls}"\ncase $(wc -l <"{calls}") in {turns}*) exit {codes[-1]};; esac\n'
+    )
     esjax.chmod(0o755)
     given = {"HOME": str(tmp_path), "EXTRA": extra, "ESJAX_ARGS": shlex.join(WORK), "RETRY_SECONDS": "0"}
     nodes = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1"}
     environment = {**os.environ, **given, **nodes}
     done = subprocess.run(["bash", "-c", skypilot()["run"]], env=environment, capture_output=True, text=True)
-    assert done.returncode == code
+    assert done.returncode == codes[-1]
     where = "--coordinator 10.0.0.1:8476 --num-processes 2 --process-id 1" if extra == "cuda" else "--distributed"
     assert calls.read_text().splitlines() == [f"{' '.join(WORK)} {where}"] * times
 
