@@ -12,14 +12,15 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from functools import reduce
 from importlib.metadata import version
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 from esjax import storage
-from esjax.config import Config
-from esjax.configfile import bundled, changes, differing, dump, load
+from esjax.config import CONTENT, Config
+from esjax.configfile import bundled, changes, differing, dump, load, marked
 from esjax.errors import InputError, TransientError
 from esjax.hosts import alike, hosts, together
 from esjax.jsonl import json_text
@@ -50,6 +51,7 @@ class RunDir:
             with together():
                 self.manifest = read_manifest(self.path)
                 self._check_config()
+                self._check_files()
         except BaseException:
             self.__exit__()
             raise
@@ -119,6 +121,18 @@ class RunDir:
                 f"{self.path}: this run directory was made with another config; differing: {', '.join(changed)}; "
                 "give the old values or another --run-dir"
             )
+
+    def _check_files(self) -> None:
+        """Refuse a file that a setting names and that is not what something was made from, before more is made."""
+        for name, entry in self.manifest["stages"].items():
+            for key in entry["inputs"].keys() & marked(Config, CONTENT) if self.made(name) else ():
+                file = reduce(getattr, key.split("."), self.config)
+                if file is not None and bundled_hash(str(file)) != entry["inputs"][key]:
+                    begun = "is done" if entry["status"] == "done" else "was begun"
+                    raise InputError(
+                        f"{self.path}: stage {name} {begun}, but {key} changed since ({file}); restore it or choose another "
+                        "--run-dir"
+                    )
 
     def made(self, name: str) -> bool:
         """Whether something is there that a stage made: its first output, the rows of one, or a checkpoint."""

@@ -304,6 +304,19 @@ def test_dpo_from_the_backbone_by_its_name_and_a_pair_that_fits_no_row(
     assert str(tiny_folder) not in json.dumps(manifest)
 
 
+def test_what_only_the_end_needs_is_compared_at_the_start(
+    refused: Callable[..., str], tiny_folder: Path, tiny_run: Path, tmp_path: Path
+) -> None:
+    """More rounds of a finished run, with another test file: refused before the first of them, not after the last."""
+    run, file = tmp_path / "run", tmp_path / "test.jsonl"
+    shutil.copytree(tiny_run, run)
+    text = bundled("bundled:data/sample/test.jsonl").read_text()
+    file.write_text(text + "\n" + text.splitlines()[0].replace('"id": "', '"id": "other-'))
+    more = ["evolve", "--run-dir", run, *tiny_overrides(tiny_folder), "--evolve.rounds", 3, "--data.test", file]
+    assert f"stage eval/m0 is done, but data.test changed since ({file})" in refused(*more)
+    assert not (run / "round3").exists()
+
+
 def test_the_mended_corpus_is_taken(refused: Callable[..., str], tiny_folder: Path, tmp_path: Path) -> None:
     run, file = tmp_path / "run", tmp_path / "train.jsonl"
     lines = bundled("bundled:data/sample/train.jsonl").read_text().splitlines()[:4]

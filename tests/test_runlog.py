@@ -23,7 +23,7 @@ from esjax import runlog
 from esjax.cli import main
 from esjax.config import Config
 from esjax.configfile import load
-from esjax.errors import InputError, is_full_disk
+from esjax.errors import InputError, TransientError, is_full_disk
 from esjax.jsonl import json_line, read_jsonl
 from esjax.rundir import RunDir, bundled_hash
 from esjax.runlog import Journal, Metrics, gather, replacing, sha256, write_jsonl, write_text
@@ -702,7 +702,7 @@ def test_a_second_process_is_refused_until_the_first_ends(tmp_path: Path, config
     ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(InputError, match="another process") as e:
+        with pytest.raises(TransientError, match="another process") as e:
             opened_with(tmp_path, config)
         assert str(tmp_path) in str(e.value)
         opened_with(tmp_path / "elsewhere", config)  # control: another directory is free
@@ -711,7 +711,7 @@ def test_a_second_process_is_refused_until_the_first_ends(tmp_path: Path, config
 
 
 def test_two_run_directories_in_one_process_are_refused_too(tmp_path: Path, config: Config) -> None:
-    with RunDir(tmp_path, config), pytest.raises(InputError, match="another process"):
+    with RunDir(tmp_path, config), pytest.raises(TransientError, match="another process"):
         opened_with(tmp_path, config)
     opened_with(tmp_path, config)
 

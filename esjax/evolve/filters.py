@@ -91,7 +91,10 @@ class Filters:
 
 def pattern_hashes(settings: FilterSettings) -> dict[str, str]:
     """Hashes of the pattern files, by setting: inputs of whatever is filtered."""
-    files = {"crisis_patterns": settings.crisis_patterns, "scaffolding_patterns": settings.scaffolding_patterns}
+    files = {
+        "filters.crisis_patterns": settings.crisis_patterns,
+        "filters.scaffolding_patterns": settings.scaffolding_patterns,
+    }
     return {name: bundled_hash(file) for name, file in files.items()}
 
 

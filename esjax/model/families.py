@@ -66,6 +66,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
 }
 ONLY_LLAMA = ("attention_bias", "mlp_bias")
+MOST_LAYERS = 1 << 12  # transformers makes a list of them
 LARGEST = 1 << 24  # of any size: what is above is a damaged file, and would only fail later and less clearly
 
 
@@ -76,7 +77,7 @@ def read_architecture(folder: Path) -> Architecture:
         config = json.loads(file.read_text(encoding="utf-8"))
     except OSError as e:
         raise InputError(f"{file}: cannot be read ({e.strerror}); a Hugging Face folder needs config.json") from e
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise InputError(f"{file}: not JSON ({e})") from e
     if not isinstance(config, dict):
         raise InputError(f"{file}: expected a JSON object, found {type(config).__name__}")
@@ -99,6 +100,9 @@ def architecture(config: dict[str, Any], where: str) -> Architecture:
         ignored = family != "llama" and key in ONLY_LLAMA
         if not ignored and config[key] not in FIXED[key] and not (config[key] is None and key in UNSET):
             raise refuse(key, repr(FIXED[key][0]))
+    layers = config["num_hidden_layers"]
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise refuse("num_hidden_layers", f"whole numbers from 1 to {MOST_LAYERS}")
     read = _as_transformers(family, config, where)
     sizes = {key: getattr(read, key) for key in (*SIZES, "num_key_value_heads", "max_position_embeddings")}
     # Mistral's and Qwen2's code rounds down where the heads do not divide the width.
@@ -112,10 +116,10 @@ def architecture(config: dict[str, Any], where: str) -> Architecture:
     if sizes["head_dim"] % 2:
         raise InputError(f"{where}: head_dim={sizes['head_dim']} is odd; the rotary embedding needs an even one")
     positions, window = read.max_position_embeddings, getattr(read, "sliding_window", None)
-    layers = getattr(read, "layer_types", None)
-    slides = any(kind != "full_attention" for kind in layers) if layers else window is not None
+    kinds = getattr(read, "layer_types", None)
+    slides = any(kind != "full_attention" for kind in kinds) if kinds else window is not None
     if slides and not (isinstance(window, int) and window >= positions):  # a window of all positions is no window
-        found = f"layer_types={layers}" if config.get("layer_types") else f"sliding_window={window}"
+        found = f"layer_types={kinds}" if config.get("layer_types") else f"sliding_window={window}"
         raise InputError(
             f"{where}: {found} is not supported; allowed: full attention (sliding_window null, or at least "
             f"max_position_embeddings={positions})"
