@@ -69,6 +69,7 @@ def run(tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
         adapter_folder(folder, 0), peft_tensors(noisy, lab.backbone.arch), lab.backbone.lora, config.model.source
     )
     (folder / "config.yaml").write_text(dump(config))
+    (folder / "manifest.json").write_text(json.dumps({"stages": {}, "base": lab.identity}))
     return folder
 
 
@@ -255,7 +256,7 @@ def test_a_run_s_model_brings_its_settings_and_takes_what_it_is_told(
     other = tmp_path / "elsewhere"
     save_tiny_model(other, seed=1)
     line = refused("sample", "--model", f"{run}:m0", *files, "--model.source", other)
-    assert "not the weights that" in line
+    assert "was made with another backbone; differing: model.safetensors" in line
     for setting in ("sft.learning_rate", "model.remat", "reply.max_contexts", "data.window", "filters.min_words"):
         value = "full" if setting == "model.remat" else 1
         assert f"--{setting}: esjax sample makes no use of it" in refused(

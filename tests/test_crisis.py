@@ -70,7 +70,7 @@ def lab(tiny_folder: Path, tiny_config: Config, tmp_path: Path) -> Lab:
 
 
 def test_no_answer_to_a_crisis_is_a_target_of_phase_1(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
-    examples, facts = phases.sft_rows(lab)
+    examples, facts = lab.sft_rows
     said = {lab.tokenizer.decode([int(t) for t in e.tokens[1:][e.weight[:-1] > 0]]) for e in examples}
     assert said == {"One", "Six", "Seven", "Nine"}
     assert not any("die" in lab.tokenizer.decode(e.tokens.tolist()) for e in examples)
@@ -83,12 +83,12 @@ def test_no_answer_to_a_crisis_is_a_target_of_phase_1(lab: Lab, capsys: pytest.C
 def test_no_round_sees_a_crisis_that_the_window_would_cut_off(lab: Lab) -> None:
     long = [row("a", SIGN, "Yes", *["word " * 100, "Hm"] * 4), row("b", *["word " * 100, "Hm"] * 5)]
     write(Path(lab.config.data.train), long)
-    pool = contexts(lab.train, lab.encoder, 480)
+    pool = contexts(lab.train, lab.encoder, 480, "train.jsonl", "")
     assert {c.id.split("/")[0] for c in pool} == {"b"}
     assert lab.crisis_facts() == {"crisis_answers": 5}
     # Control: cut to the window, the last context of the other dialogue holds no sign any more.
     whole = read_dialogues("sample", lab.config.data.train)
-    late = [c for c in contexts(whole, lab.encoder, 480) if c.id == "a/9"]
+    late = [c for c in contexts(whole, lab.encoder, 480, "train.jsonl", "") if c.id == "a/9"]
     assert late
     assert lab.filters.reply_fault(late[0].messages, "It sounds hard to me.", "stop") is None
 

@@ -101,7 +101,7 @@ def test_answers_obey_a_regular_expression_or_a_schema(tiny_run: Path, tmp_path:
     ("options", "message"),
     [
         (["--num-samples", "0"], "--num-samples 0: at least 1"),
-        (["--regex", "("], "cannot be filled with this vocabulary"),
+        (["--regex", "("], "not a regular expression"),
         (["--regex", "a", "--json-schema", "x.json"], "--regex and --json-schema: give one of them"),
         (["--json-schema", "/absent.json"], "/absent.json: cannot be read"),
         (["--json-schema", __file__], "not a JSON schema that can be followed"),

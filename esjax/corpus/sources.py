@@ -102,9 +102,9 @@ def _sample(row: Line) -> Dialogue:
     for t in row["turns"]:
         if t["role"] not in ("seeker", "supporter"):
             raise ValueError(f"role {t['role']!r} is not seeker or supporter")
+        turns.append(Turn(t["role"], t["text"], t.get("strategy")))
         if lost := _lost(t, ("role", "text", "strategy")):
             raise ValueError(f"a turn {lost}")
-        turns.append(Turn(t["role"], t["text"], t.get("strategy")))
     labels = {k: row[k] for k in ("profile", "emotion", "problem", "situation")}
     return Dialogue(id=row["id"], turns=normalise(turns), where=row.where, **labels)
 
