@@ -37,7 +37,7 @@ KILLS = {
     "round1/replies (reflecting)": ("esjax.evolve.rounds", "", "parse", 7),
     "round1/replies (refining)": ("esjax.runlog", "Journal", "add", 20),
     "round1/replies (naming the files)": ("esjax.runlog", "Journal", "finish", 2),
-    "round1/pairs": ("esjax.sample.score", "Scorer", "score", 1),
+    "round1/pairs": ("esjax.runlog", "Journal", "add", 3),
     "round1/dpo": ("esjax.runlog", "Metrics", "log", 3),
     "round2/replies": ("esjax.runlog", "Journal", "add", 25),
     "eval/m1": ("esjax.eval.compare", "", "distinct", 3),
