@@ -52,14 +52,20 @@ def read_jsonl(path: Path, required: Iterable[str] = ()) -> list[Line]:
 
 def json_array(text: str, where: str) -> list[Line]:
     """The objects of one JSON array, numbered from 1. Raises InputError naming ``where`` and the object."""
-    whole = json_object(f'{{"rows": {text}}}', where)["rows"]
+    whole = _parsed(text, where)
+    if not isinstance(whole, list):
+        raise InputError(f"{where}: expected a JSON array, found {type(whole).__name__}")
     return [_line(row, f"{where}, object {i}", i) for i, row in enumerate(whole, start=1)]
 
 
 def json_object(text: str, where: str, number: int = 0) -> Line:
     """One JSON object. Raises InputError naming ``where`` for what is none, or holds what no text or number can be."""
+    return _line(_parsed(text, where), where, number)
+
+
+def _parsed(text: str, where: str) -> Any:
     try:
-        row = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite)
+        row = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number, parse_float=finite)
         if "\\u" in text:
             json.dumps(row, ensure_ascii=False).encode()
     except json.JSONDecodeError as e:
@@ -72,7 +78,7 @@ def json_object(text: str, where: str, number: int = 0) -> Line:
         raise InputError(f"{where}: nested too deeply") from e
     except ValueError as e:
         raise InputError(f"{where}: {e}") from e
-    return _line(row, where, number)
+    return row
 
 
 def require(row: Line, fields: Iterable[str]) -> None:
@@ -102,7 +108,8 @@ def _no_number(name: str) -> float:
     raise ValueError(f"{name} is no JSON number")
 
 
-def _finite(digits: str) -> float:
+def finite(digits: str) -> float:
+    """A number of a JSON text. Raises ValueError where it is beyond all numbers that a float can be."""
     number = float(digits)
     if not math.isfinite(number):
         raise ValueError(f"the number {digits[:40]} is too large")

@@ -236,7 +236,15 @@ def test_a_template_that_prints_the_date_prints_one_date(
     assert capsys.readouterr().err.count("2025-01-01") == 1
 
 
-@pytest.mark.parametrize("chance", ["{{ ['a', 'b'] | random }}", "{{ lipsum(1) }}"])
+@pytest.mark.parametrize(
+    "chance",
+    [
+        "{{ ['a', 'b'] | random }}",
+        "{{ lipsum(1) }}",
+        "{% filter random %}01{% endfilter %}",
+        "{{ ['01'] | map('random') | join }}",
+    ],
+)
 def test_a_template_that_draws_lots_is_refused(with_template: Callable[[str], ChatTokenizer], chance: str) -> None:
     with pytest.raises(InputError, match=r"the chat template uses (random|lipsum)"):
         with_template(CHAT_TEMPLATE + chance).prompt(chat("Hi"))
@@ -319,13 +327,13 @@ def test_a_chat_that_the_template_refuses_is_named(
     (dialogue,) = read_dialogues("sample", str(corpus))
     assert encoder.dialogue(dialogue)
     broken = Encoder(with_template("{{ raise_exception('never') }}"), 512, "")
-    for encode in (broken.dialogue, lambda d: contexts([d], broken, 512)):
+    for encode in (broken.dialogue, lambda d: contexts([d], broken, 512, "train.jsonl", "")):
         with pytest.raises(
             InputError, match=r"train\.jsonl, line 2: the model's chat template refuses a chat .*: never"
         ):
             encode(dialogue)
-    with pytest.raises(InputError, match=r"chats\.jsonl, id 7: .* the roles user, user: roles must alternate"):
-        encoder.target(said(("u", "a"), ("u", "b"), ("a", "c")), "chats.jsonl, id 7")
+    with pytest.raises(InputError, match="the roles user, user: roles must alternate"):
+        encoder.target(said(("u", "a"), ("u", "b"), ("a", "c")))
     pairs = tmp_path / "pairs.jsonl"
     sides = {"chosen": said(("a", "c")), "rejected": said(("a", "d"))}
     good, bad = said(("u", "a")), said(("u", "a"), ("u", "b"))
@@ -340,5 +348,30 @@ def test_a_template_that_rewrites_the_prompt_is_refused_with_the_row(
     with_template: Callable[[str], ChatTokenizer], tmp_path: Path
 ) -> None:
     other = with_template("{{ messages | length }}" + CHAT_TEMPLATE)
-    with pytest.raises(InputError, match="here, line 3: the chat template does not keep a prompt as a prefix"):
-        Encoder(other, 512, "").target(said(("u", "a"), ("a", "b")), "here, line 3")
+    with pytest.raises(InputError, match="the chat template does not keep a prompt as a prefix"):
+        Encoder(other, 512, "").target(said(("u", "a"), ("a", "b")))
+
+
+def test_words_about_chance_are_no_chance(with_template: Callable[[str], ChatTokenizer]) -> None:
+    tokenizer = with_template("{# |random #}{{ 'a |random thing, lipsum' }}" + CHAT_TEMPLATE)
+    assert tokenizer.decode(tokenizer.prompt(said(("u", "Hi")))).startswith("a |random thing, lipsum")
+
+
+@pytest.mark.parametrize("format", ["%Y-%m-%dT%R", "100%% week %V", "%%d", "%-d %C %l%P"])
+def test_every_directive_of_a_date_is_that_of_the_fixed_day(
+    with_template: Callable[[str], ChatTokenizer], format: str
+) -> None:
+    tokenizer = with_template("{{ strftime_now('" + format + "') }}" + CHAT_TEMPLATE)
+    assert tokenizer.decode(tokenizer.prompt(said(("u", "Hi")))).startswith(TODAY.strftime(format))
+
+
+@pytest.mark.parametrize("window", range(40, 120, 7))
+def test_no_row_is_longer_than_the_window(with_template: Callable[[str], ChatTokenizer], window: int) -> None:
+    """A template may write text of its own before an answer: it counts, too."""
+    thinking = "('<think>' + ' no' * 9 + '</think>' if m['role'] == 'assistant' and loop.last else '') + m['content']"
+    tokenizer = with_template(CHAT_TEMPLATE.replace("m['content']", thinking))
+    turns = [("u", "hello there my friend how are you"), ("a", "I hear you and it is hard")] * 4
+    encoder = Encoder(tokenizer, window, "")
+    rows = encoder.chat(said(*turns))
+    assert all(len(row.tokens) <= window for row in rows)
+    assert bool(rows) != bool(encoder.counts["too_long"])

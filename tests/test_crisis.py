@@ -167,3 +167,19 @@ def test_the_sample_corpus_holds_no_crisis(filters: Filters) -> None:
         read = read_dialogues("sample", f"bundled:data/sample/{name}.jsonl")
         assert filters.before_crisis(read) == (read, 0)
         assert np.sum([len(d.turns) for d in read]) > 20
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "self\u2011harm",
+        "self\u2013harm",
+        "_I want to die_",
+        "don\u02bbt want to live",
+        "I want\u2800to die",
+        "I want\x00 to die",
+    ],
+)
+def test_signs_in_other_typography(filters: Filters, text: str) -> None:
+    assert filters.calm([text]) == 0
+    assert filters.calm([text.replace("harm", "help").replace("die", "sing").replace("live", "sing")]) is None

@@ -266,7 +266,7 @@ def test_a_prompt_over_the_models_positions_is_refused(
             got = generator.generate(BARE, prompts, SEEDS, How(0.9, top_p=0.95), NEW)
             assert [m.token_ids for m in got] == [m.token_ids for m in eight]
         else:
-            with pytest.raises(InputError, match="lower max_tokens, or data.window"):
+            with pytest.raises(InputError, match=r"lower max_tokens, or data\.window"):
                 generator.generate(BARE, prompts, SEEDS, How(0.9, top_p=0.95), NEW)
 
 

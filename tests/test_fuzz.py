@@ -165,7 +165,7 @@ def test_json_lines(kind: str, data: st.DataObject, tmp_path: Path) -> None:
     either(lambda: read(file), file)
 
 
-@relaxed
+@settings(relaxed, max_examples=40)
 @given(data=st.data())
 def test_yaml(data: st.DataObject, tmp_path: Path) -> None:
     file = tmp_path / "settings.yaml"

@@ -165,3 +165,23 @@ def test_what_is_not_enforced_is_refused_by_name(schema: Any, message: str) -> N
 def test_what_json_does_not_know_is_refused(text: str) -> None:
     with pytest.raises(InputError, match=r"comes twice|is not JSON"):
         schema_pattern(text, "mine.json")
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        '{"const": 1e999}',
+        '{"type": "string", "pattern": "a{99999999999999999}"}',
+        '{"type": "integer", "minimum": 1e999, "maximum": 3}',
+        '{"type": "integer", "minimum": -1' + "0" * 400 + ', "maximum": 0.5}',
+        '{"$defs": {"a": {"$id": "http://e/", "type": "null"}}, "$ref": "#/$defs/a"}',
+    ],
+)
+def test_extreme_numbers_and_nested_ids_are_one_line(schema: str) -> None:
+    with pytest.raises(InputError, match="here: not a JSON schema that can be followed"):
+        schema_pattern(schema, "here")
+
+
+def test_a_reference_may_name_the_schema_s_own_id() -> None:
+    schema = '{"$id": "http://x/y", "$defs": {"a": {"type": "null"}}, "$ref": "http://x/y#/$defs/a"}'
+    assert schema_pattern(schema, "here") == schema_pattern('{"type": "null"}', "here")

@@ -58,7 +58,7 @@ def test_words_of_every_script(text: str, count: int) -> None:
 
 def test_words_of_english_are_what_they_were() -> None:
     for text in [*sample_texts(), "well-known — a 'b' x\u00a0y; don’t a_b 3.5 naïve"]:
-        assert words(text) == re.findall(r"[\w']+", text.lower())
+        assert words(text) == re.findall(r"[\w']+", text.lower().replace("’", "'"))
         assert spaced(text) == text.split()
 
 
@@ -182,10 +182,10 @@ def test_pairs_and_prompts_name_the_line_of_the_file(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     pair = {"prompt": chat("u"), "chosen": [{"role": "assistant", "content": "c"}], "rejected": []}
     file.write_text("\n\n" + json.dumps(pair) + "\n")
-    with pytest.raises(InputError, match=r"rows\.jsonl, line 3: messages must be"):
+    with pytest.raises(InputError, match=r"rows\.jsonl, line 3, rejected: expected a non-empty list of messages"):
         read_pairs(file)
     file.write_text("\n" + json.dumps({"id": 1, "messages": []}))
-    with pytest.raises(InputError, match=r"rows\.jsonl, line 2: messages must be"):
+    with pytest.raises(InputError, match=r"rows\.jsonl, line 2: expected a non-empty list of messages"):
         asked(file)
 
 

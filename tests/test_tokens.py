@@ -158,11 +158,11 @@ def test_the_context_of_a_turn(tokenizer: ChatTokenizer) -> None:
 def test_scoring_rows_have_the_last_message_as_their_only_target(tokenizer: ChatTokenizer) -> None:
     encoder = Encoder(tokenizer, 64, "")
     chat = SHORT.messages(4)
-    row = encoder.target(chat, "here")
+    row = encoder.target(chat)
     assert targets(tokenizer, row) == ["Ah.<|im_end|>"]
     assert shown(tokenizer, list(row.tokens)).endswith("<|im_start|>assistant\nAh.<|im_end|>")
-    with pytest.raises(InputError, match=r"here: the last two messages do not fit data\.window=64"):
-        encoder.target([*chat[:-2], {"role": "user", "content": "word " * 99}, chat[-1]], "here")
+    with pytest.raises(InputError, match=r"the last two messages do not fit data\.window=64"):
+        encoder.target([*chat[:-2], {"role": "user", "content": "word " * 99}, chat[-1]])
 
 
 # --- the window ------------------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ def check_messages(messages: Any, where: str, last: str) -> list[Message]:
     """
     roles = ("system", "user", "assistant")
     if not isinstance(messages, list) or not messages:
-        raise InputError(f"{where}: messages must be a non-empty list of objects with role and content")
+        raise InputError(f"{where}: expected a non-empty list of messages, objects with role and content")
     for i, m in enumerate(messages):
         if not isinstance(m, dict) or m.get("role") not in roles or not isinstance(m.get("content"), str):
             raise InputError(f"{where}: message {i} must have a role among {', '.join(roles)} and a text as content")
@@ -93,16 +93,31 @@ def _lost(message: dict[str, Any], known: tuple[str, ...]) -> str | None:
     return None
 
 
+def _objects(row: Line, field: str) -> list[dict[str, Any]]:
+    """The turns of a row. Raises ValueError."""
+    found = row[field]
+    if not isinstance(found, list) or not all(isinstance(t, dict) for t in found):
+        raise ValueError(f"{field} must be a list of objects")
+    return found
+
+
+def _text(value: Any) -> str:
+    """A turn's text. Raises ValueError."""
+    if not isinstance(value, str):
+        raise ValueError(f"a turn's text is {json.dumps(value):.40}, and must be a text")
+    return value
+
+
 def _sample_rows(file: Path) -> list[Line]:
     return read_jsonl(file, ("id", "profile", "emotion", "problem", "situation", "turns"))
 
 
 def _sample(row: Line) -> Dialogue:
     turns = []
-    for t in row["turns"]:
+    for t in _objects(row, "turns"):
         if t["role"] not in ("seeker", "supporter"):
             raise ValueError(f"role {t['role']!r} is not seeker or supporter")
-        turns.append(Turn(t["role"], t["text"], t.get("strategy")))
+        turns.append(Turn(t["role"], _text(t["text"]), t.get("strategy")))
         if lost := _lost(t, ("role", "text", "strategy")):
             raise ValueError(f"a turn {lost}")
     labels = {k: row[k] for k in ("profile", "emotion", "problem", "situation")}
@@ -130,12 +145,12 @@ def _esconv(row: Line) -> Dialogue:
     speakers: dict[str, Role] = {"usr": "seeker", "seeker": "seeker", "speaker": "seeker"}
     speakers |= {"sys": "supporter", "supporter": "supporter", "listener": "supporter"}
     turns = []
-    for t in row["dialog"]:
-        if t["speaker"] not in speakers:
+    for t in _objects(row, "dialog"):
+        if str(t["speaker"]) not in speakers:
             raise ValueError(f"speaker {t['speaker']!r} is not among {', '.join(speakers)}")
         raw = "content" in t and "text" not in t
         strategy = (t.get("annotation") or {}).get("strategy") if raw else t.get("strategy")
-        turns.append(Turn(speakers[t["speaker"]], t["content" if raw else "text"], strategy))
+        turns.append(Turn(speakers[t["speaker"]], _text(t["content" if raw else "text"]), strategy))
     return Dialogue(
         id=f"esconv-{row.number:05d}",
         turns=normalise(turns),

@@ -15,7 +15,9 @@ ONE = rf"(?:(?={UNSPACED})[\p{{L}}\p{{N}}]\p{{M}}*)"
 WORD = regex.compile(rf"{ONE}|(?:(?!{UNSPACED})[\p{{L}}\p{{N}}_']\p{{M}}*)+")
 SPACED = regex.compile(rf"{ONE}(?:(?!{UNSPACED})[^\s\p{{L}}\p{{N}}])*|(?:(?!{ONE})\S)+")
 UNSEEN = regex.compile(r"[\s\p{Cc}\p{Cf}\p{Zs}\p{Default_Ignorable_Code_Point}\u2800]*")
+BLANKS = regex.compile(r"[\p{Cc}\u2800\u3164\uffa0\u115f\u1160_*]")  # shown as nothing, or as emphasis
 IGNORED = regex.compile(r"[\p{Cf}\p{Default_Ignorable_Code_Point}]")
+APOSTROPHES = regex.compile(r"[\u2018\u2019\u201b\u02b9\u02bb\u02bc\u055a\uff07\u00b4`\u2032]")
 
 
 def is_empty(text: str) -> bool:
@@ -25,7 +27,7 @@ def is_empty(text: str) -> bool:
 
 def words(text: str) -> list[str]:
     """The words of a text, in lower case and without punctuation."""
-    return list(WORD.findall(text.lower()))
+    return list(WORD.findall(APOSTROPHES.sub("'", text.lower())))
 
 
 def spaced(text: str) -> list[str]:
@@ -34,6 +36,6 @@ def spaced(text: str) -> list[str]:
 
 
 def plain(text: str) -> str:
-    """A text as patterns expect it: one form of each character and apostrophe, single spaces, nothing invisible."""
-    text = IGNORED.sub("", unicodedata.normalize("NFKC", text))
-    return " ".join(regex.sub(r"[\u2018\u2019\u201b\u02bc\u02b9\u00b4`\u2032]", "'", text).split())
+    """A text as patterns expect it: one form of each character, apostrophe and hyphen, single spaces, nothing invisible."""
+    text = IGNORED.sub("", unicodedata.normalize("NFKC", BLANKS.sub(" ", text)))
+    return " ".join(regex.sub(r"\p{Pd}", "-", APOSTROPHES.sub("'", text)).split())

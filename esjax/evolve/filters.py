@@ -70,7 +70,9 @@ class Filters:
             return "empty"
         if any(p.search(reply) for p in self.scaffolding):
             return "scaffolding"
-        if re.search(r"(?im)^\s*(?:seeker|user|client|patient|you|me)\s*:", reply) or _quotes(said, seeker):
+        if re.search(r"(?im)^[\s*_>#-]*(?:seeker|user|client|patient|you|me)[\s*_]*[:：]", reply) or _quotes(
+            said, seeker
+        ):
             return "speaks_for_seeker"
         if repetition(said) > self.settings.max_repetition:
             return "repetition"
@@ -117,6 +119,6 @@ def _patterns(path: str) -> tuple[re.Pattern[str], ...]:
     for expression in expressions:
         try:
             compiled.append(re.compile(expression, re.IGNORECASE | re.MULTILINE))
-        except re.error as e:
-            raise InputError(f"{path}: {expression!r} is not a regular expression ({e})") from e
+        except (re.error, OverflowError, RecursionError) as e:
+            raise InputError(f"{path}: {expression!r:.200} is not a regular expression ({e})") from e
     return tuple(compiled)

@@ -108,13 +108,15 @@ def read_pairs(path: Path) -> list[Line]:
     if not rows:
         raise InputError(f"{path}: empty; expected one JSON object a line with prompt, chosen and rejected")
     for row in rows:
-        row["prompt"] = check_messages(row["prompt"], row.where, last="user")
+        row["prompt"] = check_messages(row["prompt"], f"{row.where}, prompt", last="user")
         for side in ("chosen", "rejected"):
-            row[side] = check_messages(row[side], row.where, last="assistant")
+            row[side] = check_messages(row[side], f"{row.where}, {side}", last="assistant")
             if len(row[side]) != 1:
                 raise InputError(
                     f"{row.where}: {side} must be one assistant message; a pair's prompt must be common to both"
                 )
+        if row["chosen"] == row["rejected"]:
+            raise InputError(f"{row.where}: chosen and rejected are the same; take the pair out")
     return rows
 
 

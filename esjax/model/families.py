@@ -156,7 +156,7 @@ def _as_transformers(family: str, config: dict[str, Any], where: str) -> Any:
 
 
 def _positive(value: Any, key: str, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
         raise InputError(f"{where}: {key}={value!r} is not supported; allowed: numbers above 0")
     return float(value)
 

@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from esjax.errors import InputError
+from esjax.jsonl import finite
 from esjax.sample.pattern import Chars, Choice, Join, Node, parse, united, without
 
 Schema = dict[str, Any]
@@ -66,14 +67,14 @@ def schema_pattern(text: str, where: str) -> str:
     from jsonschema import Draft202012Validator, SchemaError
 
     try:
-        schema = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
+        schema = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number, parse_float=finite)
         if not isinstance(schema, dict):
             raise ValueError(f"expected a JSON object, found {json.dumps(schema)[:40]}")
         Draft202012Validator.check_schema(schema)
         return _Walker(schema).pattern(schema, "$", ())
     except SchemaError as e:
         reason = f"{e.json_path}: {e.message}"
-    except (ValueError, InputError) as e:
+    except (ValueError, InputError, OverflowError) as e:
         reason = str(e)
     except RecursionError:
         reason = "it is nested too deeply"
@@ -107,6 +108,8 @@ class _Walker:
             what = "allows any value, which no expression can" if schema else "allows no value"
             raise ValueError(f"{at}: {json.dumps(schema)} {what}; give a schema with a type")
         keywords = [k for k in schema if k not in IGNORED]
+        if "$id" in schema and schema is not self.root:
+            raise _refusal(at, "$id", "references below it would mean something else; leave it out")
         if "$ref" in keywords:
             self._only(keywords, {"$ref"}, at, " beside $ref")
             return self._reference(schema["$ref"], at, within)
@@ -154,6 +157,8 @@ class _Walker:
     def _reference(self, target: str, at: str, within: tuple[str, ...]) -> str:
         if target in within:
             raise _refusal(at, "$ref", f"{target} contains itself, which no expression can; write out so many levels")
+        if self.root.get("$id"):
+            target = target.removeprefix(str(self.root["$id"]).rstrip("#"))
         if target != "#" and not target.startswith("#/"):
             raise _refusal(at, "$ref", f"{target} is not in this file; write it as #/$defs/NAME")
         found: Any = self.root

@@ -76,9 +76,7 @@ class Encoder:
         answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i > first]
         skipped = answers[0] if opening else -1
         last = answers[-1] + 1
-        kept = self.fit(
-            messages[:last], lambda m: len(self.tokenizer.prompt(m[:-1])) + self._reply_size(m), self.window
-        )
+        kept = self.fit(messages[:last], lambda m: sum(map(len, self._parts(m))), self.window)
         if kept is None:
             return []
         dropped = last - len(kept)
@@ -117,25 +115,22 @@ class Encoder:
 
         A history too long for the window loses its oldest turns; without ``cut`` it is too long itself.
         """
-
-        def parts(chat: list[Message]) -> tuple[list[int], list[int]]:
-            prompt = self.tokenizer.prompt(chat[:-1])
-            return prompt, self.tokenizer.reply(prompt, chat)
-
         kept = messages
-        if not cut and (size := sum(map(len, parts(messages)))) > self.window:
+        if not cut and (size := sum(map(len, self._parts(messages)))) > self.window:
             raise InputError(
                 f"its {size} tokens exceed the model's {self.window} positions; --data.window {self.window} leaves "
                 "out its oldest turns"
             )
         if cut:
-            kept = self.fit(messages, lambda m: sum(map(len, parts(m))), self.window) or []
+            kept = self.fit(messages, lambda m: sum(map(len, self._parts(m))), self.window) or []
             if len(kept) < 2:
                 raise InputError(
                     f"the last two messages do not fit data.window={self.window} tokens; raise data.window"
                 )
-        prompt, reply = parts(kept)
+        prompt, reply = self._parts(kept)
         return rows.prompt_with_replies(prompt, [reply])
 
-    def _reply_size(self, messages: list[Message]) -> int:
-        return len(self.tokenizer.encode(messages[-1]["content"])) + 2  # the header's and the end's rounding included
+    def _parts(self, messages: list[Message]) -> tuple[list[int], list[int]]:
+        """Token ids of a chat's prompt and of its last message, the reply."""
+        prompt = self.tokenizer.prompt(messages[:-1])
+        return prompt, self.tokenizer.reply(prompt, messages)

@@ -41,7 +41,7 @@ def stop_tokens(folder: Path) -> list[int]:
         except (OSError, ValueError, AttributeError, RecursionError) as e:
             raise InputError(f"{file}: not a JSON object ({' '.join(str(e).split())[:160]})") from e
         ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-        if not all(type(i) is int and i >= 0 for i in ids):
+        if not all(type(i) is int and 0 <= i < 1 << 31 for i in ids):
             raise InputError(f"{file}: eos_token_id={ids!r:.160} is not a token id or a list of them")
         return ids
     return []

@@ -238,6 +238,6 @@ BYTE_OF = {chr(b): b for b in PRINTABLE} | {
 
 
 def _sentencepiece_bytes(token: str) -> bytes:
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+    if re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
         return bytes([int(token[3:5], 16)])
     return token.replace("▁", " ").encode()
