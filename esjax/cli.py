@@ -8,6 +8,7 @@ import difflib
 import re
 import sys
 import traceback
+from itertools import pairwise
 from typing import NoReturn
 
 from esjax import hosts
@@ -151,6 +152,8 @@ def bench(args: argparse.Namespace, config: Config) -> None:
     dtype = jnp.dtype(work.dtype)
     sampled = [task for task in tasks if task in ("sample", "round")]
     trained = [task for task in tasks if task not in sampled]
+    if args.micro_rows is not None and not trained:
+        raise InputError("--micro-rows: only the tasks dpo and sft have rows; leave it out")
 
     def show(line: dict[str, object]) -> None:
         print(json_text(line), flush=True)
@@ -191,7 +194,11 @@ def main(argv: list[str] | None = None) -> None:
     parser, commands = build((evolve, sft, dpo, sample, score, plan, bench, export))
     continues = True
     try:
-        args, overrides = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+        arguments = sys.argv[1:] if argv is None else argv
+        for option, word in pairwise([*arguments, "-"]):
+            if option.startswith("--") and (not word or option.endswith("=")):
+                raise InputError(f"{option.rstrip('=')} is empty; give a value")
+        args, overrides = parser.parse_known_args(arguments)
         continues = args.command in CONTINUES
         _check_names(args.command, commands[args.command], overrides)
         hosts.watch()
@@ -235,12 +242,14 @@ def _settings(args: argparse.Namespace, overrides: list[str]) -> Config:
         )
     args.told = Given({k: v for k, v in told.settings.items() if k in read or k in FIXED}, told.typed)
     whole = args.command not in READ  # it trains, or plans that
-    config = load(args.config, overrides, together=whole)
+    config = load(args.config, overrides, together=whole and opens is None)
     if opens is None:
         return config
     from esjax.evolve.models import settings_of
 
     own = settings_of(opens, args.told, together=whole)
+    if own is None and whole:
+        config.validate_together()
     if own is None and args.command != "dpo":
         for key in sorted(told.typed & set(FIXED)):
             raise InputError(f"--{key}: {opens} is a bare backbone, which has nothing to set there; leave it out")
@@ -271,8 +280,8 @@ def _join(args: argparse.Namespace) -> None:
     given = any(x is not None for x in explicit)
     if given and (args.distributed or any(x is None for x in explicit)):
         raise InputError("--coordinator, --num-processes and --process-id: give all three, or --distributed alone")
-    if args.join_timeout < 1:
-        raise InputError(f"--join-timeout {args.join_timeout}: at least 1 second")
+    if not 1 <= args.join_timeout <= 10**6:
+        raise InputError(f"--join-timeout {args.join_timeout}: 1 to 1,000,000 seconds")
     if given or args.distributed:
         from esjax import distributed
 

@@ -249,10 +249,6 @@ class Config(Settings):
 
     def validate_together(self) -> Config:
         """Check what no single section can see. Raises InputError; returns itself."""
-        if self.mesh.fsdp == 0:
-            raise InputError(
-                "mesh.fsdp=0: give a number of devices, or -1 for all that mesh.data and mesh.tensor leave"
-            )
         for name, phase in (("sft", self.sft), ("dpo", self.dpo)):
             if phase.batch_rows % phase.micro_rows:
                 raise InputError(

@@ -40,7 +40,8 @@ def start(coordinator: str | None, processes: int | None, index: int | None, tim
 
     Raises InputError where they do not, TransientError where not all processes come in time.
     """
-    if coordinator is not None and not re.fullmatch(r"\S+:\d{1,5}", coordinator):
+    port = re.fullmatch(r"\S+:(\d{1,5})", coordinator or "-:1")
+    if port is None or not 0 < int(port[1]) < 1 << 16:
         raise InputError(f"--coordinator {coordinator}: give HOST:PORT, the first process' address")
     if processes is not None and index is not None and not 0 <= index < processes:
         raise InputError(f"--process-id {index} of --num-processes {processes}: processes are numbered from 0")

@@ -48,6 +48,8 @@ def mesh_shape(settings: MeshSettings, count: int) -> tuple[int, int, int]:
     """The mesh's shape on ``count`` devices. Raises InputError when they do not come out even."""
     data, fsdp, tensor = settings.data, settings.fsdp, settings.tensor
     asked = f"mesh.data={data}, mesh.fsdp={fsdp}, mesh.tensor={tensor}"
+    if fsdp == 0:
+        raise InputError("mesh.fsdp=0: give a number of devices, or -1 for all that mesh.data and mesh.tensor leave")
     if fsdp == -1:
         fsdp, left = divmod(count, data * tensor)
         if left or not fsdp:

@@ -16,7 +16,9 @@ from functools import reduce
 from importlib.metadata import version
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, Field, model_validator
 
 from esjax import storage
 from esjax.config import CONTENT, Config
@@ -108,6 +110,8 @@ class RunDir:
         """Refuse a setting that differs from what something was made with: a stage's ``settings`` name what it hangs on."""
         saved = self.path / "config.yaml"
         if not saved.exists():
+            if lost := next(filter(self.made, self.manifest["stages"]), None):
+                raise InputError(f"{saved} is gone, but stage {lost} was begun; restore it or choose another --run-dir")
             return
         changed = []
         for key in differing(load(str(saved), []), self.config):
@@ -234,15 +238,38 @@ class RunDir:
         publish_text(self.manifest_path, json_text(self.manifest, indent=1) + "\n")
 
 
+class _Stage(BaseModel):
+    """What the manifest says of a stage; facts of its own beside it."""
+
+    status: Literal["started", "done"]
+    inputs: dict[str, str]
+    seconds: float = 0.0
+    settings: list[str] = []
+    makes: list[str] = Field(["-"], min_length=1)
+    outputs: dict[str, str] = {}
+
+    @model_validator(mode="after")
+    def _timed(self) -> Self:
+        if self.status == "done" and "seconds" not in self.model_fields_set:
+            raise ValueError("a stage that is done says how long it took")
+        return self
+
+
+class _Manifest(BaseModel):
+    stages: dict[str, _Stage]
+    base: dict[str, str] = {}
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a run directory; an empty one where there is none. Raises InputError when it is damaged."""
     file = path / "manifest.json"
     if not file.exists():
         return {"stages": {}}
     try:
-        manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        assert all({"status", "inputs"} <= set(entry) for entry in manifest["stages"].values())
-    except (ValueError, TypeError, KeyError, AttributeError, AssertionError) as e:
+        text = file.read_text(encoding="utf-8")
+        _Manifest.model_validate_json(text)
+        manifest: dict[str, Any] = json.loads(text)
+    except (ValueError, RecursionError) as e:
         raise InputError(f"{file}: not a manifest; restore it or choose another --run-dir") from e
     return manifest
 

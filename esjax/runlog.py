@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -160,6 +160,8 @@ class Journal:
         lines = self._part.read_bytes().splitlines(keepends=True) if self._part.exists() else []
         whole = [line for line in lines if line.endswith(b"\n")]  # a kill may have torn the last one
         try:
+            if lines and not lines[0].startswith((b'{"of"', b"[")[: 1 if self.of is not None else 2]):
+                raise ValueError("not a journal")  # but somebody's file
             read = list(map(json.loads, whole))
             of = read.pop(0)["of"] if read and isinstance(read[0], dict) else None
             return of, dict(read), sum(map(len, whole))
@@ -287,8 +289,13 @@ class Metrics:
 
     def rewind(self, step: int) -> None:
         lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
-        rows = [json.loads(line) for line in lines if line.endswith(b"\n")]  # a kill may have torn the last line
-        publish_jsonl(self.path, [r for r in rows if r["step"] <= step])
+        rows = []
+        for line in lines:  # a kill or a power cut may have left anything at the end
+            with suppress(ValueError, TypeError, LookupError):
+                row = json.loads(line)
+                if line.endswith(b"\n") and row["step"] <= step:
+                    rows.append(row)
+        publish_jsonl(self.path, rows)
 
     def log(self, step: int, **values: float) -> None:
         if self.board is None:

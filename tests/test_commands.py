@@ -213,7 +213,7 @@ def test_a_place_that_cannot_be_written_is_refused_first(
         (folder, "exists; give a new"),
         (prompts, "exists; give a new"),
         (file / "below" / "out", "is not a folder"),
-        ("", "exists; give a new"),
+        ("", "--out is empty; give a value"),
         ("x" * 300, "File name too long"),
     ):
         assert message in refused(*words, "--out", out)
@@ -405,3 +405,35 @@ def test_an_id_is_a_text_or_a_whole_number(refused: Refused, tmp_path: Path, nam
 def test_a_count_that_cannot_be_made_is_refused(refused: Refused, prompts: Path, tmp_path: Path, count: int) -> None:
     words = ["sample", "--model", "/absent", "--prompts", prompts, "--out", tmp_path / "out.jsonl"]
     assert f"--num-samples {count}: at least 1" in refused(*words, "--num-samples", count)
+
+
+def test_a_file_of_somebody_else_is_not_taken_for_a_part(
+    refused: Refused, tiny_folder: Path, prompts: Path, tmp_path: Path
+) -> None:
+    part = tmp_path / "keep.part"
+    part.write_text("half a download")
+    words = ("sample", "--model", tiny_folder, "--prompts", prompts, "--out", tmp_path / "keep")
+    assert "keep.part: damaged; delete it" in refused(*words)
+    assert part.read_text() == "half a download"
+
+
+@pytest.mark.parametrize("option", ["--config", "--run-dir", "--sft.epochs"])
+def test_an_empty_value_is_refused_by_name(refused: Refused, tmp_path: Path, option: str) -> None:
+    """What a variable that is not set makes of a command."""
+    assert f"{option} is empty" in refused("sft", "--run-dir", tmp_path / "r", option, "")
+    assert f"{option} is empty" in refused("sft", "--run-dir", tmp_path / "r", f"{option}=")
+    assert not (tmp_path / "r").exists()
+
+
+def test_what_is_no_size_is_refused(refused: Refused, run: Path, prompts: Path, tmp_path: Path) -> None:
+    words = ("sample", "--model", f"{run}:m0", "--prompts", prompts, "--out", tmp_path / "o")
+    assert "mesh.fsdp=0: give a number of devices, or -1" in refused(*words, "--mesh.fsdp", 0)
+    assert "--micro-rows 0: it must divide" in refused(
+        "bench", "--profile", "tiny", "--tasks", "sft", "--micro-rows", 0
+    )
+    assert "--micro-rows: only the tasks" in refused(
+        "bench", "--profile", "tiny", "--tasks", "sample", "--micro-rows", 3
+    )
+    assert "is a run directory; name one of its models" in refused("sample", "--model", run, *words[3:])
+    line = refused("sft", "--run-dir", tmp_path / "r", "--distributed", "--join-timeout", 10**15)
+    assert "--join-timeout 1000000000000000: 1 to 1,000,000 seconds" in line

@@ -329,3 +329,33 @@ def test_the_mended_corpus_is_taken(refused: Callable[..., str], tiny_folder: Pa
     assert (run / "sft" / "adapter").exists()
     file.write_text("\n".join(lines[:3]))
     assert "stage sft is done, but data.train changed since" in refused(*sft)  # control
+
+
+def test_a_lost_config_and_a_damaged_manifest_are_refused(
+    refused: Callable[..., str], tiny_folder: Path, tiny_run: Path, tmp_path: Path
+) -> None:
+    """Else another setting would be taken for the one that a stage was made with, or a traceback would end the command."""
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    sft = ["sft", "--run-dir", run, *tiny_overrides(tiny_folder)]
+    whole = json.loads((run / "manifest.json").read_text())
+    stage = whole["stages"]["sft"]
+    for damage in (
+        {k: v for k, v in stage.items() if k != "seconds"},
+        stage | {"seconds": None},
+        stage | {"inputs": []},
+        stage | {"outputs": []},
+        stage | {"status": "started", "makes": []},
+        stage | {"settings": 5},
+        {"status": "gone", "inputs": {}},
+    ):
+        (run / "manifest.json").write_text(json.dumps(whole | {"stages": whole["stages"] | {"sft": damage}}))
+        assert "manifest.json: not a manifest; restore it" in refused(*sft)
+    (run / "manifest.json").write_text(json.dumps(whole | {"base": []}))
+    assert "manifest.json: not a manifest; restore it" in refused(*sft)
+    (run / "manifest.json").write_text(json.dumps(whole))
+    saved = (run / "config.yaml").read_text()
+    (run / "config.yaml").unlink()
+    assert "config.yaml is gone, but stage sft was begun" in refused(*sft, "--sft.learning_rate", 0.5)
+    (run / "config.yaml").write_text(saved)
+    main([str(x) for x in sft])  # control

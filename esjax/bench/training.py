@@ -192,7 +192,7 @@ def build(
 
 def check_micro_rows(job: Job, rows_in_batch: int, micro_rows: int) -> None:
     """Raise InputError unless ``micro_rows`` divides the batch, and the devices divide it."""
-    if rows_in_batch % micro_rows or micro_rows % batch_groups() or micro_rows < 1:
+    if micro_rows < 1 or rows_in_batch % micro_rows or micro_rows % batch_groups():
         raise InputError(
             f"--micro-rows {micro_rows}: it must divide the {rows_in_batch} rows of the {job.task} step and be a multiple "
             f"of the {batch_groups()} devices that a batch is split over"

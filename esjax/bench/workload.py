@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from esjax.config import LoraSettings, Settings
 from esjax.configfile import read_text
@@ -28,60 +28,60 @@ TASKS = ("sample", "round", "dpo", "sft")
 class SampleWork(Settings):
     """Continuations of unrelated prompts at temperature 0.7 and top-p 0.9; none stops early, and prefill counts."""
 
-    batch: int
+    batch: int = Field(ge=1)
     """Prompts."""
-    prompt: int
+    prompt: int = Field(ge=1)
     """Tokens of a prompt."""
-    new_tokens: int
+    new_tokens: int = Field(ge=1)
     """Tokens drawn from each."""
 
 
 class RoundWork(Settings):
     """The three replies to each context, drawn as above; everything counts."""
 
-    contexts: int
+    contexts: int = Field(ge=1)
     """Contexts."""
-    context: int
+    context: int = Field(ge=1)
     """Tokens of a context."""
-    instruction: int
+    instruction: int = Field(ge=1)
     """Tokens of an instruction, which follows the context (reflection), or context, draft and reflection (refinement)."""
-    draft: int
+    draft: int = Field(ge=1)
     """Tokens drawn for a draft, from the context alone."""
-    reflection: int
+    reflection: int = Field(ge=1)
     """Tokens drawn for a reflection."""
-    refinement: int
+    refinement: int = Field(ge=1)
     """Tokens drawn for a refinement."""
 
 
 class DpoWork(Settings):
     """A step of preference training."""
 
-    pairs: int
+    pairs: int = Field(ge=1)
     """Pairs a step."""
-    prompt: int
+    prompt: int = Field(ge=1)
     """Tokens of a prompt."""
-    response: int
+    response: int = Field(ge=1)
     """Tokens of the chosen and of the rejected response."""
-    lora_rank: int
+    lora_rank: int = Field(ge=1)
     """Rank of the adapter on every linear layer."""
-    steps: int
+    steps: int = Field(ge=1)
     """Steps that are timed."""
-    warmup: int
+    warmup: int = Field(ge=0)
     """Steps before those."""
 
 
 class SftWork(Settings):
     """A step of fine-tuning with a loss on every token."""
 
-    batch: int
+    batch: int = Field(ge=1)
     """Sequences a step."""
-    length: int
+    length: int = Field(ge=1)
     """Tokens of a sequence."""
-    lora_rank: int
+    lora_rank: int = Field(ge=1)
     """Rank of the adapter on every linear layer."""
-    steps: int
+    steps: int = Field(ge=1)
     """Steps that are timed."""
-    warmup: int
+    warmup: int = Field(ge=0)
     """Steps before those."""
 
 

@@ -202,6 +202,8 @@ def open_model(spec: str, config: Config, told: Given | None = None) -> tuple[La
     if named is not None and settings is not None:
         lab = Lab.open(settings)
         return lab, _stored(lab, *named)
+    if (Path(spec) / "manifest.json").exists():
+        raise InputError(f"{spec} is a run directory; name one of its models, such as {spec}:m0")
     hashed = spec == config.model.source or "model.sha256" in told.settings
     model = config.model.model_copy(update={"source": spec, "sha256": config.model.sha256 if hashed else None})
     config = config.model_copy(update={"model": model})

@@ -43,6 +43,6 @@ def settings_of(spec: str, told: Given, together: bool = False) -> Config | None
     own, mixed = load(file, [], together=False), load(file, [], told.settings, together)
     for key, before in own.lora:
         now = getattr(mixed.lora, key)
-        if now != before:
+        if sorted(now) != sorted(before) if key == "targets" else now != before:
             raise InputError(f"lora.{key}={now}: {spec} was made with lora.{key}={before}, which stays; leave it out")
     return mixed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from esjax.config import DpoSettings
 from esjax.errors import InputError
 from esjax.evolve.lab import Lab
@@ -25,9 +27,7 @@ def check_evolve(lab: Lab, run: RunDir) -> None:
     run.check_base(lab.identity)
     c = lab.config
     with together():
-        rounds = [
-            int(name.split("/")[0].removeprefix("round")) for name in run.manifest["stages"] if name[:5] == "round"
-        ]
+        rounds = [int(found[1]) for name in run.manifest["stages"] if (found := re.match(r"round(\d+)/", name))]
         begun = max((t for t in rounds if run.made(f"round{t}/replies")), default=0)
         if begun > c.evolve.rounds:
             raise InputError(
