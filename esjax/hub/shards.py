@@ -35,7 +35,7 @@ def shard_names(folder: Path) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise InputError(f"{index}: damaged index ({e!r:.160}); fetch the checkpoint again") from e
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors") or len(name) > 255:
             raise InputError(f"{index}: {name!r:.160} is not the name of a safetensors file in this folder")
     return sorted(names)
 
