@@ -20,15 +20,23 @@ PEER = (
 PASSING = (errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EINTR, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN)
 
 
-class InputError(Exception):
+class _Told(Exception):
+    """An error whose text is one line that can be printed, whatever names from files stand in it."""
+
+    def __str__(self) -> str:
+        text = super().__str__().encode(errors="backslashreplace").decode()
+        return "".join(c if c not in "\n\r\x0b\x0c\x85\u2028\u2029" else repr(c)[1:-1] for c in text)
+
+
+class InputError(_Told):
     """Bad input: one line saying what, where, which values are allowed and what to do. The command exits with code 2."""
 
 
-class TransientError(Exception):
+class TransientError(_Told):
     """What passes without a change of the command: a network, a lock, a lease. The command exits with code 75."""
 
 
-class RunError(Exception):
+class RunError(_Told):
     """The run cannot go on: an invariant of the method does not hold. The command exits with code 1."""
 
 

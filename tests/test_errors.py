@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from esjax.cli import main
 from esjax.configfile import bundled, load, read_text
 from esjax.corpus.sources import read_dialogues
-from esjax.errors import outcome
+from esjax.errors import InputError, outcome
 from esjax.jsonl import read_jsonl
 from esjax.tokens.encode import Encoder
 from esjax.tokens.tokenizer import ChatTokenizer
@@ -283,3 +283,7 @@ def test_another_process_that_is_gone_passes() -> None:
     gone = jax.errors.JaxRuntimeError("INTERNAL: Gloo all-reduce failed: Connection closed by peer [127.0.0.1]:3")
     assert (outcome(gone) or (0, ""))[0] == 75
     assert outcome(jax.errors.JaxRuntimeError("INVALID_ARGUMENT: shapes do not match")) is None
+
+
+def test_a_refusal_is_one_line_whatever_it_names() -> None:
+    assert str(InputError("unknown setting a\nb\u2028\ud800: é")) == "unknown setting a\\nb\\u2028\\ud800: é"
