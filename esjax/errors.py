@@ -20,12 +20,16 @@ PEER = (
 PASSING = (errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EINTR, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN)
 
 
+LONGEST = 1600  # characters of a line: a file may hold names of any length
+
+
 class _Told(Exception):
     """An error whose text is one line that can be printed, whatever names from files stand in it."""
 
     def __str__(self) -> str:
         text = super().__str__().encode(errors="backslashreplace").decode()
-        return "".join(c if c not in "\n\r\x0b\x0c\x85\u2028\u2029" else repr(c)[1:-1] for c in text)
+        line = "".join(c if c not in "\n\r\x0b\x0c\x85\u2028\u2029" else repr(c)[1:-1] for c in text)
+        return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
 
 
 class InputError(_Told):

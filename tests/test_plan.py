@@ -531,7 +531,7 @@ def test_the_compilers_own_words(message: str, said: str | None) -> None:
     ("options", "message"),
     [
         (["--programs", "sft,dream"], "--programs sft,dream: allowed: prefill, decode, score, sft, dpo"),
-        (["--programs", ""], "allowed: prefill, decode, score, sft, dpo"),
+        (["--programs", ""], "--programs is empty; give a value"),
         (["--slices", "0"], "--slices 0: at least 1"),
         (["--slices", "2"], "--slices 2: slices of what? give a --topology, too"),
         (["--tries", "-1"], "--tries -1: at least 0"),
