@@ -312,7 +312,6 @@ def _prepare_jax() -> None:
         raise InputError(f"{cache_root()}: the cache is no folder; give another one as $ESJAX_CACHE")
     gpu_share()  # JAX may take most of a GPU: nothing else runs there
     jax.config.update("jax_compilation_cache_dir", str(cache_root() / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 def _print(table: object) -> None:

@@ -6,6 +6,11 @@ import json
 import os
 from pathlib import Path
 
+# Compiled programs, also those of an instant, are shared by all tests and the processes that they start. Set before jax comes.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+import jax
 import pytest
 import torch
 import yaml
@@ -16,12 +21,13 @@ from esjax.cli import main
 from esjax.config import Config
 from esjax.configfile import bundled, load
 from esjax.errors import InputError
-from esjax.hub.fetch import resolve
+from esjax.hub.fetch import cache_root, resolve
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+jax.config.update("jax_compilation_cache_dir", str(cache_root() / "xla"))
 REPOSITORY = Path(__file__).parent.parent
 ESCONV = Path(os.environ.get("ESJAX_ESCONV", REPOSITORY.parent / "shared" / "data" / "esconv"))
 
