@@ -11,11 +11,11 @@ import traceback
 from itertools import pairwise
 from typing import NoReturn
 
-from esjax import hosts
-from esjax.config import Config
-from esjax.configfile import Given, keys, load, similar
 from esjax.errors import InputError, RunError, is_full_disk, outcome
 from esjax.options import FIXED, READ, build, read_by
+from esjax.runtime import processes
+from esjax.settings.files import Given, keys, load, similar
+from esjax.settings.schema import Config
 
 CONTINUES = ("evolve", "sft", "dpo", "sample", "score")  # the commands that go on from what a killed one finished
 
@@ -24,16 +24,16 @@ def evolve(args: argparse.Namespace, config: Config) -> None:
     """Run the whole method: phase 1, all rounds of phase 2, and the closing table. Resumable: run it again after a kill."""
     from esjax.eval.compare import compare, table
     from esjax.evolve import preflight, rounds
-    from esjax.evolve.lab import Lab
-    from esjax.programs import summary
-    from esjax.rundir import RunDir
-    from esjax.runlog import say
+    from esjax.evolve.experiment import Experiment
+    from esjax.run.directory import RunDir
+    from esjax.run.files import say
+    from esjax.runtime.programs import summary
 
     with RunDir(args.run_dir, config) as run:
-        lab = Lab.open(config)
-        preflight.check_evolve(lab, run)
-        rounds.evolve(lab, run)
-        rows = compare(lab, run)
+        experiment = Experiment.open(config)
+        preflight.check_evolve(experiment, run)
+        rounds.evolve(experiment, run)
+        rows = compare(experiment, run)
         say(summary())
         _print(table(rows))
 
@@ -41,30 +41,30 @@ def evolve(args: argparse.Namespace, config: Config) -> None:
 def sft(args: argparse.Namespace, config: Config) -> None:
     """Run phase 1 alone: supervised fine-tuning that makes M_0 (evolve continues from it)."""
     from esjax.evolve import phases, preflight
-    from esjax.evolve.lab import Lab
-    from esjax.rundir import RunDir
+    from esjax.evolve.experiment import Experiment
+    from esjax.run.directory import RunDir
 
     with RunDir(args.run_dir, config) as run:
-        lab = Lab.open(config)
-        preflight.check_sft(lab, run)
-        phases.sft(lab, run)
+        experiment = Experiment.open(config)
+        preflight.check_sft(experiment, run)
+        phases.sft(experiment, run)
 
 
 def dpo(args: argparse.Namespace, config: Config) -> None:
     """Run DPO alone on a file of preference pairs; the model it starts from is also its reference."""
     from esjax.evolve import phases, preflight
+    from esjax.evolve.experiment import Experiment, start_of_dpo
     from esjax.evolve.filters import Filters
-    from esjax.evolve.lab import Lab, start_of_dpo
     from esjax.evolve.pairs import read_pairs, without_crisis
-    from esjax.rundir import RunDir
+    from esjax.run.directory import RunDir
 
     pairs = without_crisis(read_pairs(args.pairs), Filters.load(config.filters))
     with RunDir(args.run_dir, config) as run:
-        lab = Lab.open(config)
-        start, origin = start_of_dpo(args.model, lab)
-        preflight.check_dpo(lab, run, pairs)
-        scored = phases.score_pairs(lab, run, args.pairs, start, origin)
-        phases.dpo(lab, run, scored, "dpo", lambda: start)
+        experiment = Experiment.open(config)
+        start, origin = start_of_dpo(args.model, experiment)
+        preflight.check_dpo(experiment, run, pairs)
+        scored = phases.score_pairs(experiment, run, args.pairs, start, origin)
+        phases.dpo(experiment, run, scored, "dpo", lambda: start)
 
 
 def sample(args: argparse.Namespace, config: Config) -> None:
@@ -73,8 +73,8 @@ def sample(args: argparse.Namespace, config: Config) -> None:
     With --num-samples a prompt has several answers, one line each, numbered as "sample" from 0.
     """
     from esjax.evolve.answers import MOST, answer, identity, read_chats
-    from esjax.evolve.lab import model_hash, open_model
-    from esjax.outfile import held
+    from esjax.evolve.experiment import model_hash, open_model
+    from esjax.run.outfile import held
 
     chats, pattern = read_chats(args.prompts, "user"), _pattern(args)
     if not 1 <= args.num_samples <= MOST // len(chats):
@@ -83,15 +83,15 @@ def sample(args: argparse.Namespace, config: Config) -> None:
             f"{len(chats)} prompts"
         )
     with held(args.out):
-        lab, adapter = open_model(args.model, config, args.told)
-        of = identity(model_hash(args.model, lab), args.prompts)
-        answer(lab, adapter, chats, args.out, of, args.num_samples, pattern)
+        experiment, adapter = open_model(args.model, config, args.told)
+        of = identity(model_hash(args.model, experiment), args.prompts)
+        answer(experiment, adapter, chats, args.out, of, args.num_samples, pattern)
 
 
 def _pattern(args: argparse.Namespace) -> str | None:
     """The regular expression that replies must match, of --regex or --json-schema. Raises InputError."""
-    from esjax.configfile import read_text
     from esjax.sample.schema import schema_pattern
+    from esjax.settings.files import read_text
 
     if args.regex is not None and args.json_schema is not None:
         raise InputError("--regex and --json-schema: give one of them")
@@ -106,26 +106,26 @@ def score(args: argparse.Namespace, config: Config) -> None:
     Chats are scored whole, whatever the run's data.window; given here, data.window cuts them as training does.
     """
     from esjax.evolve import answers
-    from esjax.evolve.lab import model_hash, open_model
-    from esjax.outfile import held
+    from esjax.evolve.experiment import model_hash, open_model
+    from esjax.run.outfile import held
 
     chats = answers.read_chats(args.data, "assistant")
     with held(args.out):
-        lab, adapter = open_model(args.model, config, args.told)
-        of = answers.identity(model_hash(args.model, lab), args.data)
-        window = lab.config.data.window if "data.window" in args.told.settings else None
-        answers.score(lab, adapter, chats, args.out, of, window)
+        experiment, adapter = open_model(args.model, config, args.told)
+        of = answers.identity(model_hash(args.model, experiment), args.data)
+        window = experiment.config.data.window if "data.window" in args.told.settings else None
+        answers.score(experiment, adapter, chats, args.out, of, window)
 
 
 def export(args: argparse.Namespace, config: Config) -> None:
     """Write a run's model as a Hugging Face folder (merged) or PEFT adapter, after reloading and comparing it."""
-    from esjax.evolve.lab import open_model
+    from esjax.evolve.experiment import open_model
     from esjax.export import export
-    from esjax.outfile import held
+    from esjax.run.outfile import held
 
     with held(args.out, "folder"):
-        lab, adapter = open_model(f"{args.run_dir}:{args.model}", config, args.told)
-        export(lab, adapter, args.format, args.out)
+        experiment, adapter = open_model(f"{args.run_dir}:{args.model}", config, args.told)
+        export(experiment, adapter, args.format, args.out)
 
 
 def bench(args: argparse.Namespace, config: Config) -> None:
@@ -138,9 +138,9 @@ def bench(args: argparse.Namespace, config: Config) -> None:
 
     from esjax.bench import sampling, training
     from esjax.bench.workload import TASKS, measured_bandwidth, measured_peak, read_workload
-    from esjax.jsonl import json_text
     from esjax.model.weights import choose_execution
-    from esjax.runlog import check_writable
+    from esjax.run.files import check_writable
+    from esjax.run.jsonl import json_text
 
     if args.trace is not None:
         check_writable(args.trace / "trace", "--trace")
@@ -201,9 +201,9 @@ def main(argv: list[str] | None = None) -> None:
         args, overrides = parser.parse_known_args(arguments)
         continues = args.command in CONTINUES
         _check_names(args.command, commands[args.command], overrides)
-        hosts.watch()
+        processes.watch()
         _join(args)
-        with hosts.together():
+        with processes.together():
             config = _settings(args, overrides)
             _prepare_jax()
         with _devices(args, config):
@@ -259,15 +259,17 @@ def _settings(args: argparse.Namespace, overrides: list[str]) -> Config:
 def _fail(error: BaseException, continues: bool) -> NoReturn:
     """End the process: one line for what a person or time can mend, the traceback for what only we can."""
     ended = outcome(error, continues)
-    if hosts.hosts.joined and (ended is None or ended[0] in (1, 75)):
-        ended = hosts.elsewhere() or ended  # what ended another process is the reason for what this one met
-    if hosts.hosts.joined and ended is None:
+    if processes.hosts.joined and (ended is None or ended[0] in (1, 75)):
+        ended = processes.elsewhere() or ended  # what ended another process is the reason for what this one met
+    if processes.hosts.joined and ended is None:
         traceback.print_exception(error)
-        ended = 1, f"error: process {hosts.hosts.index} of this run failed; see above"
+        ended = 1, f"error: process {processes.hosts.index} of this run failed; see above"
     if ended is None:
         raise error
-    if hosts.hosts.joined or is_full_disk(error):
-        hosts.leave(*ended)  # the libraries' exit handlers would wait for the others, or write to the full disk again
+    if processes.hosts.joined or is_full_disk(error):
+        processes.leave(
+            *ended
+        )  # the libraries' exit handlers would wait for the others, or write to the full disk again
     print(f"esjax: {ended[1]}", file=sys.stderr)
     sys.exit(ended[0])
 
@@ -283,7 +285,7 @@ def _join(args: argparse.Namespace) -> None:
     if not 1 <= args.join_timeout <= 10**6:
         raise InputError(f"--join-timeout {args.join_timeout}: 1 to 1,000,000 seconds")
     if given or args.distributed:
-        from esjax import distributed
+        from esjax.runtime import distributed
 
         distributed.start(*explicit, args.join_timeout)
 
@@ -292,9 +294,9 @@ def _devices(args: argparse.Namespace, config: Config) -> contextlib.AbstractCon
     """The mesh of a command that computes on all of its devices; one device for the others."""
     if not hasattr(args, "distributed"):
         return contextlib.nullcontext()
-    from esjax.mesh import use_mesh
+    from esjax.runtime.mesh import use_mesh
 
-    if not hosts.hosts.all(hosts.alike(config)):
+    if not processes.hosts.all(processes.alike(config)):
         raise InputError("the processes of this run have different settings; start all with the same command")
     return use_mesh(config.mesh)
 
@@ -304,7 +306,7 @@ def _prepare_jax() -> None:
 
     from esjax.hub.fetch import cache_root
     from esjax.plan.chips import gpu_share
-    from esjax.runlog import check_writable
+    from esjax.run.files import check_writable
 
     if not cache_root().exists():
         check_writable(cache_root() / "xla", "folder as $ESJAX_CACHE")
@@ -317,7 +319,7 @@ def _prepare_jax() -> None:
 def _print(table: object) -> None:
     from rich.console import Console
 
-    if not hosts.hosts.writer:
+    if not processes.hosts.writer:
         return
     wide = None if sys.stdout.isatty() else 100
     Console(width=wide).print(table)

@@ -14,14 +14,14 @@ from flax import nnx
 
 from esjax import rows
 from esjax.errors import InputError, RunError
-from esjax.evolve.lab import Lab
+from esjax.evolve.experiment import Experiment
 from esjax.hub.fetch import RECORD, public_name
 from esjax.hub.shards import write_shards
 from esjax.model.families import config_of
 from esjax.model.lora import Adapter, load_adapter, peft_tensors, save_adapter
 from esjax.model.weights import Backbone, bind, load_backbone, merged_tensors
 from esjax.rows import Rows
-from esjax.runlog import check_writable, replacing, say
+from esjax.run.files import check_writable, replacing, say
 
 # What belongs to a tokenizer, beside the files that its own class names.
 COPIED = (
@@ -31,7 +31,7 @@ COPIED = (
 CHECK = "I lost my job this morning, and I have not told my family yet."
 
 
-def export(lab: Lab, adapter: Adapter, format: Literal["merged", "peft"], out: Path) -> None:
+def export(experiment: Experiment, adapter: Adapter, format: Literal["merged", "peft"], out: Path) -> None:
     """Write base + adapter to the folder ``out``, which must not exist.
 
     Raises InputError when it does, RunError when the reloaded folder does not give the model's logits.
@@ -39,12 +39,12 @@ def export(lab: Lab, adapter: Adapter, format: Literal["merged", "peft"], out: P
     if out.exists():
         raise InputError(f"{out} exists; give a new folder as --out")
     check_writable(out, "--out")
-    backbone = lab.backbone
+    backbone = experiment.backbone
     if backbone.lora is None:
         raise InputError("only a run's model can be exported: --run-dir RUN --model m1")
     say(f"writing {out} ({format})")
     probe = rows.stack(
-        [rows.trunk(lab.tokenizer.prompt(lab.encoder.with_system([{"role": "user", "content": CHECK}])))]
+        [rows.trunk(experiment.tokenizer.prompt(experiment.encoder.with_system([{"role": "user", "content": CHECK}])))]
     )
     ours = _logits(backbone, adapter, probe)
     with replacing(out) as folder:
@@ -55,13 +55,13 @@ def export(lab: Lab, adapter: Adapter, format: Literal["merged", "peft"], out: P
             config |= {"dtype": backbone.dtype.name, "torch_dtype": backbone.dtype.name}  # transformers 5 and 4
             (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         else:
-            base, revision = public_name(lab.config.model.source, backbone.folder)
+            base, revision = public_name(experiment.config.model.source, backbone.folder)
             place = str((out / "base").absolute())
             save_adapter(folder, peft_tensors(adapter, backbone.arch), backbone.lora, base or place, revision)
             if base is None:  # converted from a file, so no name would do: the base goes along
                 shutil.copytree(backbone.folder, folder / "base", ignore=shutil.ignore_patterns(RECORD))
                 say(f"the base lies in {place}; where that is moved, adapter_config.json must say its new place")
-        for pattern in {*COPIED, *lab.tokenizer.hf.vocab_files_names.values()}:
+        for pattern in {*COPIED, *experiment.tokenizer.hf.vocab_files_names.values()}:
             for file in backbone.folder.glob(pattern):
                 to = folder / file.relative_to(backbone.folder)
                 to.parent.mkdir(exist_ok=True)

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from esjax.config import Config
-from esjax.configfile import keys
 from esjax.errors import InputError
+from esjax.settings.files import keys
+from esjax.settings.schema import Config
 
 Option = tuple[str, dict[str, Any]]
 

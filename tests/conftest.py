@@ -18,10 +18,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from esjax.cli import main
-from esjax.config import Config
-from esjax.configfile import bundled, load
 from esjax.errors import InputError
 from esjax.hub.fetch import cache_root, resolve
+from esjax.settings.files import bundled, load
+from esjax.settings.schema import Config
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"

@@ -18,14 +18,14 @@ import jax
 import numpy as np
 
 from esjax import rows
-from esjax.config import DpoSettings, SamplingSettings, SftSettings
-from esjax.mesh import batch_groups, gathered, make_mesh, put_batch
 from esjax.model.layers import LINEARS, Lora
 from esjax.model.lora import Adapter, flatten, unflatten
 from esjax.model.weights import Backbone, load_backbone
 from esjax.rows import Rows
+from esjax.runtime.mesh import batch_groups, gathered, make_mesh, put_batch
 from esjax.sample.generate import Generator
 from esjax.sample.score import Scorer
+from esjax.settings.schema import DpoSettings, SamplingSettings, SftSettings
 from esjax.train.losses import Pairs, dpo_loss, sft_loss
 from esjax.train.optim import init_optimiser, optimiser
 from esjax.train.step import make_step

@@ -19,7 +19,6 @@ from esjax.bench import sampling
 from esjax.bench import training as bench
 from esjax.bench import workload as sizes
 from esjax.cli import main
-from esjax.config import LoraSettings
 from esjax.errors import InputError
 from esjax.model.attention import PLATFORMS, choose_path
 from esjax.model.cached import cache_shapes, layered
@@ -30,6 +29,7 @@ from esjax.model.weights import Backbone, bind, choose_execution
 from esjax.sample.constrain import free
 from esjax.sample.decode import idle_lanes, run
 from esjax.sample.generate import Generator
+from esjax.settings.schema import LoraSettings
 from esjax.train.losses import sft_loss
 
 WORKLOAD = "bundled:configs/workload.json"

@@ -24,10 +24,10 @@ from test_hosts import Ended, apart, free_address, start
 
 from esjax.bench.workload import parts
 from esjax.cli import main
-from esjax.config import Config
-from esjax.configfile import differing
 from esjax.errors import InputError, Stopped, TransientError
 from esjax.model.families import architecture
+from esjax.settings.files import differing
+from esjax.settings.schema import Config
 from esjax.train.checkpoint import Checkpoints
 
 # Reading what is damaged leaves coroutines of orbax behind, which complain when they are collected.
@@ -83,7 +83,7 @@ def undisturbed(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def killed(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run killed in its eighth step."""
     folder = tmp_path_factory.mktemp("killed")
-    kill = ("SIGKILL", "esjax.runlog", "Metrics", "log", 7)
+    kill = ("SIGKILL", "esjax.run.files", "Metrics", "log", 7)
     ended(start(folder, [sft(tiny_folder, folder / "run", (1, 8, 1))], 8, {0: kill}), -9)
     return folder / "run"
 
@@ -339,8 +339,8 @@ import os, sys
 from pathlib import Path
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from esjax import distributed
-from esjax.hosts import hosts
+from esjax.runtime import distributed
+from esjax.runtime.processes import hosts
 from esjax.train.checkpoint import Checkpoints
 address, index, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 distributed.start(address, 2, index, 120)
@@ -405,7 +405,7 @@ import sys
 from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np, optax
 from test_checkpoint import named, whole
-from esjax.mesh import homes, make_mesh
+from esjax.runtime.mesh import homes, make_mesh
 from esjax.train.checkpoint import Checkpoints
 folder = Path(sys.argv[1])
 with jax.set_mesh(make_mesh(jax.devices(), (1, 8, 1))):

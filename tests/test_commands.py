@@ -24,14 +24,14 @@ from transformers import AutoTokenizer
 
 from esjax import export
 from esjax.cli import main
-from esjax.config import Config
-from esjax.configfile import dump, load
-from esjax.evolve.lab import Lab, adapter_folder
+from esjax.evolve.experiment import Experiment, adapter_folder
 from esjax.hub.fetch import public_name
-from esjax.jsonl import read_jsonl
 from esjax.model.lora import peft_tensors, save_adapter
-from esjax.outfile import held
-from esjax.runlog import write_jsonl
+from esjax.run.files import write_jsonl
+from esjax.run.jsonl import read_jsonl
+from esjax.run.outfile import held
+from esjax.settings.files import dump, load
+from esjax.settings.schema import Config
 
 Refused = Callable[..., str]
 ANSWER = {"role": "assistant", "content": "That sounds hard."}
@@ -61,15 +61,18 @@ def run(tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory with an M_0 that differs from its backbone, made without training."""
     folder = tmp_path_factory.mktemp("runs") / "made"
     config = tiny_config.model_copy(update={"seed": 3})
-    lab = Lab.open(config)
+    experiment = Experiment.open(config)
     draw = np.random.default_rng(1).standard_normal
-    noisy = jax.tree.map(lambda x: x + 0.02 * draw(x.shape, np.float32), lab.backbone.fresh_adapter(0))
-    assert lab.backbone.lora is not None
+    noisy = jax.tree.map(lambda x: x + 0.02 * draw(x.shape, np.float32), experiment.backbone.fresh_adapter(0))
+    assert experiment.backbone.lora is not None
     save_adapter(
-        adapter_folder(folder, 0), peft_tensors(noisy, lab.backbone.arch), lab.backbone.lora, config.model.source
+        adapter_folder(folder, 0),
+        peft_tensors(noisy, experiment.backbone.arch),
+        experiment.backbone.lora,
+        config.model.source,
     )
     (folder / "config.yaml").write_text(dump(config))
-    (folder / "manifest.json").write_text(json.dumps({"stages": {}, "base": lab.identity}))
+    (folder / "manifest.json").write_text(json.dumps({"stages": {}, "base": experiment.identity}))
     return folder
 
 
@@ -96,7 +99,7 @@ def test_a_killed_command_goes_on_from_what_is_finished(
         words = ["score", "--data", str(tmp_path / "chats.jsonl"), "--data.window", "64", "--sft.micro_rows", "1"]
     words += ["--model", str(tiny_folder)]
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
-    killer = [sys.executable, "-c", SIGNALLER, what, "esjax.runlog", "Journal", "add", "36"]
+    killer = [sys.executable, "-c", SIGNALLER, what, "esjax.run.files", "Journal", "add", "36"]
     killed = subprocess.run([*killer, *words, "--out", str(out)], capture_output=True, text=True, check=False)
     assert killed.returncode == (143 if what == "SIGTERM" else -signal.SIGKILL), killed.stderr[-2000:]
     assert "Traceback" not in killed.stderr
@@ -132,7 +135,7 @@ def test_what_another_command_left_is_refused_by_name(
     assert [r["id"] for r in read_jsonl(out)] == list(range(40))
     # What a kill between the name and the end leaves is done; what one before it leaves goes on.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("esjax.runlog.Journal.finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("esjax.run.files.Journal.finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         out.unlink()
         with pytest.raises(SystemExit):
             main([*map(str, words)])
@@ -163,7 +166,7 @@ def test_only_what_continues_says_so(
     def stopped(*_: object, **__: object) -> None:
         raise Stopped
 
-    monkeypatch.setattr("esjax.evolve.lab.open_model", stopped)
+    monkeypatch.setattr("esjax.evolve.experiment.open_model", stopped)
     monkeypatch.setattr("esjax.plan.outcome.Outcome.of", stopped)
     words = ["export", "--run-dir", run, "--model", "m0", "--format", "peft", "--out", tmp_path / "hf"]
     assert refused(*words, code=143) == "esjax: stopped by SIGTERM; the same command starts over"

@@ -10,11 +10,11 @@ import pytest
 import yaml
 from conftest import REPOSITORY
 
-from esjax import configfile
 from esjax.cli import main
-from esjax.config import Config
-from esjax.configfile import Given, changes, differing, dump, keys, load, similar
 from esjax.errors import InputError
+from esjax.settings import files
+from esjax.settings.files import Given, changes, differing, dump, keys, load, similar
+from esjax.settings.schema import Config
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 MINIMAL: dict[str, Any] = {
@@ -330,12 +330,12 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_bundled_files() -> None:
-    assert configfile.bundled("bundled:prompts/system.txt").read_text().strip() == configfile.read_text(
+    assert files.bundled("bundled:prompts/system.txt").read_text().strip() == files.read_text(
         "bundled:prompts/system.txt"
     )
-    assert configfile.bundled("/as/it/is") == Path("/as/it/is")
+    assert files.bundled("/as/it/is") == Path("/as/it/is")
     with pytest.raises(InputError, match=r"bundled:prompts/absent\.txt: no such bundled file; looked in"):
-        configfile.bundled("bundled:prompts/absent.txt")
+        files.bundled("bundled:prompts/absent.txt")
 
 
 @pytest.mark.parametrize(

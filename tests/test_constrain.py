@@ -18,11 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tokens import save_sentencepiece
 
-from esjax import programs
 from esjax.errors import InputError
 from esjax.evolve.reflect import FIELDS, form, parse
 from esjax.model.weights import Backbone, compute_dtype, load_backbone
 from esjax.rows import prompt_with_replies
+from esjax.runtime import programs
 from esjax.sample.constrain import (
     BUCKET,
     LEAVES,

@@ -15,12 +15,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from esjax import rows
-from esjax.config import DpoSettings
 from esjax.corpus.dialogue import Message
 from esjax.corpus.sources import read_conversations, read_dialogues
 from esjax.errors import InputError
 from esjax.evolve.pairs import contexts, read_pairs, trunks
 from esjax.sample.constrain import Field, compile_template
+from esjax.settings.schema import DpoSettings
 from esjax.tokens.encode import Encoder
 from esjax.tokens.template import TODAY, stable
 from esjax.tokens.tokenizer import ChatTokenizer

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from esjax.configfile import bundled
 from esjax.corpus.dialogue import OPENING, Dialogue, Turn, normalise
 from esjax.corpus.sources import check_messages, read_conversations, read_dialogues
 from esjax.errors import InputError
+from esjax.settings.files import bundled
 
 SAMPLE = {"train": 28, "valid": 4, "test": 8}
 STRATEGIES = {

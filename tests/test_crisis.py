@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from esjax.cli import main
-from esjax.config import Config, FilterSettings
 from esjax.corpus.dialogue import Dialogue, Message, Turn
 from esjax.corpus.sources import read_dialogues
 from esjax.errors import InputError
 from esjax.evolve import phases
+from esjax.evolve.experiment import Experiment
 from esjax.evolve.filters import Filters
-from esjax.evolve.lab import Lab
 from esjax.evolve.pairs import contexts, read_pairs, without_crisis
-from esjax.rundir import RunDir
+from esjax.run.directory import RunDir
+from esjax.settings.schema import Config, FilterSettings
 from esjax.tokens.encode import Encoder
 from esjax.tokens.tokenizer import ChatTokenizer
 
@@ -49,8 +49,8 @@ def messages(*texts: str) -> list[Message]:
 
 
 @pytest.fixture
-def lab(tiny_folder: Path, tiny_config: Config, tmp_path: Path) -> Lab:
-    """A lab without a model, whose corpus has a crisis in the middle of one dialogue and another's beginning."""
+def experiment(tiny_folder: Path, tiny_config: Config, tmp_path: Path) -> Experiment:
+    """A experiment without a model, whose corpus has a crisis in the middle of one dialogue and another's beginning."""
     data = [
         row("a", "Hi", "One", SIGN, "Two", "So", "Three"),
         row("b", SIGN, "Four", "Yes", "Five"),
@@ -66,37 +66,39 @@ def lab(tiny_folder: Path, tiny_config: Config, tmp_path: Path) -> Lab:
         update={"data": tiny_config.data.model_copy(update={**settings, "format": "sample", "replay_share": 0.5})}
     )
     tokenizer = ChatTokenizer(tiny_folder)
-    return Lab(config, cast(Any, None), tokenizer, Encoder(tokenizer, 768, ""))
+    return Experiment(config, cast(Any, None), tokenizer, Encoder(tokenizer, 768, ""))
 
 
-def test_no_answer_to_a_crisis_is_a_target_of_phase_1(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
-    examples, facts = lab.sft_rows
-    said = {lab.tokenizer.decode([int(t) for t in e.tokens[1:][e.weight[:-1] > 0]]) for e in examples}
+def test_no_answer_to_a_crisis_is_a_target_of_phase_1(
+    experiment: Experiment, capsys: pytest.CaptureFixture[str]
+) -> None:
+    examples, facts = experiment.sft_rows
+    said = {experiment.tokenizer.decode([int(t) for t in e.tokens[1:][e.weight[:-1] > 0]]) for e in examples}
     assert said == {"One", "Six", "Seven", "Nine"}
-    assert not any("die" in lab.tokenizer.decode(e.tokens.tolist()) for e in examples)
+    assert not any("die" in experiment.tokenizer.decode(e.tokens.tolist()) for e in examples)
     assert (facts["crisis_answers"], facts["crisis_conversations"]) == (4, 2)
     out = capsys.readouterr().err
     assert "4 answers in or after a crisis are not trained on" in out
     assert "2 conversations end before a crisis" in out
 
 
-def test_no_round_sees_a_crisis_that_the_window_would_cut_off(lab: Lab) -> None:
+def test_no_round_sees_a_crisis_that_the_window_would_cut_off(experiment: Experiment) -> None:
     long = [row("a", SIGN, "Yes", *["word " * 100, "Hm"] * 4), row("b", *["word " * 100, "Hm"] * 5)]
-    write(Path(lab.config.data.train), long)
-    pool = contexts(lab.train, lab.encoder, 480, "train.jsonl", "")
+    write(Path(experiment.config.data.train), long)
+    pool = contexts(experiment.train, experiment.encoder, 480, "train.jsonl", "")
     assert {c.id.split("/")[0] for c in pool} == {"b"}
-    assert lab.crisis_facts() == {"crisis_answers": 5}
+    assert experiment.crisis_facts() == {"crisis_answers": 5}
     # Control: cut to the window, the last context of the other dialogue holds no sign any more.
-    whole = read_dialogues("sample", lab.config.data.train)
-    late = [c for c in contexts(whole, lab.encoder, 480, "train.jsonl", "") if c.id == "a/9"]
+    whole = read_dialogues("sample", experiment.config.data.train)
+    late = [c for c in contexts(whole, experiment.encoder, 480, "train.jsonl", "") if c.id == "a/9"]
     assert late
-    assert lab.filters.reply_fault(late[0].messages, "It sounds hard to me.", "stop") is None
+    assert experiment.filters.reply_fault(late[0].messages, "It sounds hard to me.", "stop") is None
 
 
-def test_a_corpus_of_crises_alone_is_refused(lab: Lab) -> None:
-    write(Path(lab.config.data.train), [row("b", SIGN, "Four")])
+def test_a_corpus_of_crises_alone_is_refused(experiment: Experiment) -> None:
+    write(Path(experiment.config.data.train), [row("b", SIGN, "Four")])
     with pytest.raises(InputError, match=r"train\.jsonl: every dialogue shows signs of crisis"):
-        _ = lab.train
+        _ = experiment.train
 
 
 def pair(*texts: str, chosen: str = "Yes you", rejected: str = "No") -> dict[str, Any]:
@@ -108,18 +110,18 @@ PAIRS = [pair("Hi"), pair(SIGN, "Oh", "Hi"), pair("Hi", SIGN, "Yes"), pair("Hi",
 
 
 def test_foreign_pairs_of_a_crisis_are_dropped_and_counted(
-    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = Path(write(tmp_path / "pairs.jsonl", PAIRS))
     taken: list[Any] = []
 
-    def score(lab: Lab, start: Any, pairs: list[Any], target: Path, label: str) -> None:
+    def score(experiment: Experiment, start: Any, pairs: list[Any], target: Path, label: str) -> None:
         taken.extend(pairs)
         target.write_text("")
 
     monkeypatch.setattr(phases, "write_references", score)
-    with RunDir(tmp_path / "run", lab.config) as run:
-        phases.score_pairs(lab, run, file, cast(Any, None), "m0")
+    with RunDir(tmp_path / "run", experiment.config) as run:
+        phases.score_pairs(experiment, run, file, cast(Any, None), "m0")
     assert [p["prompt"][0]["content"] for p in taken] == ["Hi", "Hi", "Ho"]
     assert taken[1]["prompt"][1]["content"] == SIGN  # the supporter's own words are no sign of the seeker's
     stage = json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]["pairs"]

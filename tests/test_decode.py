@@ -14,8 +14,8 @@ from flax import nnx
 
 from esjax.errors import InputError
 from esjax.model.weights import Backbone, compute_dtype, load_backbone
-from esjax.programs import compiled
 from esjax.rows import prompt_with_replies
+from esjax.runtime.programs import compiled
 from esjax.sample.constrain import Field, compile_template
 from esjax.sample.generate import Completion, Generator, row_seed
 from esjax.sample.score import Scorer

@@ -15,13 +15,13 @@ from oracles import random_adapter, real_dialogues
 
 from esjax import rows
 from esjax.bench.training import compiler_flops, model_flops, unshared_pairs
-from esjax.config import DpoSettings, LoraSettings
 from esjax.evolve.pairs import Trunk, trunks
 from esjax.model.decoder import Execution
 from esjax.model.families import read_architecture
 from esjax.model.lora import lora_from
 from esjax.model.weights import Backbone, load_backbone
 from esjax.rows import Rows
+from esjax.settings.schema import DpoSettings, LoraSettings
 from esjax.tokens.encode import Encoder
 from esjax.tokens.tokenizer import ChatTokenizer
 from esjax.train.losses import Pairs, dpo_loss

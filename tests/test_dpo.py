@@ -32,21 +32,21 @@ from peft import PeftModel
 from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
-from esjax.config import DpoSettings
-from esjax.configfile import load
 from esjax.errors import RunError
 from esjax.evolve import phases
-from esjax.evolve.lab import Lab, adapter_folder, open_model
+from esjax.evolve.experiment import Experiment, adapter_folder, open_model
 from esjax.evolve.pairs import trunks
-from esjax.jsonl import read_jsonl
 from esjax.model.decoder import Execution, token_logprobs
 from esjax.model.layers import Lora
 from esjax.model.lora import Adapter, peft_tensors, save_adapter
 from esjax.model.weights import Backbone, bind, load_backbone
 from esjax.rows import Rows, check, concatenate, pack, prompt_with_replies, stack, trunk
-from esjax.rundir import RunDir
-from esjax.runlog import write_jsonl
+from esjax.run.directory import RunDir
+from esjax.run.files import write_jsonl
+from esjax.run.jsonl import read_jsonl
 from esjax.sample.score import Scorer
+from esjax.settings.files import load
+from esjax.settings.schema import DpoSettings
 from esjax.tokens.encode import Encoder
 from esjax.tokens.tokenizer import ChatTokenizer
 from esjax.train.losses import Loss, Pairs, dpo_loss, sft_loss
@@ -467,52 +467,54 @@ def test_accumulation_is_the_whole_batch(tiny: Tiny, phase: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def second_round(tiny_run: Path) -> tuple[Lab, Adapter, list[dict[str, Any]]]:
-    lab, m1 = open_model(f"{tiny_run}:m1", load(None, []))
-    return lab, m1, read_jsonl(tiny_run / "round2" / "pairs.jsonl")
+def second_round(tiny_run: Path) -> tuple[Experiment, Adapter, list[dict[str, Any]]]:
+    experiment, m1 = open_model(f"{tiny_run}:m1", load(None, []))
+    return experiment, m1, read_jsonl(tiny_run / "round2" / "pairs.jsonl")
 
 
-def rescored(lab: Lab, adapter: Adapter, pairs: list[dict[str, Any]], file: Path) -> Path:
+def rescored(experiment: Experiment, adapter: Adapter, pairs: list[dict[str, Any]], file: Path) -> Path:
     """The pairs with another reference: the log-probs under base + ``adapter``."""
-    scorer = Scorer(lab.backbone, lab.config.dpo.row_length, lab.config.dpo.micro_rows)
+    scorer = Scorer(experiment.backbone, experiment.config.dpo.row_length, experiment.config.dpo.micro_rows)
     rows = []
-    examples = [t.rows for t in trunks(pairs, lab.encoder, DpoSettings(trunk="prompt"))]
+    examples = [t.rows for t in trunks(pairs, experiment.encoder, DpoSettings(trunk="prompt"))]
     for pair, (chosen, rejected) in zip(pairs, scorer.score(adapter, examples), strict=True):
         rows.append(pair | {"reference": {"chosen": float(chosen.sum()), "rejected": float(rejected.sum())}})
     write_jsonl(file, rows)
     return file
 
 
-def test_adapter_off_is_no_reference(second_round: tuple[Lab, Adapter, list[dict[str, Any]]], tmp_path: Path) -> None:
+def test_adapter_off_is_no_reference(
+    second_round: tuple[Experiment, Adapter, list[dict[str, Any]]], tmp_path: Path
+) -> None:
     """Round 2 trains from M_1, and its reference is M_1: with the bare backbone as the reference the run stops."""
-    lab, m1, pairs = second_round
-    bare = lab.backbone.fresh_adapter(lab.config.seed)  # B is zero
-    wrong = rescored(lab, bare, pairs, tmp_path / "bare.jsonl")
+    experiment, m1, pairs = second_round
+    bare = experiment.backbone.fresh_adapter(experiment.config.seed)  # B is zero
+    wrong = rescored(experiment, bare, pairs, tmp_path / "bare.jsonl")
     with pytest.raises(RunError, match="does not start at its reference"):
-        phases.dpo(lab, RunDir(tmp_path / "wrong", lab.config), wrong, "dpo", lambda: copied(m1))
-    right = rescored(lab, m1, pairs, tmp_path / "m1.jsonl")
-    run = RunDir(tmp_path / "right", lab.config)
-    phases.dpo(lab, run, right, "dpo", lambda: copied(m1))
+        phases.dpo(experiment, RunDir(tmp_path / "wrong", experiment.config), wrong, "dpo", lambda: copied(m1))
+    right = rescored(experiment, m1, pairs, tmp_path / "m1.jsonl")
+    run = RunDir(tmp_path / "right", experiment.config)
+    phases.dpo(experiment, run, right, "dpo", lambda: copied(m1))
     first = json.loads((run.path / "dpo" / "metrics.jsonl").read_text().splitlines()[0])
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert first["margin"] == pytest.approx(0, abs=1e-4)
 
 
 def test_stored_reference_is_that_of_the_round_start(
-    second_round: tuple[Lab, Adapter, list[dict[str, Any]]], tiny_run: Path
+    second_round: tuple[Experiment, Adapter, list[dict[str, Any]]], tiny_run: Path
 ) -> None:
     """round2/pairs.jsonl holds M_1's log-probs, not M_0's, M_2's or the backbone's."""
-    lab, m1, pairs = second_round
+    experiment, m1, pairs = second_round
     stored = [[p["reference"]["chosen"], p["reference"]["rejected"]] for p in pairs]
-    examples = [t.rows for t in trunks(pairs, lab.encoder, DpoSettings(trunk="prompt"))]
-    scorer = Scorer(lab.backbone, lab.config.dpo.row_length, 1)
+    examples = [t.rows for t in trunks(pairs, experiment.encoder, DpoSettings(trunk="prompt"))]
+    scorer = Scorer(experiment.backbone, experiment.config.dpo.row_length, 1)
 
     def sums(adapter: Adapter) -> list[list[float]]:
         return [[float(x.sum()) for x in branches] for branches in scorer.score(adapter, examples)]
 
     assert worst(sums(m1), stored) <= 1e-3
-    others = [lab.adapter(adapter_folder(tiny_run, t)) for t in (0, 2)]
-    for other in (*others, lab.backbone.fresh_adapter(0)):
+    others = [experiment.adapter(adapter_folder(tiny_run, t)) for t in (0, 2)]
+    for other in (*others, experiment.backbone.fresh_adapter(0)):
         assert worst(sums(other), stored) > 2e-3
 
 
@@ -524,10 +526,12 @@ def test_long_replies_and_a_large_beta_start_at_the_reference(
 
     Control: of two pairs one side of the reference is moved, in opposite directions, so that the mean margin stays 0.
     """
-    lab, m1 = open_model(f"{tiny_run}:m1", load(None, []))
-    settings = lab.config.dpo.model_copy(update={"beta": beta, "row_length": 2304, "trunk": "prompt", "batch_rows": 4})
-    model = lab.config.model.model_copy(update={"dtype": dtype})
-    lab = Lab.open(lab.config.model_copy(update={"dpo": settings, "model": model}))
+    experiment, m1 = open_model(f"{tiny_run}:m1", load(None, []))
+    settings = experiment.config.dpo.model_copy(
+        update={"beta": beta, "row_length": 2304, "trunk": "prompt", "batch_rows": 4}
+    )
+    model = experiment.config.model.model_copy(update={"dtype": dtype})
+    experiment = Experiment.open(experiment.config.model_copy(update={"dpo": settings, "model": model}))
     words = " ".join(sample_texts()).split()
     pairs = []
     for i in range(6):
@@ -535,9 +539,9 @@ def test_long_replies_and_a_large_beta_start_at_the_reference(
         sides = {k: [{"role": "assistant", "content": x}] for k, x in zip(("chosen", "rejected"), told, strict=True)}
         pairs.append({"id": str(i), "prompt": [{"role": "user", "content": f"Number {i}."}], **sides})
     file = tmp_path / "pairs.jsonl"
-    phases.write_references(lab, m1, pairs, file, "dpo")
-    run = RunDir(tmp_path / "right", lab.config)
-    phases.dpo(lab, run, file, "dpo", lambda: copied(m1))
+    phases.write_references(experiment, m1, pairs, file, "dpo")
+    run = RunDir(tmp_path / "right", experiment.config)
+    phases.dpo(experiment, run, file, "dpo", lambda: copied(m1))
     first = json.loads((run.path / "dpo" / "metrics.jsonl").read_text().splitlines()[0])
     stored = read_jsonl(file)
     sums = [x for p in stored for x in p["reference"].values()]
@@ -549,4 +553,4 @@ def test_long_replies_and_a_large_beta_start_at_the_reference(
         pair["reference"]["chosen"] += 40 * (-1) ** number
     write_jsonl(file, stored)
     with pytest.raises(RunError, match="does not start at its reference"):
-        phases.dpo(lab, RunDir(tmp_path / "wrong", lab.config), file, "dpo", lambda: copied(m1))
+        phases.dpo(experiment, RunDir(tmp_path / "wrong", experiment.config), file, "dpo", lambda: copied(m1))

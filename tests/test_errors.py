@@ -18,10 +18,10 @@ from conftest import tiny_overrides
 from safetensors.numpy import load_file, save_file
 
 from esjax.cli import main
-from esjax.configfile import bundled, load, read_text
 from esjax.corpus.sources import read_dialogues
 from esjax.errors import InputError, outcome
-from esjax.jsonl import read_jsonl
+from esjax.run.jsonl import read_jsonl
+from esjax.settings.files import bundled, load, read_text
 from esjax.tokens.encode import Encoder
 from esjax.tokens.tokenizer import ChatTokenizer
 

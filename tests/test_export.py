@@ -24,13 +24,13 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
 from esjax.cli import main
-from esjax.configfile import load
 from esjax.errors import InputError
-from esjax.evolve.lab import Lab, adapter_folder, open_model
+from esjax.evolve.experiment import Experiment, adapter_folder, open_model
 from esjax.export import export
-from esjax.jsonl import read_jsonl
 from esjax.model.lora import load_adapter, read_lora
 from esjax.model.weights import load_backbone
+from esjax.run.jsonl import read_jsonl
+from esjax.settings.files import load
 from esjax.tokens.tokenizer import ChatTokenizer
 
 LENGTH = 384
@@ -50,11 +50,11 @@ class Run:
 
 @pytest.fixture(scope="module")
 def run(tiny_run: Path) -> Run:
-    lab, m1 = open_model(f"{tiny_run}:m1", load(None, []))
+    experiment, m1 = open_model(f"{tiny_run}:m1", load(None, []))
     pair = read_jsonl(tiny_run / "round2" / "pairs.jsonl")[0]
-    tokens = lab.tokenizer.prompt(pair["prompt"])[-LENGTH:]
-    ours = Ours(lab.backbone)
-    m0 = lab.adapter(adapter_folder(tiny_run, 0))
+    tokens = experiment.tokenizer.prompt(pair["prompt"])[-LENGTH:]
+    ours = Ours(experiment.backbone)
+    m0 = experiment.adapter(adapter_folder(tiny_run, 0))
     return Run(tokens, *(ours.sequence(tokens, LENGTH, adapter) for adapter in (m0, m1)))
 
 
@@ -198,19 +198,19 @@ def test_an_export_is_the_model_however_odd_its_folder(tiny_folder: Path, tmp_pa
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
-    lab = Lab.open(load(None, tiny_overrides(folder)))
-    adapter = lab.backbone.fresh_adapter(0)
+    experiment = Experiment.open(load(None, tiny_overrides(folder)))
+    adapter = experiment.backbone.fresh_adapter(0)
     expected = torch_logits(torch_model(folder), TOKENS)
-    assert worst(Ours(lab.backbone).sequence(TOKENS, 16, adapter), expected) <= TIGHT
+    assert worst(Ours(experiment.backbone).sequence(TOKENS, 16, adapter), expected) <= TIGHT
     assert worst(torch_logits(torch_model(tiny_folder), TOKENS), expected[:, :-64]) > TOLERANCE
     for form in ("merged", "peft"):
-        export(lab, adapter, form, out / form)  # type: ignore[arg-type]
+        export(experiment, adapter, form, out / form)  # type: ignore[arg-type]
         assert set(ChatTokenizer(out / form).hf.chat_template) == {"default", "rag"}
     assert worst(torch_logits(torch_model(out / "merged"), TOKENS), expected) <= TIGHT
     again = load_backbone(out / "merged", None, jnp.dtype("float32"))
-    assert again.arch == lab.backbone.arch
+    assert again.arch == experiment.backbone.arch
     assert worst(Ours(again).sequence(TOKENS, 16), expected) <= TIGHT
-    assert expected.shape[1] == again.arch.vocab == len(lab.tokenizer.hf) + 64
+    assert expected.shape[1] == again.arch.vocab == len(experiment.tokenizer.hf) + 64
     written = json.loads((out / "merged" / "config.json").read_text())
     assert (written["rope_theta"], written["rope_scaling"], written["tie_word_embeddings"]) == (500.0, rope, False)
     assert written["dtype"] == written["torch_dtype"] == "float32"
@@ -226,22 +226,22 @@ def test_a_tokenizer_beyond_the_embedding_is_refused_before_any_work(tiny_folder
     tokenizer.save_pretrained(folder)
     rows = len(tokenizer) - 1
     with pytest.raises(InputError, match=f"larger: the tokenizer has {rows + 1} tokens, the embedding {rows} rows"):
-        Lab.open(load(None, tiny_overrides(folder)), adapted=False)
+        Experiment.open(load(None, tiny_overrides(folder)), adapted=False)
 
 
 def test_every_end_of_generation_config_ends_a_sampled_reply(tiny_folder: Path, tmp_path: Path) -> None:
     """The same draws, up to whichever end comes first: as transformers stops, and not at that token without the list."""
-    lab, none = open_model(str(tiny_folder), load(None, tiny_overrides(tiny_folder)))
-    prompt = lab.tokenizer.prompt([{"role": "user", "content": "I lost my job."}])
-    how = lab.config.reply.model_copy(update={"temperature": 1.0})
-    made = lab.generator.generate(none, [prompt] * 8, range(8), how, 24)
+    experiment, none = open_model(str(tiny_folder), load(None, tiny_overrides(tiny_folder)))
+    prompt = experiment.tokenizer.prompt([{"role": "user", "content": "I lost my job."}])
+    how = experiment.config.reply.model_copy(update={"temperature": 1.0})
+    made = experiment.generator.generate(none, [prompt] * 8, range(8), how, 24)
     seed, long = max(enumerate(made), key=lambda pair: len(pair[1].token_ids))
     other = next(t for i, t in enumerate(long.token_ids[:-1]) if i >= 1 and t not in long.token_ids[:i])
     folder = tmp_path / "ends"
     shutil.copytree(tiny_folder, folder)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, other]}))
-    lab, none = open_model(str(folder), load(None, tiny_overrides(folder)))
-    short = lab.generator.generate(none, [prompt] * 8, range(8), how, 24)[seed]
+    experiment, none = open_model(str(folder), load(None, tiny_overrides(folder)))
+    short = experiment.generator.generate(none, [prompt] * 8, range(8), how, 24)[seed]
     assert short.token_ids == long.token_ids[: long.token_ids.index(other) + 1]
     assert (short.finish, len(short.token_ids) < len(long.token_ids)) == ("stop", True)
-    assert lab.tokenizer.decode(short.token_ids) == lab.tokenizer.decode(short.token_ids[:-1])
+    assert experiment.tokenizer.decode(short.token_ids) == experiment.tokenizer.decode(short.token_ids[:-1])

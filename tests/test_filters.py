@@ -11,8 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esjax.config import Config, FilterSettings
-from esjax.configfile import load
 from esjax.corpus.dialogue import Message
 from esjax.corpus.sources import read_dialogues
 from esjax.errors import InputError
@@ -20,6 +18,8 @@ from esjax.evolve.filters import REPLY_REASONS, Filters, repetition
 from esjax.evolve.pairs import sift
 from esjax.evolve.reflect import FIELDS, Instructions
 from esjax.rows import common_prefix
+from esjax.settings.files import load
+from esjax.settings.schema import Config, FilterSettings
 from esjax.tokens.tokenizer import ChatTokenizer
 
 SEEKER = "My sister forgot my birthday again and I baked her a lemon cake only last month."

@@ -19,8 +19,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from esjax.config import FilterSettings
-from esjax.configfile import bundled, load
 from esjax.corpus.sources import read_conversations, read_dialogues
 from esjax.errors import InputError
 from esjax.evolve.answers import read_chats
@@ -28,6 +26,8 @@ from esjax.evolve.filters import Filters
 from esjax.evolve.pairs import read_pairs
 from esjax.hub.shards import ShardReader
 from esjax.model.families import read_architecture
+from esjax.settings.files import bundled, load
+from esjax.settings.schema import FilterSettings
 
 EXAMPLES = 100
 CHAT = [{"role": "user", "content": "I am tired."}, {"role": "assistant", "content": "Since when?"}]

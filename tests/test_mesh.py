@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from conftest import save_tiny_model, tiny_overrides
 
-from esjax.config import MeshSettings
 from esjax.errors import InputError
-from esjax.mesh import AXES, make_mesh, mesh_shape, spec
 from esjax.plan.topology import topology_devices
+from esjax.runtime.mesh import AXES, make_mesh, mesh_shape, spec
+from esjax.settings.schema import MeshSettings
 
 Mesh = tuple[int, int, int]  # data, fsdp, tensor
 MESHES: list[Mesh] = [(1, 8, 1), (2, 2, 2), (1, 1, 4)]

@@ -34,7 +34,6 @@ from oracles import (
 )
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from esjax.config import SamplingSettings
 from esjax.errors import InputError
 from esjax.model.cached import Seen, empty_cache, layered, load, step
 from esjax.model.decoder import token_logprobs
@@ -44,6 +43,7 @@ from esjax.model.weights import Backbone, bind, load_backbone
 from esjax.rows import Rows, pack, prompt_with_replies, stack, trunk
 from esjax.sample.generate import Generator
 from esjax.sample.rowbook import Placed, Run, together, windows
+from esjax.settings.schema import SamplingSettings
 from esjax.tokens.encode import Encoder
 from esjax.tokens.tokenizer import ChatTokenizer
 

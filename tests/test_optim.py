@@ -10,7 +10,7 @@ import optax
 import pytest
 import torch
 
-from esjax.config import OptimSettings
+from esjax.settings.schema import OptimSettings
 from esjax.train.optim import learning_rate, optimiser
 
 

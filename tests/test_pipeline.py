@@ -13,7 +13,7 @@ import pytest
 from conftest import tiny_overrides
 
 from esjax.cli import main
-from esjax.jsonl import read_jsonl
+from esjax.run.jsonl import read_jsonl
 
 FILES = ("drafts", "reflections", "refinements", "pairs", "dropped")
 

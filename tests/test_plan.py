@@ -21,10 +21,7 @@ from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
 from esjax.cli import main
-from esjax.config import Config
-from esjax.configfile import bundled, load
 from esjax.errors import InputError
-from esjax.mesh import make_mesh
 from esjax.model.decoder import Decoder
 from esjax.model.families import Architecture, architecture, key_table, read_architecture
 from esjax.model.layers import linear_sizes
@@ -33,6 +30,9 @@ from esjax.plan.jobs import Job, longest_reply, row_slots
 from esjax.plan.measure import Needs, measure
 from esjax.plan.shape import shape_of
 from esjax.plan.topology import topology_devices
+from esjax.runtime.mesh import make_mesh
+from esjax.settings.files import bundled, load
+from esjax.settings.schema import Config
 
 Mesh = tuple[int, int, int]  # data, fsdp, tensor
 PROGRAMS = ["prefill", "decode", "score", "sft", "dpo"]

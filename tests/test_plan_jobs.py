@@ -21,15 +21,15 @@ import esjax.sample.score
 import esjax.train.loop
 import esjax.train.step
 from esjax.cli import main
-from esjax.configfile import load
-from esjax.evolve.lab import Lab
+from esjax.evolve.experiment import Experiment
 from esjax.evolve.reflect import Instructions, form
 from esjax.evolve.rounds import _Replies
-from esjax.mesh import make_mesh
 from esjax.model.families import read_architecture
 from esjax.model.weights import choose_execution
 from esjax.plan.jobs import jobs, longest_reply, row_slots
+from esjax.runtime.mesh import make_mesh
 from esjax.sample.generate import Generator, Request
+from esjax.settings.files import load
 
 Sizes = dict[str, tuple[tuple[int, ...], str]]  # path -> shape and dtype
 
@@ -238,11 +238,13 @@ def test_rows_of_the_sampler_hold_what_a_run_asks_for(
     """By the run's own reckoning, with a tokenizer so coarse that hardly any is coarser."""
     options = [part for key, value in ROWS[name].items() for part in (f"--{key}", str(value))]
     config = load(None, [*tiny_overrides(tiny_folder), *options])
-    lab = Lab.open(config)
-    generator = Generator(lab.backbone, config.evolve.batch, 1)
-    template = form(lab.tokenizer, config.evolve.reflection.field_tokens, lab.backbone.arch.vocab)
+    experiment = Experiment.open(config)
+    generator = Generator(experiment.backbone, config.evolve.batch, 1)
+    template = form(experiment.tokenizer, config.evolve.reflection.field_tokens, experiment.backbone.arch.vocab)
     round_ = SimpleNamespace(instructions=Instructions.load(config), config=config)
-    replies = SimpleNamespace(lab=lab, settings=config.evolve, round=round_, form=template, generator=generator)
+    replies = SimpleNamespace(
+        experiment=experiment, settings=config.evolve, round=round_, form=template, generator=generator
+    )
     _Replies._fix_shapes(replies, config.context_room)  # type: ignore[arg-type]
     answered = config.data.window - config.reply.max_tokens  # the closing table's longest contexts, half of them shared
     half = [*range(answered // 2)]

@@ -15,14 +15,14 @@ from test_plan import SETTINGS, Mesh
 
 import esjax.plan.report
 from esjax.cli import main
-from esjax.config import Config
-from esjax.configfile import load
 from esjax.errors import InputError
-from esjax.mesh import mesh_shape
 from esjax.model.families import Architecture
 from esjax.plan.jobs import Name
 from esjax.plan.measure import Needs
 from esjax.plan.report import Change, Hardware, changed, remedies
+from esjax.runtime.mesh import mesh_shape
+from esjax.settings.files import load
+from esjax.settings.schema import Config
 
 Rule = Callable[[str, Config, Mesh], float]  # what a program of a config on a mesh takes, made up; 10 is there
 

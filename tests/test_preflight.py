@@ -13,14 +13,14 @@ from conftest import REPOSITORY, tiny_overrides
 from safetensors.numpy import load_file, save_file
 
 from esjax.cli import main
-from esjax.configfile import bundled, load
 from esjax.evolve import preflight
-from esjax.evolve.lab import Lab
+from esjax.evolve.experiment import Experiment
 from esjax.hub.identity import identity
 from esjax.hub.shards import INDEX, SINGLE, write_shards
-from esjax.jsonl import read_jsonl
-from esjax.rundir import RunDir
-from esjax.runlog import Journal, Metrics, write_jsonl
+from esjax.run.directory import RunDir
+from esjax.run.files import Journal, Metrics, write_jsonl
+from esjax.run.jsonl import read_jsonl
+from esjax.settings.files import bundled, load
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_sizes_that_leave_no_room_are_found_before_anything_is_written(
     assert 16 < most < 480
     config = load(None, [*map(str, short[2:]), "--evolve.context_tokens", str(most)])
     with RunDir(run, config) as opened:
-        preflight.check_evolve(Lab.open(config), opened)
+        preflight.check_evolve(Experiment.open(config), opened)
 
 
 # --- what may change at a restart ------------------------------------------------------------------------------------

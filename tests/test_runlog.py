@@ -19,14 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from esjax import runlog
 from esjax.cli import main
-from esjax.config import Config
-from esjax.configfile import load
 from esjax.errors import InputError, TransientError, is_full_disk
-from esjax.jsonl import json_line, read_jsonl
-from esjax.rundir import RunDir, bundled_hash
-from esjax.runlog import Journal, Metrics, gather, replacing, sha256, write_jsonl, write_text
+from esjax.run import files
+from esjax.run.directory import RunDir, bundled_hash
+from esjax.run.files import Journal, Metrics, gather, replacing, sha256, write_jsonl, write_text
+from esjax.run.jsonl import json_line, read_jsonl
+from esjax.settings.files import load
+from esjax.settings.schema import Config
 
 
 @pytest.fixture(scope="session")
@@ -381,13 +381,13 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(runlog, "time", clock)
+    monkeypatch.setattr(files, "time", clock)
     return clock
 
 
 def test_without_a_terminal_progress_is_lines(capsys: pytest.CaptureFixture[str], clock: Clock) -> None:
     """One every fifteen seconds and one at the end, with tokens a second where tokens are told."""
-    with runlog.progress("drafts", 20, done=4) as advance:
+    with files.progress("drafts", 20, done=4) as advance:
         clock.now += 10
         advance(2, 300)  # too early for a line
         clock.now += 10
@@ -398,7 +398,7 @@ def test_without_a_terminal_progress_is_lines(capsys: pytest.CaptureFixture[str]
         "  drafts: 4 in 20.0 s (0.20/s, 20 tokens/s)",
     ]
     assert printed.out == ""  # results only
-    with runlog.progress("pairs", 20, done=4) as advance:
+    with files.progress("pairs", 20, done=4) as advance:
         clock.now += 20
         advance(4)
     assert capsys.readouterr().err.splitlines() == [
@@ -430,8 +430,8 @@ def test_a_gathered_file_tells_its_tokens(
 def test_on_a_terminal_progress_is_a_bar_with_the_same_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     def shown(*tokens: int) -> str:
         screen = io.StringIO()
-        monkeypatch.setattr(runlog, "console", Console(file=screen, force_terminal=True, width=120))
-        with runlog.progress("drafts", 4) as advance:
+        monkeypatch.setattr(files, "console", Console(file=screen, force_terminal=True, width=120))
+        with files.progress("drafts", 4) as advance:
             advance(1, *tokens)
         return screen.getvalue()
 
@@ -688,8 +688,8 @@ def test_another_backbone_is_refused_once_something_was_made(tmp_path: Path, con
 HOLD = """
 import sys
 from pathlib import Path
-from esjax.configfile import load
-from esjax.rundir import RunDir
+from esjax.settings.files import load
+from esjax.run.directory import RunDir
 with RunDir(Path(sys.argv[1]), load(None, [])):
     print("held", flush=True)
     sys.stdin.read()

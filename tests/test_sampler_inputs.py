@@ -15,15 +15,15 @@ import pytest
 from oracles import BARE
 
 from esjax.cli import main
-from esjax.configfile import load
 from esjax.corpus.sources import read_dialogues
 from esjax.errors import InputError, RunError
 from esjax.evolve.answers import read_chats
-from esjax.jsonl import json_line
 from esjax.model.weights import Backbone, compute_dtype, load_backbone
+from esjax.run.jsonl import json_line
 from esjax.sample.constrain import BUCKET, Field, compile_template, drawable, free, narrowed
 from esjax.sample.decode import permitted
 from esjax.sample.generate import Generator, Request, row_seed
+from esjax.settings.files import load
 from esjax.tokens.tokenizer import ChatTokenizer
 
 

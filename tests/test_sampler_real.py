@@ -11,12 +11,12 @@ import torch
 from oracles import BARE, real_dialogues, torch_logits, torch_model
 from scipy.stats import chisquare
 
-from esjax.config import SamplingSettings
-from esjax.configfile import load
 from esjax.evolve.reflect import Instructions, form, parse
 from esjax.model.weights import Backbone, compute_dtype, load_backbone
 from esjax.sample.constrain import START
 from esjax.sample.generate import Completion, Generator, Request, Usage
+from esjax.settings.files import load
+from esjax.settings.schema import SamplingSettings
 from esjax.tokens.encode import Encoder
 from esjax.tokens.tokenizer import ChatTokenizer
 

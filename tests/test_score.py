@@ -17,8 +17,8 @@ from transformers import AutoTokenizer
 
 from esjax.cli import main
 from esjax.corpus.dialogue import Message
-from esjax.jsonl import read_jsonl
-from esjax.runlog import write_jsonl
+from esjax.run.files import write_jsonl
+from esjax.run.jsonl import read_jsonl
 
 CHATS = 8
 TOLERANCE = 1e-3

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import random_adapter, real_dialogues
 
-from esjax.config import LoraSettings, SamplingSettings
 from esjax.errors import InputError
 from esjax.model.cached import Seen
 from esjax.model.lora import Adapter, lora_from
@@ -23,6 +22,7 @@ from esjax.rows import common_prefix
 from esjax.sample import decode
 from esjax.sample.generate import Completion, Generator, Request
 from esjax.sample.rowbook import Placed
+from esjax.settings.schema import LoraSettings, SamplingSettings
 from esjax.tokens.batches import alike
 from esjax.tokens.encode import Encoder
 from esjax.tokens.tokenizer import ChatTokenizer

@@ -19,11 +19,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from esjax import rows
-from esjax.config import DpoSettings
 from esjax.model.decoder import Decoder, Execution, token_logprobs
 from esjax.model.families import Architecture
 from esjax.model.layers import LINEARS, Lora
 from esjax.rows import Layout, Rows
+from esjax.settings.schema import DpoSettings
 from esjax.train.losses import Pairs, dpo_loss, sft_loss
 from esjax.train.step import gradients
 

@@ -14,11 +14,11 @@ import pytest
 from conftest import tiny_overrides
 from test_resume import SIGNALLER, files
 
-from esjax import storage
 from esjax.cli import main
 from esjax.errors import InputError, TransientError
-from esjax.jsonl import read_jsonl
-from esjax.runlog import Journal
+from esjax.run import buckets
+from esjax.run.files import Journal
+from esjax.run.jsonl import read_jsonl
 
 
 def test_a_run_killed_twice_ends_in_the_bucket_as_in_a_folder(
@@ -29,8 +29,8 @@ def test_a_run_killed_twice_ends_in_the_bucket_as_in_a_folder(
     command = ["evolve", "--run-dir", url, *tiny_overrides(tiny_folder)]
     scratch = os.environ | {"TMPDIR": str(tmp_path)}
     for module, owner, name, nth in (
-        ("esjax.runlog", "Metrics", "log", "4"),
-        ("esjax.runlog", "Journal", "add", "20"),
+        ("esjax.run.files", "Metrics", "log", "4"),
+        ("esjax.run.files", "Journal", "add", "20"),
     ):
         killer = [sys.executable, "-c", SIGNALLER, "SIGKILL", module, owner, name, nth, *command]
         done = subprocess.run(killer, capture_output=True, text=True, env=scratch)
@@ -52,23 +52,23 @@ def test_a_run_killed_twice_ends_in_the_bucket_as_in_a_folder(
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything about leases thirty times as fast."""
-    monkeypatch.setattr(storage, "BEAT", storage.BEAT / 30)
-    monkeypatch.setattr(storage, "SILENCE", storage.SILENCE / 30)
+    monkeypatch.setattr(buckets, "BEAT", buckets.BEAT / 30)
+    monkeypatch.setattr(buckets, "SILENCE", buckets.SILENCE / 30)
 
 
 def test_one_run_writes_a_bucket(bucket: Path, tmp_path: Path, soon: None) -> None:
     said: list[str] = []
-    first = storage.Lease(bucket, said.append)
+    first = buckets.Lease(bucket, said.append)
     assert said == []
     with pytest.raises(
         TransientError, match=r"file://.*bucket: in use by another process; wait for it or choose another"
     ):
-        storage.Lease(bucket, said.append)
+        buckets.Lease(bucket, said.append)
     assert len(said) == 1
     assert "waiting 2 s to see whether it is still under way" in said[0]
     first.close()
     assert list((tmp_path / "bucket").iterdir()) == []
-    storage.Lease(bucket, said.append).close()
+    buckets.Lease(bucket, said.append).close()
     assert len(said) == 1
 
 
@@ -78,11 +78,11 @@ def test_what_a_dead_run_held_is_taken(bucket: Path, tmp_path: Path, soon: None)
     file.parent.mkdir()
     file.write_text("a process that was killed")
     began = time.monotonic()
-    lease = storage.Lease(bucket, said.append)
-    assert time.monotonic() - began > storage.SILENCE
+    lease = buckets.Lease(bucket, said.append)
+    assert time.monotonic() - began > buckets.SILENCE
     assert len(said) == 1
     before = file.read_text()
-    time.sleep(4 * storage.BEAT)
+    time.sleep(4 * buckets.BEAT)
     assert file.read_text() != before  # it gives signs of life
     lease.close()
     assert not file.exists()
@@ -90,15 +90,15 @@ def test_what_a_dead_run_held_is_taken(bucket: Path, tmp_path: Path, soon: None)
 
 def test_a_run_that_lost_its_lease_sends_nothing_more(bucket: Path, tmp_path: Path, soon: None) -> None:
     """It was silent for too long, and another one came."""
-    lease, file = storage.Lease(bucket, lambda text: None), tmp_path / "bucket" / ".lease"
+    lease, file = buckets.Lease(bucket, lambda text: None), tmp_path / "bucket" / ".lease"
     (bucket / "a").write_text("a")
-    storage.keep(bucket / "a", now=True)
+    buckets.keep(bucket / "a", now=True)
     file.write_text("another run")
-    time.sleep(4 * storage.BEAT)
+    time.sleep(4 * buckets.BEAT)
     assert file.read_text() == "another run"
     (bucket / "b").write_text("b")
     with pytest.raises(TransientError, match="another run writes here now; nothing more was sent"):
-        storage.keep(bucket / "b", now=True)
+        buckets.keep(bucket / "b", now=True)
     lease.close()
     assert sorted(p.name for p in file.parent.iterdir()) == [".lease", "a"]
 
@@ -109,9 +109,9 @@ def test_of_two_that_come_at_once_one_has_it(bucket: Path, soon: None) -> None:
     assert sum(lease is not None for lease in found) == 1
 
 
-def _lease(bucket: Path) -> storage.Lease | None:
+def _lease(bucket: Path) -> buckets.Lease | None:
     try:
-        return storage.Lease(bucket, lambda text: None)
+        return buckets.Lease(bucket, lambda text: None)
     except TransientError:
         return None
 
@@ -120,7 +120,7 @@ def test_the_command_says_that_a_bucket_is_in_use(
     tiny_folder: Path, tmp_path: Path, soon: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     url = f"file://{tmp_path}/bucket"
-    held = storage.Lease(storage.local(url), lambda text: None)
+    held = buckets.Lease(buckets.local(url), lambda text: None)
     with pytest.raises(SystemExit) as ended:
         main(["sft", "--run-dir", url, *tiny_overrides(tiny_folder)])
     assert ended.value.code == 75
@@ -143,14 +143,14 @@ def test_a_model_of_a_run_in_a_bucket(tiny_run: Path, tmp_path: Path) -> None:
 @pytest.fixture
 def bucket(tmp_path: Path) -> Path:
     """The local copy of an empty bucket at tmp_path/bucket."""
-    return storage.local(f"file://{tmp_path}/bucket")
+    return buckets.local(f"file://{tmp_path}/bucket")
 
 
 def test_a_growing_file_is_sent_now_and_then(bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A preempted machine takes its disk along: at most EVERY seconds of replies are not in the bucket."""
     there = tmp_path / "bucket" / "x.jsonl.part"
     clock = [100.0]
-    monkeypatch.setattr(storage.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(buckets.time, "monotonic", lambda: clock[0])
 
     def sent() -> int:
         return len(there.read_bytes().splitlines()) if there.exists() else 0
@@ -174,12 +174,12 @@ def test_folders_and_files_come_and_go(bucket: Path, tmp_path: Path) -> None:
     (bucket / "a").mkdir()
     (bucket / "a" / "one").write_text("1")
     (bucket / "a" / "two").write_text("2")
-    storage.publish(bucket / "a")
+    buckets.publish(bucket / "a")
     assert {p.name: p.read_text() for p in (tmp_path / "bucket" / "a").iterdir()} == {"one": "1", "two": "2"}
     (bucket / "a" / "one").unlink()
-    storage.keep(bucket / "a" / "one", now=True)
+    buckets.keep(bucket / "a" / "one", now=True)
     assert [p.name for p in (tmp_path / "bucket" / "a").iterdir()] == ["two"]
-    storage.keep(tmp_path / "elsewhere")  # not of a bucket: nothing happens
+    buckets.keep(tmp_path / "elsewhere")  # not of a bucket: nothing happens
 
 
 @pytest.mark.parametrize("url", ["nosuch://bucket/run", "memory://run", "abfs://bucket/run", "s3://bucket/run"])
@@ -198,7 +198,7 @@ def test_an_address_that_runs_cannot_use_is_refused(
 
 def test_a_pattern_is_no_address(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"pattern to its driver; choose another name"):
-        storage.local(f"file://{tmp_path}/lr=1 [v2]")
+        buckets.local(f"file://{tmp_path}/lr=1 [v2]")
 
 
 @pytest.mark.parametrize(
@@ -206,8 +206,8 @@ def test_a_pattern_is_no_address(tmp_path: Path) -> None:
     [
         (ConnectionResetError(104, "Connection reset by peer"), ConnectionResetError),  # which `outcome` knows: 75
         (RuntimeError("503 Service Unavailable"), TransientError),
-        (OSError("Forbidden: https://storage.googleapis.com/b: no access"), InputError),
-        (RuntimeError("Anonymous caller does not have storage.objects.list access, 401"), InputError),
+        (OSError("Forbidden: https://buckets.googleapis.com/b: no access"), InputError),
+        (RuntimeError("Anonymous caller does not have buckets.objects.list access, 401"), InputError),
         (ImportError("Please install gcsfs"), InputError),
     ],
 )
@@ -215,7 +215,7 @@ def test_errors_of_a_bucket(
     error: Exception, ends: type[Exception], bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (bucket / "a").write_text("a")
-    mine = storage._of(bucket)
+    mine = buckets._of(bucket)
     assert mine is not None
 
     def fails(*_: object) -> None:
@@ -224,8 +224,8 @@ def test_errors_of_a_bucket(
     with monkeypatch.context() as patch:
         patch.setattr(mine.files, "put_file", fails)
         with pytest.raises(ends):
-            storage.keep(bucket / "a", now=True)
-    storage.keep(bucket / "a", now=True)
+            buckets.keep(bucket / "a", now=True)
+    buckets.keep(bucket / "a", now=True)
     assert (tmp_path / "bucket" / "a").exists()
 
 

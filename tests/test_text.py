@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 from conftest import sample_texts
 
-from esjax.config import FilterSettings
-from esjax.configfile import bundled, load, read_text
 from esjax.corpus.dialogue import Message, Turn, normalise
 from esjax.corpus.sources import check_messages, read_conversations, read_dialogues
 from esjax.corpus.text import is_empty, spaced, words
@@ -20,7 +18,9 @@ from esjax.eval.metrics import distinct, mean_words
 from esjax.evolve.answers import read_chats
 from esjax.evolve.filters import Filters
 from esjax.evolve.pairs import read_pairs
-from esjax.jsonl import read_jsonl
+from esjax.run.jsonl import read_jsonl
+from esjax.settings.files import bundled, load, read_text
+from esjax.settings.schema import FilterSettings
 
 CHINESE = "我明白你的感受，这确实很难，我们一起想想办法。"
 

@@ -15,12 +15,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from esjax import rows
 from esjax.corpus.dialogue import OPENING, Dialogue, Message, Turn
 from esjax.corpus.sources import read_dialogues
 from esjax.errors import InputError
 from esjax.rows import Rows
-from esjax.tokens import batches
+from esjax.tokens import batches, rows
 from esjax.tokens.encode import Encoder
 from esjax.tokens.tokenizer import ChatTokenizer
 

@@ -13,7 +13,7 @@ from oracles import torch_model
 from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
-from esjax.jsonl import read_jsonl
+from esjax.run.jsonl import read_jsonl
 from esjax.tokens.tokenizer import ChatTokenizer
 
 

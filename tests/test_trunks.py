@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esjax import rows
-from esjax.config import DpoSettings
 from esjax.evolve.pairs import trunks
+from esjax.settings.schema import DpoSettings
 from esjax.tokens.batches import share_trunks
 from esjax.tokens.encode import Encoder
 from esjax.tokens.tokenizer import ChatTokenizer

@@ -13,16 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from esjax import programs
 from esjax.bench.workload import GIB, RoundWork, Workload, best_seconds, parts, peak_memory
-from esjax.config import SamplingSettings
 from esjax.model.decoder import Execution
 from esjax.model.families import Architecture
 from esjax.model.layers import linear_sizes
 from esjax.model.weights import Backbone
+from esjax.runtime import programs
 from esjax.sample.constrain import free
 from esjax.sample.decode import permitted
 from esjax.sample.generate import Completion, Generator, Request, Usage, row_seed
+from esjax.settings.schema import SamplingSettings
 
 HOW = SamplingSettings(temperature=0.7, top_p=0.9)
 BARE: nnx.State = nnx.State({})  # no adapter

@@ -20,14 +20,14 @@ from flax import nnx
 
 from esjax import rows
 from esjax.bench.workload import DpoWork, SftWork, Workload, lora_of, memory, parts
-from esjax.config import DpoSettings, OptimSettings, SftSettings
 from esjax.errors import InputError
-from esjax.mesh import batch_groups
 from esjax.model.attention import spans
 from esjax.model.decoder import Decoder, Execution
 from esjax.model.families import LINEARS, Architecture
 from esjax.model.layers import Lora, linear_sizes
 from esjax.rows import Rows
+from esjax.runtime.mesh import batch_groups
+from esjax.settings.schema import DpoSettings, OptimSettings, SftSettings
 from esjax.train.losses import Loss, Pairs, dpo_loss, sft_loss
 from esjax.train.optim import optimiser
 from esjax.train.step import make_step

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from flax import nnx
 from pydantic import Field, ValidationError
 
-from esjax.config import LoraSettings, Settings
-from esjax.configfile import read_text
 from esjax.errors import InputError
 from esjax.model.decoder import Decoder
 from esjax.model.families import Architecture, architecture
 from esjax.model.layers import Lora
 from esjax.model.lora import lora_from
+from esjax.settings.files import read_text
+from esjax.settings.schema import LoraSettings, Settings
 
 GIB = 2**30
 TASKS = ("sample", "round", "dpo", "sft")

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from esjax.configfile import bundled, read_whole
 from esjax.corpus.dialogue import Dialogue, Message, Role, Turn, normalise
 from esjax.corpus.text import is_empty
 from esjax.errors import InputError
-from esjax.jsonl import Line, json_array, json_object, read_jsonl, require
+from esjax.run.jsonl import Line, json_array, json_object, read_jsonl, require
+from esjax.settings.files import bundled, read_whole
 
 
 def read_dialogues(format: str, path: str) -> list[Dialogue]:

@@ -12,29 +12,29 @@ import numpy as np
 from rich.table import Table
 
 from esjax.eval.metrics import distinct, mean_words
+from esjax.evolve.experiment import Experiment, adapter_folder
 from esjax.evolve.filters import REPLY_REASONS, pattern_hashes
-from esjax.evolve.lab import Lab, adapter_folder
-from esjax.jsonl import json_text
-from esjax.mesh import rows_at_once
-from esjax.rundir import RunDir, bundled_hash
-from esjax.runlog import gather, progress, publish_text, sha256
+from esjax.run.directory import RunDir, bundled_hash
+from esjax.run.files import gather, progress, publish_text, sha256
+from esjax.run.jsonl import json_text
+from esjax.runtime.mesh import rows_at_once
 from esjax.sample.generate import Completion, Request, row_seed
 from esjax.sample.score import Scorer
 
 
-def compare(lab: Lab, run: RunDir) -> list[dict[str, Any]]:
+def compare(experiment: Experiment, run: RunDir) -> list[dict[str, Any]]:
     """Score and answer the test dialogues with every model of the run; one stage a model. Returns a row a model."""
-    return [_model(lab, run, t) for t in range(lab.config.evolve.rounds + 1)]
+    return [_model(experiment, run, t) for t in range(experiment.config.evolve.rounds + 1)]
 
 
-def _model(lab: Lab, run: RunDir, t: int) -> dict[str, Any]:
-    c, asked, folder = lab.config, lab.asked, adapter_folder(run.path, t)
+def _model(experiment: Experiment, run: RunDir, t: int) -> dict[str, Any]:
+    c, asked, folder = experiment.config, experiment.asked, adapter_folder(run.path, t)
     predictions, scores = run.path / "eval" / f"m{t}.jsonl", run.path / "eval" / f"m{t}.scores.json"
 
     def work() -> None:
-        adapter = lab.adapter(folder)
-        rows = lab.test_rows
-        scorer = Scorer(lab.backbone, c.sft.row_length, rows_at_once("sft", c.sft))
+        adapter = experiment.adapter(folder)
+        rows = experiment.test_rows
+        scorer = Scorer(experiment.backbone, c.sft.row_length, rows_at_once("sft", c.sft))
         with progress(f"m{t} reference scoring", len(rows)) as advance:
             logprobs = np.concatenate(
                 [x for branches in scorer.score(adapter, rows, lambda *_: advance(1)) for x in branches]
@@ -42,7 +42,7 @@ def _model(lab: Lab, run: RunDir, t: int) -> dict[str, Any]:
 
         def answer(missing: list[int], add: Callable[..., None]) -> None:
             # The same seeds for every model: differences in the table are the models', not the draws'.
-            prompts = {i: lab.tokenizer.prompt(asked[i].messages) for i in missing}
+            prompts = {i: experiment.tokenizer.prompt(asked[i].messages) for i in missing}
             requests = [
                 Request(i, p, row_seed(c.seed, "eval", asked[i].id), c.reply, c.reply.max_tokens, name=asked[i].id)
                 for i, p in prompts.items()
@@ -54,17 +54,19 @@ def _model(lab: Lab, run: RunDir, t: int) -> dict[str, Any]:
                     "id": x.id,
                     "messages": x.messages,
                     "reference": x.reference,
-                    "prediction": lab.tokenizer.decode(made.token_ids).strip(),
+                    "prediction": experiment.tokenizer.decode(made.token_ids).strip(),
                     "finish_reason": made.finish,
                 }
                 add(request.key, row, len(made.token_ids))
                 return ()
 
-            lab.generator.work(adapter, lab.generator.grouped(requests), done)
+            experiment.generator.work(adapter, experiment.generator.grouped(requests), done)
 
         replies = gather(predictions, len(asked), f"m{t} replies", answer)
         texts = [r["prediction"] for r in replies]
-        faults = Counter(lab.filters.reply_fault(r["messages"], r["prediction"], r["finish_reason"]) for r in replies)
+        faults = Counter(
+            experiment.filters.reply_fault(r["messages"], r["prediction"], r["finish_reason"]) for r in replies
+        )
         row = {
             "model": f"M_{t}",
             "perplexity": math.exp(-float(logprobs.mean())),

@@ -11,18 +11,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from esjax.configfile import bundled
 from esjax.corpus.dialogue import Message
 from esjax.corpus.sources import check_messages
 from esjax.errors import InputError, within
-from esjax.evolve.lab import Lab
-from esjax.jsonl import read_jsonl
-from esjax.mesh import batch_groups, rows_at_once
+from esjax.evolve.experiment import Experiment
 from esjax.model.lora import Adapter
-from esjax.runlog import gather, say, sha256
+from esjax.run.files import gather, say, sha256
+from esjax.run.jsonl import read_jsonl
+from esjax.runtime.mesh import batch_groups, rows_at_once
 from esjax.sample.constrain import LONGEST, START, Field, compile_template
 from esjax.sample.generate import Completion, Request, row_seed
 from esjax.sample.score import Scorer
+from esjax.settings.files import bundled
 
 BLOCK = 32  # replies a lane that are drawn together
 MOST = 10_000_000  # answers of one command: they are held in memory
@@ -63,24 +63,30 @@ def _digest(value: Any) -> str:
 
 
 def answer(
-    lab: Lab, adapter: Adapter, chats: list[Chat], out: Path, of: dict[str, Any], count: int, pattern: str | None
+    experiment: Experiment,
+    adapter: Adapter,
+    chats: list[Chat],
+    out: Path,
+    of: dict[str, Any],
+    count: int,
+    pattern: str | None,
 ) -> None:
     """Write ``count`` answers to each chat, drawn as the settings' ``reply`` says; all match ``pattern``, if there is one.
 
     An answer hangs on the seed, its chat's id and its number alone; the first is that of a count of one. ``of`` is what
     identifies the model and the chats, see Journal. Raises InputError, before anything is drawn, where a chat does not fit.
     """
-    seed, how, tokenizer = lab.config.seed, lab.config.reply, lab.tokenizer
-    most, positions = how.max_tokens, lab.backbone.arch.max_positions
+    seed, how, tokenizer = experiment.config.seed, experiment.config.reply, experiment.tokenizer
+    most, positions = how.max_tokens, experiment.backbone.arch.max_positions
     form = None
     if pattern is not None:
         field = Field(pattern, min(max(1, most - 1), LONGEST), min_tokens=0)
         with within(f"--regex or --json-schema, in reply.max_tokens={most}"):
-            form = compile_template([field], tokenizer, lab.backbone.arch.vocab)
+            form = compile_template([field], tokenizer, experiment.backbone.arch.vocab)
     prompts = []
     for chat in chats:
         with within(chat.where):
-            prompts.append(tokenizer.prompt(lab.encoder.with_system(chat.messages)))
+            prompts.append(tokenizer.prompt(experiment.encoder.with_system(chat.messages)))
             size = len(prompts[-1])
             if size + most > positions:
                 remedy = f"lower reply.max_tokens to {positions - size}, or " if size < positions else ""
@@ -88,7 +94,7 @@ def answer(
                     f"its {size} tokens and reply.max_tokens={most} new ones exceed the model's {positions} positions; "
                     f"{remedy}shorten or remove it"
                 )
-    generator, devices, total = lab.generator, batch_groups(), count * len(prompts)
+    generator, devices, total = experiment.generator, batch_groups(), count * len(prompts)
     generator.lanes = min(how.batch, -(-total // devices) * devices)
 
     def requests(indices: range | list[int]) -> list[Request]:
@@ -128,20 +134,22 @@ def answer(
 
     drawn = {f"reply.{key}": getattr(how, key) for key in ("temperature", "top_p", "top_k", "max_tokens")}
     of = of | {"--num-samples": count, "--regex or --json-schema": pattern, "seed": seed, **drawn}
-    gather(out, total, "replies", work, of | _read_as(lab, prompts))
+    gather(out, total, "replies", work, of | _read_as(experiment, prompts))
     say(f"  {generator.usage}")
 
 
-def score(lab: Lab, adapter: Adapter, chats: list[Chat], out: Path, of: dict[str, Any], window: int | None) -> None:
+def score(
+    experiment: Experiment, adapter: Adapter, chats: list[Chat], out: Path, of: dict[str, Any], window: int | None
+) -> None:
     """Write the log-probs of each chat's last message, given all before it.
 
     A chat longer than ``window`` loses its oldest turns, counted and said; without one, none does, and the model's
     positions are the limit. Raises InputError, before anything is computed, where a chat does not fit.
     """
-    positions = lab.backbone.arch.max_positions
+    positions = experiment.backbone.arch.max_positions
     if window is not None and window > positions:
         raise InputError(f"data.window={window} exceeds the model's {positions} positions; lower it")
-    encoder = replace(lab.encoder, window=window or positions)
+    encoder = replace(experiment.encoder, window=window or positions)
     examples = []
     for chat in chats:
         with within(chat.where):
@@ -152,8 +160,8 @@ def score(lab: Lab, adapter: Adapter, chats: list[Chat], out: Path, of: dict[str
             f"{encoder.counts['cut']} of {len(chats)} chats lost their oldest turns to data.window={window}; raise it, or "
             f"leave it out for the model's {positions} positions"
         )
-    row_length = max(lab.config.data.window if window is None else 0, *(len(e.tokens) for e in examples))
-    scorer = Scorer(lab.backbone, row_length, rows_at_once("sft", lab.config.sft))
+    row_length = max(experiment.config.data.window if window is None else 0, *(len(e.tokens) for e in examples))
+    scorer = Scorer(experiment.backbone, row_length, rows_at_once("sft", experiment.config.sft))
 
     def work(missing: list[int], add: Callable[..., None]) -> None:
         def done(i: int, branches: list[np.ndarray]) -> None:
@@ -163,14 +171,14 @@ def score(lab: Lab, adapter: Adapter, chats: list[Chat], out: Path, of: dict[str
 
         scorer.score(adapter, examples, done, missing)
 
-    gather(out, len(chats), "scores", work, of | _read_as(lab, [e.tokens.tolist() for e in examples]))
+    gather(out, len(chats), "scores", work, of | _read_as(experiment, [e.tokens.tolist() for e in examples]))
 
 
-def _read_as(lab: Lab, tokens: list[list[int]]) -> dict[str, Any]:
+def _read_as(experiment: Experiment, tokens: list[list[int]]) -> dict[str, Any]:
     """What else rows hang on: the tokens that chats became, and how they were computed."""
     return {
-        "model.dtype": lab.backbone.dtype.name,
-        "prompts.system": _digest(lab.encoder.system),
+        "model.dtype": experiment.backbone.dtype.name,
+        "prompts.system": _digest(experiment.encoder.system),
         "tokenizer, chat template or window": _digest(tokens),
     }
 

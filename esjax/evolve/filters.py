@@ -7,12 +7,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from esjax.config import FilterSettings
-from esjax.configfile import read_text
 from esjax.corpus.dialogue import Dialogue, Message
 from esjax.corpus.text import plain, words
 from esjax.errors import InputError
-from esjax.rundir import bundled_hash
+from esjax.run.directory import bundled_hash
+from esjax.settings.files import read_text
+from esjax.settings.schema import FilterSettings
 
 # In the order in which they are tried; a pair is counted under the first that applies. After these come the pair's own:
 # near_identical, too_short, too_long, and row_too_long (it does not fit a training row).

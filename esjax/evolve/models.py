@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from esjax import storage
-from esjax.config import Config
-from esjax.configfile import Given, load
 from esjax.errors import InputError
+from esjax.run import buckets
+from esjax.settings.files import Given, load
+from esjax.settings.schema import Config
 
 
 def adapter_folder(run: Path, t: int) -> Path:
@@ -21,7 +21,7 @@ def run_model(spec: str) -> tuple[Path, int] | None:
     match = re.fullmatch(r"(.+):m(\d+)", spec)
     if match is None:
         return None
-    run, t = storage.local(match[1]), int(match[2])
+    run, t = buckets.local(match[1]), int(match[2])
     if not (run / "config.yaml").exists():
         raise InputError(f"{spec}: {run} is not a run directory (no config.yaml in it)")
     if not adapter_folder(run, t).exists():

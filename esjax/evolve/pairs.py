@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from esjax.config import DpoSettings
 from esjax.corpus.dialogue import Dialogue, Message
 from esjax.corpus.sources import check_messages
 from esjax.corpus.text import spaced
 from esjax.errors import InputError, within
 from esjax.evolve.filters import Filters
-from esjax.jsonl import Line, read_jsonl, where_of
 from esjax.rows import Rows, prompt_with_replies, trunk_with_replies
+from esjax.run.jsonl import Line, read_jsonl, where_of
+from esjax.settings.schema import DpoSettings
 from esjax.tokens.batches import share_trunks
 from esjax.tokens.encode import Encoder
 

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 
 from esjax.errors import RunError
-from esjax.evolve.lab import Lab, adapter_folder
+from esjax.evolve.experiment import Experiment, adapter_folder
 from esjax.evolve.pairs import Trunk, read_pairs, trunks, without_crisis
-from esjax.hosts import hosts
 from esjax.hub.fetch import public_name
 from esjax.hub.shards import INDEX, SINGLE
-from esjax.mesh import rows_at_once
 from esjax.model.lora import Adapter, peft_tensors, save_adapter
-from esjax.rundir import RunDir, bundled_hash
-from esjax.runlog import gather, replacing, say, sha256
+from esjax.run.directory import RunDir, bundled_hash
+from esjax.run.files import gather, replacing, say, sha256
+from esjax.runtime.mesh import rows_at_once
+from esjax.runtime.processes import hosts
 from esjax.sample.generate import row_seed
 from esjax.sample.score import Scorer
 from esjax.tokens.batches import schedule
@@ -27,11 +27,11 @@ from esjax.train.losses import dpo_loss, reply_sums, sft_loss
 Row = dict[str, Any]
 
 
-def sft(lab: Lab, run: RunDir) -> None:
+def sft(experiment: Experiment, run: RunDir) -> None:
     """Phase 1: LoRA supervised fine-tuning on every supporter turn, with replay. Writes sft/adapter, M_0."""
-    c = lab.config
+    c = experiment.config
     inputs = {
-        "weights": lab.identity.get(SINGLE) or lab.identity[INDEX],
+        "weights": experiment.identity.get(SINGLE) or experiment.identity[INDEX],
         "data.train": bundled_hash(c.data.train),
         "data.valid": bundled_hash(c.data.valid),
     }
@@ -41,15 +41,15 @@ def sft(lab: Lab, run: RunDir) -> None:
         inputs["data.replay"] = bundled_hash(c.data.replay)
 
     def work() -> Row:
-        (examples, facts), valid = lab.sft_rows, lab.valid_rows
+        (examples, facts), valid = experiment.sft_rows, experiment.valid_rows
         if facts["history"]:
             say(f"  histories: {counted(facts['history'])} (window {c.data.window})")
-        scorer = Scorer(lab.backbone, c.sft.row_length, rows_at_once("sft", c.sft))
+        scorer = Scorer(experiment.backbone, c.sft.row_length, rows_at_once("sft", c.sft))
 
         def validate(adapter: Adapter) -> float:
             return -float(np.concatenate([x for branches in scorer.score(adapter, valid) for x in branches]).mean())
 
-        fresh = lab.backbone.fresh_adapter(c.seed)
+        fresh = experiment.backbone.fresh_adapter(c.seed)
         say(
             f"  {len(examples)} examples, {facts['target_tokens']} target tokens; the backbone's loss {validate(fresh):.3f}"
         )
@@ -64,23 +64,23 @@ def sft(lab: Lab, run: RunDir) -> None:
             validate=validate,
             validate_every=c.sft.validate_every,
         )
-        _save(lab, adapter_folder(run.path, 0), train(phase, lab.backbone, fresh))
+        _save(experiment, adapter_folder(run.path, 0), train(phase, experiment.backbone, fresh))
         return facts
 
     run.stage("sft", [adapter_folder(run.path, 0)], inputs, work, ("seed", "model", "lora", "data", "sft"))
 
 
-def dpo(lab: Lab, run: RunDir, pairs: Path, name: str, start: Callable[[], Adapter]) -> None:
+def dpo(experiment: Experiment, run: RunDir, pairs: Path, name: str, start: Callable[[], Adapter]) -> None:
     """DPO on pairs whose reference log-probs are stored with them. Writes NAME/adapter."""
     folder = run.path / name
 
     def work() -> Row:
         rows = read_pairs(pairs)
-        shared = trunks(rows, lab.encoder, lab.config.dpo)
+        shared = trunks(rows, experiment.encoder, experiment.config.dpo)
         say(f"  {name}: {sharing(shared)}")
-        if lab.encoder.counts["unshared"]:
+        if experiment.encoder.counts["unshared"]:
             say(
-                f"  {lab.encoder.counts['unshared']} prompts share no trunk, for the chat template is not prefix-stable"
+                f"  {experiment.encoder.counts['unshared']} prompts share no trunk, for the chat template is not prefix-stable"
             )
         reference = [
             np.asarray([[rows[i]["reference"][side] for side in ("chosen", "rejected")] for i in t.members], np.float32)
@@ -90,14 +90,14 @@ def dpo(lab: Lab, run: RunDir, pairs: Path, name: str, start: Callable[[], Adapt
             name="dpo",
             folder=folder,
             board=run.path / "tensorboard" / name.replace("/", "-"),
-            settings=lab.config.dpo,
+            settings=experiment.config.dpo,
             examples=[t.rows for t in shared],
-            loss=dpo_loss(lab.config.dpo),
-            seed=_seed(lab, name),
+            loss=dpo_loss(experiment.config.dpo),
+            seed=_seed(experiment, name),
             reference=reference,
-            check_first=lambda metrics: check_start(metrics, lab.backbone.dtype),
+            check_first=lambda metrics: check_start(metrics, experiment.backbone.dtype),
         )
-        _save(lab, folder / "adapter", train(phase, lab.backbone, start()))
+        _save(experiment, folder / "adapter", train(phase, experiment.backbone, start()))
         return {"pairs": len(rows), "trunks": len(shared)}
 
     run.stage(name, [folder / "adapter"], {"pairs": sha256(pairs)}, work, ("seed", "model", "lora", "dpo"))
@@ -132,18 +132,18 @@ def check_start(metrics: dict[str, float], dtype: np.dtype) -> None:
         )
 
 
-def write_references(lab: Lab, adapter: Adapter, pairs: Sequence[Row], path: Path, name: str) -> None:
+def write_references(experiment: Experiment, adapter: Adapter, pairs: Sequence[Row], path: Path, name: str) -> None:
     """Write pairs with the log-probs of both replies under the model that DPO, the stage ``name``, starts from.
 
     They are computed in the rows of DPO's first epoch and summed as its loss sums: where a reply lies in a row and what lies
     beside it moves its log-prob by rounding, in bfloat16 by tenths.
     """
-    c = lab.config.dpo
+    c = experiment.config.dpo
     at_once = rows_at_once("dpo", c)
-    scorer = Scorer(lab.backbone, c.row_length, at_once)
-    shared = trunks(pairs, lab.encoder, c)
+    scorer = Scorer(experiment.backbone, c.row_length, at_once)
+    shared = trunks(pairs, experiment.encoder, c)
     examples = [t.rows for t in shared]
-    steps = schedule([len(e.tokens) for e in examples], c.row_length, c.batch_rows, 1, _seed(lab, name))
+    steps = schedule([len(e.tokens) for e in examples], c.row_length, c.batch_rows, 1, _seed(experiment, name))
     parts = [step[i : i + at_once] for step in steps for i in range(0, len(step), at_once)]
     most, branches = max(len(row) for step in steps for row in step), 2 * max(len(t.members) for t in shared)
 
@@ -162,40 +162,40 @@ def write_references(lab: Lab, adapter: Adapter, pairs: Sequence[Row], path: Pat
     gather(path, len(pairs), f"{name}: reference scoring", work)
 
 
-def score_pairs(lab: Lab, run: RunDir, source: Path, start: Adapter, start_hash: str) -> Path:
+def score_pairs(experiment: Experiment, run: RunDir, source: Path, start: Adapter, start_hash: str) -> Path:
     """Copy foreign pairs into the run directory with reference log-probs under the model that DPO starts from."""
     target = run.path / "pairs.jsonl"
     read = read_pairs(source)
-    rows = without_crisis(read, lab.filters)
+    rows = without_crisis(read, experiment.filters)
     crisis = len(read) - len(rows)
 
     def work() -> Row:
         if crisis:
             say(f"  kept {len(rows)} of {len(read)} pairs; dropped: {crisis} crisis")
-        write_references(lab, start, rows, target, "dpo")
+        write_references(experiment, start, rows, target, "dpo")
         return {"kept": len(rows), "dropped": {"crisis": crisis}} if crisis else {}
 
     inputs = {"pairs": sha256(source), "start": start_hash}
-    inputs["filters.crisis_patterns"] = bundled_hash(lab.config.filters.crisis_patterns)
+    inputs["filters.crisis_patterns"] = bundled_hash(experiment.config.filters.crisis_patterns)
     run.stage("pairs", [target], inputs, work, ("seed", "model", "lora", "dpo"))
     return target
 
 
-def _seed(lab: Lab, name: str) -> int:
+def _seed(experiment: Experiment, name: str) -> int:
     """Of the order in which the DPO stage ``name`` takes its pairs."""
-    return row_seed(lab.config.seed, name)
+    return row_seed(experiment.config.seed, name)
 
 
-def _save(lab: Lab, folder: Path, adapter: Adapter) -> None:
-    if lab.backbone.lora is None:
+def _save(experiment: Experiment, folder: Path, adapter: Adapter) -> None:
+    if experiment.backbone.lora is None:
         raise AssertionError("a bare backbone has no adapter to save")
-    tensors = peft_tensors(adapter, lab.backbone.arch)
+    tensors = peft_tensors(adapter, experiment.backbone.arch)
     if hosts.writer:
         with replacing(folder) as temporary:
-            source = lab.config.model.source
-            base, revision = public_name(source, lab.backbone.folder)
+            source = experiment.config.model.source
+            base, revision = public_name(source, experiment.backbone.folder)
             # A converted file's source at least says what it is; `esjax export` writes a base that PEFT opens.
-            save_adapter(temporary, tensors, lab.backbone.lora, base or source, revision)
+            save_adapter(temporary, tensors, experiment.backbone.lora, base or source, revision)
 
 
 def counted(counts: Mapping[str, int]) -> str:

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import re
 
-from esjax.config import DpoSettings
 from esjax.errors import InputError
-from esjax.evolve.lab import Lab
+from esjax.evolve.experiment import Experiment
 from esjax.evolve.pairs import trunks
 from esjax.evolve.rounds import requests
-from esjax.hosts import together
-from esjax.jsonl import Line
-from esjax.mesh import check_split, rows_at_once
-from esjax.rundir import RunDir
+from esjax.run.directory import RunDir
+from esjax.run.jsonl import Line
+from esjax.runtime.mesh import check_split, rows_at_once
+from esjax.runtime.processes import together
+from esjax.settings.schema import DpoSettings
 
 
-def check_sft(lab: Lab, run: RunDir) -> None:
+def check_sft(experiment: Experiment, run: RunDir) -> None:
     """Phase 1's files are read and encoded, and fit. Raises InputError, in all processes of the run."""
-    run.check_base(lab.identity)
+    run.check_base(experiment.identity)
     with together():
-        _check_sft(lab, run)
+        _check_sft(experiment, run)
 
 
-def check_evolve(lab: Lab, run: RunDir) -> None:
+def check_evolve(experiment: Experiment, run: RunDir) -> None:
     """The same for phase 1, all rounds and the closing table."""
-    run.check_base(lab.identity)
-    c = lab.config
+    run.check_base(experiment.identity)
+    c = experiment.config
     with together():
         rounds = [int(found[1]) for name in run.manifest["stages"] if (found := re.match(r"round(\d+)/", name))]
         begun = max((t for t in rounds if run.made(f"round{t}/replies")), default=0)
@@ -33,15 +33,15 @@ def check_evolve(lab: Lab, run: RunDir) -> None:
             raise InputError(
                 f"{run.path}: evolve.rounds={c.evolve.rounds}, but round {begun} was begun; set it to {begun} or more"
             )
-        _check_sft(lab, run)
+        _check_sft(experiment, run)
         rows_at_once("dpo", c.dpo)
         check_split("evolve.batch", c.evolve.batch)
-        _ = lab.filters, lab.asked, lab.test_rows
+        _ = experiment.filters, experiment.asked, experiment.test_rows
         if all(_done(run, f"round{t}/replies") for t in range(1, c.evolve.rounds + 1)):
             return
-        pool, _ = lab.pool
-        reflect, refine, drawn = requests(lab)
-        longest, most = max(x.tokens for x in pool), lab.backbone.arch.max_positions
+        pool, _ = experiment.pool
+        reflect, refine, drawn = requests(experiment)
+        longest, most = max(x.tokens for x in pool), experiment.backbone.arch.max_positions
         asked = longest + max(reflect + drawn, refine + drawn + c.evolve.refinement.max_tokens)
         if asked > most:
             raise InputError(
@@ -50,29 +50,29 @@ def check_evolve(lab: Lab, run: RunDir) -> None:
             )
 
 
-def _check_sft(lab: Lab, run: RunDir) -> None:
-    c, most = lab.config, lab.backbone.arch.max_positions
+def _check_sft(experiment: Experiment, run: RunDir) -> None:
+    c, most = experiment.config, experiment.backbone.arch.max_positions
     if c.data.window > most:
         raise InputError(
             f"data.window={c.data.window} exceeds the model's {most} positions; lower it to {most} or less"
         )
     rows_at_once("sft", c.sft)
     if not _done(run, "sft"):
-        _ = lab.sft_rows, lab.valid_rows
+        _ = experiment.sft_rows, experiment.valid_rows
 
 
 def _done(run: RunDir, name: str) -> bool:
     return bool(run.manifest["stages"].get(name, {}).get("status") == "done")
 
 
-def check_dpo(lab: Lab, run: RunDir, pairs: list[Line]) -> None:
+def check_dpo(experiment: Experiment, run: RunDir, pairs: list[Line]) -> None:
     """Each pair of a file is encoded, and fits a row and the model's positions. Raises InputError naming its line."""
-    run.check_base(lab.identity)
-    c, most = lab.config.dpo, lab.backbone.arch.max_positions
+    run.check_base(experiment.identity)
+    c, most = experiment.config.dpo, experiment.backbone.arch.max_positions
     with together():
         rows_at_once("dpo", c)
         for pair in pairs:
-            ((_, rows),) = trunks([pair], lab.encoder, DpoSettings(trunk="prompt"))
+            ((_, rows),) = trunks([pair], experiment.encoder, DpoSettings(trunk="prompt"))
             tokens, positions = len(rows.tokens), int(rows.position.max()) + 1
             if tokens > c.row_length:
                 raise InputError(

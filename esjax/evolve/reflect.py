@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import jinja2
 from jinja2 import meta
 
-from esjax.config import Config
-from esjax.configfile import read_text
 from esjax.corpus.dialogue import Message
 from esjax.errors import InputError
 from esjax.sample.constrain import Field, Template, compile_template
+from esjax.settings.files import read_text
+from esjax.settings.schema import Config
 from esjax.tokens.tokenizer import ChatTokenizer
 
 # name in the files -> label and opening words of its line. The opening is given, so that a small model describes the seeker

@@ -8,39 +8,39 @@ from functools import cached_property
 from itertools import chain, zip_longest
 from typing import Any
 
-from esjax.config import SamplingSettings
 from esjax.corpus.dialogue import Message
 from esjax.errors import RunError
+from esjax.evolve.experiment import Experiment, adapter_folder
 from esjax.evolve.filters import pattern_hashes
-from esjax.evolve.lab import Lab, adapter_folder
 from esjax.evolve.pairs import Context, draw, length_ratio, sift
 from esjax.evolve.phases import counted, dpo, sft, write_references
 from esjax.evolve.reflect import parse
-from esjax.jsonl import read_jsonl
 from esjax.model.lora import Adapter
 from esjax.rows import prompt_with_replies
-from esjax.rundir import RunDir, bundled_hash
-from esjax.runlog import Journal, progress, publish_jsonl, say, sha256
+from esjax.run.directory import RunDir, bundled_hash
+from esjax.run.files import Journal, progress, publish_jsonl, say, sha256
+from esjax.run.jsonl import read_jsonl
 from esjax.sample.constrain import START, Template
 from esjax.sample.generate import Completion, Generator, Request, Usage, row_seed
+from esjax.settings.schema import SamplingSettings
 
 Row = dict[str, Any]
 KINDS = ("drafts", "reflections", "refinements")
 
 
-def evolve(lab: Lab, run: RunDir) -> None:
+def evolve(experiment: Experiment, run: RunDir) -> None:
     """Phase 1, then all rounds of phase 2. Stages that the manifest calls done are skipped."""
-    sft(lab, run)
-    for t in range(1, lab.config.evolve.rounds + 1):
-        Round(lab, run, t).improve()
+    sft(experiment, run)
+    for t in range(1, experiment.config.evolve.rounds + 1):
+        Round(experiment, run, t).improve()
 
 
 class Round:
     """Round t of phase 2: M_(t-1) drafts, reflects and refines; DPO towards its refinements gives M_t."""
 
-    def __init__(self, lab: Lab, run: RunDir, t: int) -> None:
-        self.lab, self.run, self.t = lab, run, t
-        self.config = lab.config
+    def __init__(self, experiment: Experiment, run: RunDir, t: int) -> None:
+        self.experiment, self.run, self.t = experiment, run, t
+        self.config = experiment.config
         self.before = adapter_folder(run.path, t - 1)
         self.teacher = {"model": f"m{t - 1}", "adapter_sha256": sha256(self.before)}
         self.drawn: dict[str, float] = {}  # log-probs of the drafts that this process drew, as the sampler saw them
@@ -50,12 +50,12 @@ class Round:
     @cached_property
     def adapter(self) -> Adapter:
         """M_(t-1)'s adapter, read once, and only when a stage of this round has work to do."""
-        return self.lab.adapter(self.before)
+        return self.experiment.adapter(self.before)
 
     def improve(self) -> None:
         """All stages of the round, in order."""
         c, prompts = self.config, self.config.prompts
-        pool, counts = self.lab.pool
+        pool, counts = self.experiment.pool
         chosen = draw(pool, c.evolve.contexts_per_round, (c.seed, self.t))
         cut = counted(counts)
         say(f"round {self.t}: {len(chosen)} of {len(pool)} contexts{', of all ' + cut if cut else ''}")
@@ -74,11 +74,11 @@ class Round:
         self.run.stage(
             f"round{self.t}/pairs", outputs, inputs, self._pairs, ("seed", "model", "lora", "filters", "dpo")
         )
-        dpo(self.lab, self.run, self.files["pairs"], f"round{self.t}/dpo", lambda: self.adapter)
+        dpo(self.experiment, self.run, self.files["pairs"], f"round{self.t}/dpo", lambda: self.adapter)
 
     def _replies(self, chosen: list[Context], pool: list[Context]) -> Row:
         """Draft, reflect on and refine every context, all in one stream of work."""
-        generator = self.lab.generator
+        generator = self.experiment.generator
         generator.usage = Usage()
         with ExitStack() as stack:
             journals = {name: stack.enter_context(Journal(self.files[name], len(chosen))) for name in KINDS}
@@ -90,18 +90,18 @@ class Round:
                 journal.finish()
         if generator.usage.steps:
             say(f"  {generator.usage}")
-        return {"contexts": len(chosen)} | self.lab.crisis_facts()
+        return {"contexts": len(chosen)} | self.experiment.crisis_facts()
 
     def _pairs(self) -> Row:
         """Filter, then score the kept pairs under M_(t-1): the reference of this round's DPO."""
 
         def fits(prompt: list[Message], chosen: str, rejected: str) -> bool:
-            ids, replies = self.lab.encoder.pair(prompt, chosen, rejected)
+            ids, replies = self.experiment.encoder.pair(prompt, chosen, rejected)
             return len(prompt_with_replies(ids, replies).tokens) <= self.config.dpo.row_length
 
         drafts, reflections, refinements = (read_jsonl(self.files[n]) for n in ("drafts", "reflections", "refinements"))
         kept, dropped = sift(
-            drafts, reflections, refinements, self.lab.filters, fits, {"round": self.t, **self.teacher}
+            drafts, reflections, refinements, self.experiment.filters, fits, {"round": self.t, **self.teacher}
         )
         publish_jsonl(self.files["dropped"], dropped)
         reasons = Counter(d["reason"] for d in dropped)
@@ -111,7 +111,7 @@ class Round:
             raise RunError(
                 f"round {self.t}: every pair was dropped ({counted(reasons)}); see {where} and the filters section"
             )
-        write_references(self.lab, self.adapter, kept, self.files["pairs"], f"round{self.t}/dpo")
+        write_references(self.experiment, self.adapter, kept, self.files["pairs"], f"round{self.t}/dpo")
         scored = {p["id"]: p["reference"]["rejected"] for p in read_jsonl(self.files["pairs"])}
         apart = [abs(self.drawn[i] - x) for i, x in scored.items() if i in self.drawn]
         if (
@@ -126,15 +126,19 @@ class Round:
         }
 
 
-def requests(lab: Lab) -> tuple[int, int, int]:
+def requests(experiment: Experiment) -> tuple[int, int, int]:
     """Tokens that a reflection's and a refinement's prompt have beyond the context, and those drawn that the latter holds."""
-    tokenizer, ask = lab.tokenizer, lab.instructions
+    tokenizer, ask = experiment.tokenizer, experiment.instructions
     empty: list[Message] = [{"role": "user", "content": "."}]
     blank = {"profile": "", "emotional_state": "", "situation": ""}
     bare = len(tokenizer.prompt(empty))
     reflect = len(tokenizer.prompt(ask.reflection_prompt(empty))) - bare
     refine = len(tokenizer.prompt(ask.refinement_prompt(empty, blank, ""))) - bare
-    return reflect, refine, lab.config.evolve.draft.max_tokens + len(lab.form.opening) + lab.form.max_tokens
+    return (
+        reflect,
+        refine,
+        experiment.config.evolve.draft.max_tokens + len(experiment.form.opening) + experiment.form.max_tokens,
+    )
 
 
 class _Replies:
@@ -145,8 +149,8 @@ class _Replies:
     ) -> None:
         self.round, self.chosen, self.generator, self.advance = round_, chosen, generator, advance
         self.drafts, self.reflections, self.refinements = (journals[name] for name in KINDS)
-        self.lab, self.settings = round_.lab, round_.config.evolve
-        self.form: Template = self.lab.form
+        self.experiment, self.settings = round_.experiment, round_.config.evolve
+        self.form: Template = self.experiment.form
         self.group_of: dict[int, int] = {}  # context -> the group of contexts that are refined together
         self.left: Counter[int] = Counter()  # drafts and reflections that a group still waits for
         self.members: list[list[int]] = []
@@ -174,7 +178,7 @@ class _Replies:
     def _fix_shapes(self, longest: int) -> None:
         """Rows that hold the longest context with the principles and the requests of a few refinements, for all rounds."""
         s = self.settings
-        reflect, refine, drawn = requests(self.lab)
+        reflect, refine, drawn = requests(self.experiment)
         most = max(
             s.draft.max_tokens, s.refinement.max_tokens, self.form.max_tokens, self.round.config.reply.max_tokens
         )
@@ -184,15 +188,17 @@ class _Replies:
         kind, i = request.key
         row: Row = {"id": self.chosen[i].id}
         if kind == "reflection":
-            text = self.lab.tokenizer.decode([*self.form.opening, *made.token_ids])
+            text = self.experiment.tokenizer.decode([*self.form.opening, *made.token_ids])
             row |= {"reflection": parse(text), "num_tokens": len(made.token_ids), "seed": request.seed}
             self.reflections.add(i, row)
         else:
-            text = self.lab.tokenizer.decode(made.token_ids).strip()
+            text = self.experiment.tokenizer.decode(made.token_ids).strip()
             if kind == "draft":
                 row["prompt"] = self.chosen[i].messages
                 answered: list[Message] = [*self.chosen[i].messages, {"role": "assistant", "content": text}]
-                if self.lab.tokenizer.reply(request.prompt, answered) == made.token_ids:  # what DPO will train on
+                if (
+                    self.experiment.tokenizer.reply(request.prompt, answered) == made.token_ids
+                ):  # what DPO will train on
                     self.round.drawn[row["id"]] = sum(made.logprobs)
             row |= {"text": text, "finish_reason": made.finish, "num_tokens": len(made.token_ids), "seed": request.seed}
             (self.drafts if kind == "draft" else self.refinements).add(i, row)
@@ -208,21 +214,23 @@ class _Replies:
         return self._request("draft", i, self.chosen[i].messages, self.settings.draft)
 
     def _reflection(self, i: int) -> Request:
-        prompt = self.lab.tokenizer.prompt(self.lab.instructions.reflection_prompt(self.chosen[i].messages))
+        prompt = self.experiment.tokenizer.prompt(
+            self.experiment.instructions.reflection_prompt(self.chosen[i].messages)
+        )
         seed = self._seed("reflection", i)
         most, how = self.form.max_tokens, self.settings.reflection
         return Request(("reflection", i), [*prompt, *self.form.opening], seed, how, most, START, self.chosen[i].id)
 
     def _refinements(self, number: int) -> list[Request]:
         """The requests of a group of contexts whose drafts and reflections are there."""
-        ask = self.lab.instructions.refinement_prompt
+        ask = self.experiment.instructions.refinement_prompt
         wanted = [i for i in self.members[number] if i not in self.refinements.rows]
         drafts, reflections = self.drafts.rows, self.reflections.rows
         chats = [ask(self.chosen[i].messages, reflections[i]["reflection"], drafts[i]["text"]) for i in wanted]
         return [self._request("refinement", i, c, self.settings.refinement) for i, c in zip(wanted, chats, strict=True)]
 
     def _request(self, kind: str, i: int, chat: list[Message], how: SamplingSettings) -> Request:
-        prompt, name = self.lab.tokenizer.prompt(chat), self.chosen[i].id
+        prompt, name = self.experiment.tokenizer.prompt(chat), self.chosen[i].id
         return Request((kind, i), prompt, self._seed(kind, i), how, how.max_tokens, name=name)
 
     def _seed(self, kind: str, i: int) -> int:

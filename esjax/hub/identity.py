@@ -9,7 +9,7 @@ from pathlib import Path
 
 from esjax.hub.fetch import cache_root
 from esjax.hub.shards import INDEX, SINGLE, shard_names
-from esjax.runlog import sha256, write_text
+from esjax.run.files import sha256, write_text
 
 # Files beside the weights that change what a model computes or how text reaches it.
 OTHERS = (

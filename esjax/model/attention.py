@@ -22,9 +22,9 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SegmentIds, SplashAttentionKernel
 
 from esjax.errors import InputError
-from esjax.mesh import per_device
 from esjax.model.row_kernel import row_attention
 from esjax.rows import Layout, Rows
+from esjax.runtime.mesh import per_device
 
 Path = Literal["dense", "chunked", "cudnn", "pallas", "splash"]
 Attention = Callable[[Array, Array, Array], Array]  # q [B, T, N, H], k and v [B, T, K, H] -> [B, T, N, H]

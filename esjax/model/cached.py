@@ -21,11 +21,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from esjax.mesh import batch_groups, constrain, home, per_device
 from esjax.model.attention import Spans, sees
 from esjax.model.decoder import Decoder, Execution
 from esjax.model.families import LINEARS, Architecture
 from esjax.model.layers import Block, project, rms_norm, rope_at, rotate
+from esjax.runtime.mesh import batch_groups, constrain, home, per_device
 
 BLOCK = 128  # slots that the CPU attends to at a time
 

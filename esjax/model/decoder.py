@@ -11,12 +11,12 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from esjax.mesh import batch_groups, constrain
 from esjax.model.attention import Path, attention
 from esjax.model.families import Architecture
 from esjax.model.head import target_logprobs
 from esjax.model.layers import Block, Lora, rms_norm, rope_at
 from esjax.rows import Layout, Rows
+from esjax.runtime.mesh import batch_groups, constrain
 
 Remat = Literal["none", "dots", "offload", "full"]
 

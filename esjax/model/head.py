@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from esjax.mesh import constrain
+from esjax.runtime.mesh import constrain
 
 
 def target_logprobs(x: Array, head: Array, token: Array, logits: int, live: Array | None = None) -> Array:

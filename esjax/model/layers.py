@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from esjax.mesh import constrain
 from esjax.model.families import LINEARS, Architecture
+from esjax.runtime.mesh import constrain
 
 KERNEL_AXES = {
     "q_proj": ("embed", "heads"),

@@ -11,11 +11,11 @@ from flax import nnx
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from esjax.config import LoraSettings
 from esjax.errors import InputError
-from esjax.mesh import gathered, put
 from esjax.model.families import LINEARS, Architecture, module_name
 from esjax.model.layers import Lora
+from esjax.runtime.mesh import gathered, put
+from esjax.settings.schema import LoraSettings
 
 Adapter = nnx.State  # the LoRAParams of a Decoder, nothing else
 

@@ -14,13 +14,13 @@ from flax import nnx
 
 from esjax.errors import InputError
 from esjax.hub.shards import ShardReader
-from esjax.mesh import gathered, homes, mesh_sizes, put
 from esjax.model.attention import choose_path
 from esjax.model.decoder import Decoder, Execution, Remat
 from esjax.model.families import Architecture, ignorable, key_table, read_architecture
 from esjax.model.layers import Lora
 from esjax.model.lora import Adapter, flatten, merge_kernel, unflatten
-from esjax.runlog import say
+from esjax.run.files import say
+from esjax.runtime.mesh import gathered, homes, mesh_sizes, put
 
 
 @dataclass(frozen=True)

@@ -13,20 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from esjax.config import Config, DpoSettings, OptimSettings
-from esjax.configfile import read_text
 from esjax.evolve.reflect import FIELDS
-from esjax.mesh import batch_groups, mesh_sizes, placed, placed_batch, rows_at_once
 from esjax.model.cached import Chunk, cache_shapes
 from esjax.model.decoder import Decoder, Execution
 from esjax.model.families import Architecture
 from esjax.model.lora import lora_from
 from esjax.rows import Rows
+from esjax.runtime.mesh import batch_groups, mesh_sizes, placed, placed_batch, rows_at_once
 from esjax.sample.compiled import sampling_programs, windows_of
 from esjax.sample.constrain import free
 from esjax.sample.decode import idle_lanes
 from esjax.sample.generate import BUCKET, SHARED_LANES
 from esjax.sample.score import SCORE
+from esjax.settings.files import read_text
+from esjax.settings.schema import Config, DpoSettings, OptimSettings
 from esjax.train.losses import Pairs, dpo_loss, sft_loss
 from esjax.train.optim import optimiser
 from esjax.train.step import make_step

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from esjax.config import Config
 from esjax.errors import InputError
-from esjax.jsonl import json_text
-from esjax.mesh import AXES, mesh_shape
 from esjax.model.families import Architecture
 from esjax.plan.jobs import NAMES
 from esjax.plan.measure import Needs
 from esjax.plan.report import Change, Hardware, plan, remedies, table, words
 from esjax.plan.shape import shape_of
+from esjax.run.jsonl import json_text
+from esjax.runtime.mesh import AXES, mesh_shape
+from esjax.settings.schema import Config
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.table import Table
 
-from esjax.config import Config
 from esjax.errors import InputError
-from esjax.mesh import check_batches, make_mesh, mesh_shape
 from esjax.model.decoder import Execution
 from esjax.model.families import Architecture
 from esjax.model.weights import check_divisible, choose_execution, compute_dtype
@@ -23,7 +21,9 @@ from esjax.plan.chips import GIB, Chip, chip_of, gpu_share
 from esjax.plan.jobs import Name, jobs
 from esjax.plan.measure import Needs, measure
 from esjax.plan.topology import topology_devices
-from esjax.runlog import say
+from esjax.run.files import say
+from esjax.runtime.mesh import check_batches, make_mesh, mesh_shape
+from esjax.settings.schema import Config
 
 Change = dict[str, Any]  # settings, by dotted name
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from esjax.config import Config
-from esjax.configfile import bundled, read_text
 from esjax.errors import InputError
 from esjax.hub.fetch import resolve, unreachable
 from esjax.model.families import Architecture, architecture, read_architecture
+from esjax.settings.files import bundled, read_text
+from esjax.settings.schema import Config
 
 
 def shape_of(given: str | None, config: Config) -> Architecture:

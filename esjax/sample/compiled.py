@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from esjax.mesh import batch_groups
 from esjax.model.cached import Cache, Chunk, Weights, layered, load
 from esjax.model.decoder import Decoder, Execution
 from esjax.model.families import Architecture
 from esjax.model.layers import Block
 from esjax.model.lora import Adapter
 from esjax.model.weights import bind
-from esjax.programs import program
+from esjax.runtime.mesh import batch_groups
+from esjax.runtime.programs import program
 from esjax.sample.constrain import Constraint
 from esjax.sample.decode import Called, Lanes, Leaf, run
 

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from esjax.mesh import constrain, everywhere
 from esjax.model.cached import Cache, Seen, Weights, pinned, step
 from esjax.model.decoder import Execution
 from esjax.model.families import Architecture
+from esjax.runtime.mesh import constrain, everywhere
 from esjax.sample.constrain import Constraint, Counted
 
 COLD = 1e-6  # a lower temperature is greedy: logits over it would overflow, and differences of rounding decide there

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from esjax.errors import InputError, RunError, Stopped
-from esjax.hosts import deferred
-from esjax.mesh import batch_groups, check_split, put_everywhere
 from esjax.model.cached import Cache, Chunk, empty_cache
 from esjax.model.lora import Adapter
 from esjax.model.weights import Backbone
 from esjax.rows import common_prefix
+from esjax.runtime.mesh import batch_groups, check_split, put_everywhere
+from esjax.runtime.processes import deferred
 from esjax.sample.compiled import sampling_programs, windows_of
 from esjax.sample.constrain import START, Constraint, free, narrowed
 from esjax.sample.decode import Draw, Lanes, Leaf, Log, idle_lanes

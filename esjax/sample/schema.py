@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from esjax.errors import InputError
-from esjax.jsonl import finite
+from esjax.run.jsonl import finite
 from esjax.sample.pattern import Chars, Choice, Join, Node, parse, united, without
 
 Schema = dict[str, Any]

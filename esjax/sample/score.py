@@ -9,13 +9,13 @@ from flax import nnx
 from jax import Array
 
 from esjax.errors import Stopped
-from esjax.hosts import deferred
-from esjax.mesh import check_split, everywhere, put_batch
 from esjax.model.decoder import Decoder, Execution, token_logprobs
 from esjax.model.lora import Adapter
 from esjax.model.weights import Backbone, bind
-from esjax.programs import program
 from esjax.rows import Rows, layout
+from esjax.runtime.mesh import check_split, everywhere, put_batch
+from esjax.runtime.processes import deferred
+from esjax.runtime.programs import program
 from esjax.tokens.batches import Row, batch, pack_in_order
 
 

@@ -21,8 +21,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from esjax.errors import PASSING, InputError, TransientError
-from esjax.hosts import hosts, together
-from esjax.runlog import say
+from esjax.run.files import say
+from esjax.runtime.processes import hosts, together
 
 T = TypeVar("T")
 GPath: Any = type(epath.Path("/"))

@@ -17,15 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esjax import storage
-from esjax.config import OptimSettings
 from esjax.errors import RunError, Stopped
-from esjax.hosts import deferred
-from esjax.mesh import batch_groups, put_batch, rows_at_once
 from esjax.model.lora import Adapter
 from esjax.model.weights import Backbone
 from esjax.rows import Rows, check, layout, stack
-from esjax.runlog import Metrics, progress, say
+from esjax.run import buckets
+from esjax.run.files import Metrics, progress, say
+from esjax.runtime.mesh import batch_groups, put_batch, rows_at_once
+from esjax.runtime.processes import deferred
+from esjax.settings.schema import OptimSettings
 from esjax.tokens.batches import Row, batch, schedule
 from esjax.train.checkpoint import Checkpoints
 from esjax.train.losses import Loss, Pairs
@@ -78,7 +78,7 @@ def train(phase: Phase, backbone: Backbone, adapter: Adapter) -> Adapter:
     )
     adapter = jax.tree.map(jnp.copy, adapter)  # the step donates its adapter, and the caller may need his own
     opt_state = init_optimiser(tx, adapter)
-    checkpoints = Checkpoints(storage.checkpoints(phase.folder / "checkpoint"), s.checkpoints_kept)
+    checkpoints = Checkpoints(buckets.checkpoints(phase.folder / "checkpoint"), s.checkpoints_kept)
     done, (adapter, opt_state) = checkpoints.restore((adapter, opt_state))
     if done:
         say(f"  {phase.name}: continuing after step {done} of {len(steps)}")

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from esjax.config import DpoSettings
 from esjax.rows import Rows
+from esjax.settings.schema import DpoSettings
 
 
 class Totals(NamedTuple):

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import optax
 
-from esjax.config import OptimSettings
-from esjax.mesh import homes
+from esjax.runtime.mesh import homes
+from esjax.settings.schema import OptimSettings
 
 
 def learning_rate(settings: OptimSettings, steps: int) -> optax.Schedule:

@@ -14,11 +14,11 @@ import optax
 from flax import nnx
 from jax import Array
 
-from esjax.mesh import constrain
 from esjax.model.decoder import Decoder, Execution, token_logprobs
 from esjax.model.weights import bind
-from esjax.programs import program
 from esjax.rows import Rows
+from esjax.runtime.mesh import constrain
+from esjax.runtime.programs import program
 from esjax.train.losses import Loss, Totals
 
 Trained = nnx.State  # float32: an Adapter, or all parameters

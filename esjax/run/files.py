@@ -22,10 +22,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 from tensorboardX import SummaryWriter
 
-from esjax import storage
 from esjax.errors import InputError, is_full_disk
-from esjax.hosts import hosts
-from esjax.jsonl import json_line, json_text, read_jsonl
+from esjax.run import buckets
+from esjax.run.jsonl import json_line, json_text, read_jsonl
+from esjax.runtime.processes import hosts
 
 T = TypeVar("T")
 console = Console(stderr=True)
@@ -99,7 +99,7 @@ def publish_text(path: Path, text: str) -> None:
     """Write a whole file of the run: the first process does, and all go on when it is there."""
     if hosts.writer:
         write_text(path, text)
-    storage.publish(path)
+    buckets.publish(path)
 
 
 def publish_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -176,7 +176,7 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         if self._file is not None and not self._file.closed:
             self._file.close()
-            storage.keep(self._part, now=True)
+            buckets.keep(self._part, now=True)
 
     @property
     def missing(self) -> list[int]:
@@ -190,7 +190,7 @@ class Journal:
         self.rows[index] = row
         if self._file is not None:
             self._write([index, row])
-            storage.keep(self._part)
+            buckets.keep(self._part)
 
     def _write(self, line: Any) -> None:
         assert self._file is not None
@@ -206,9 +206,9 @@ class Journal:
             write_jsonl(self.path, rows)
             self._file.close()
             self._part.unlink()
-        storage.publish(self.path)
+        buckets.publish(self.path)
         if self._file is not None:
-            storage.keep(self._part, now=True)  # it is gone
+            buckets.keep(self._part, now=True)  # it is gone
         return rows
 
 
@@ -312,8 +312,8 @@ class Metrics:
             self._send()
 
     def _send(self) -> None:
-        storage.keep(self.path, now=True)
-        storage.keep(self.tensorboard, now=True)
+        buckets.keep(self.path, now=True)
+        buckets.keep(self.tensorboard, now=True)
 
     def close(self) -> None:
         if self.board is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from esjax.errors import InputError, TransientError
-from esjax.hosts import hosts, together
+from esjax.runtime.processes import hosts, together
 
 
 @contextmanager

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from esjax.configfile import BOM, read_whole
 from esjax.errors import InputError, RunError
+from esjax.settings.files import BOM, read_whole
 
 
 def json_text(value: Any, **how: Any) -> str:

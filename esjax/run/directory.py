@@ -20,13 +20,13 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
 
-from esjax import storage
-from esjax.config import CONTENT, Config
-from esjax.configfile import bundled, changes, differing, dump, load, marked
 from esjax.errors import InputError, TransientError
-from esjax.hosts import alike, hosts, together
-from esjax.jsonl import json_text
-from esjax.runlog import publish_text, say, sha256, write_text
+from esjax.run import buckets
+from esjax.run.files import publish_text, say, sha256, write_text
+from esjax.run.jsonl import json_text
+from esjax.runtime.processes import alike, hosts, together
+from esjax.settings.files import bundled, changes, differing, dump, load, marked
+from esjax.settings.schema import CONTENT, Config
 
 
 class RunDir:
@@ -38,11 +38,11 @@ class RunDir:
 
     def __init__(self, place: str | Path, config: Config) -> None:
         """``place`` is a folder that all hosts share, or a URL such as gs://BUCKET/RUN."""
-        self.path, self.config = storage.local(place), config
+        self.path, self.config = buckets.local(place), config
         self.manifest_path = self.path / "manifest.json"
         self.manifest: dict[str, Any] = {"stages": {}}
         self._used = self._claimed = False
-        self._lock: TextIOWrapper | storage.Lease | None = None
+        self._lock: TextIOWrapper | buckets.Lease | None = None
 
     def __enter__(self) -> RunDir:
         """Open or create. Raises InputError when the directory belongs to another config, TransientError when it is in use."""
@@ -75,8 +75,8 @@ class RunDir:
             self._take_lock()
 
     def _take_lock(self) -> None:
-        if storage.in_bucket(self.path):
-            self._lock = storage.Lease(self.path, say)
+        if buckets.in_bucket(self.path):
+            self._lock = buckets.Lease(self.path, say)
             return
         lock = open(self.path / ".lock", "a+")  # noqa: SIM115  closed in __exit__, or by the end of the process
         try:
@@ -90,7 +90,7 @@ class RunDir:
 
     def _check_shared(self) -> None:
         """All processes must see one directory."""
-        if hosts.count == 1 or storage.in_bucket(self.path):
+        if hosts.count == 1 or buckets.in_bucket(self.path):
             return
         token = hosts.share(int.from_bytes(os.urandom(4), "big") >> 1)
         if isinstance(self._lock, TextIOWrapper):
@@ -145,7 +145,7 @@ class RunDir:
             return entry is not None
         places = [self.path / place for place in entry["makes"]]
         parts = [p.with_name(p.name + ".part") for p in places]
-        steps = storage.checkpoints(places[0].parent / "checkpoint")
+        steps = buckets.checkpoints(places[0].parent / "checkpoint")
         return (
             places[0].exists()
             or any(p.exists() and p.stat().st_size for p in parts)
@@ -195,7 +195,7 @@ class RunDir:
         start = time.monotonic()
         facts |= work() or {}
         for output in outputs:
-            storage.publish(output)
+            buckets.publish(output)
         absent = [str(p) for p in outputs if not p.exists()]
         if absent:
             raise AssertionError(f"stage {name} did not make {absent[0]}")
@@ -216,7 +216,7 @@ class RunDir:
             now = changes(load(str(saved), []), self.config).items()
             say(f"settings from here on: {', '.join(f'{key}={new} (was {old})' for key, (old, new) in now)}")
         write_text(saved, text)
-        storage.keep(saved, now=True)
+        buckets.keep(saved, now=True)
 
     def _check_inputs(self, name: str, outputs: list[Path], inputs: dict[str, str]) -> None:
         entry = self.manifest["stages"].get(name)

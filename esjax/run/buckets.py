@@ -23,7 +23,7 @@ from typing import Any
 import fsspec
 
 from esjax.errors import InputError, TransientError
-from esjax.hosts import goodbyes, hosts
+from esjax.runtime.processes import goodbyes, hosts
 
 EVERY = 30.0  # seconds between two uploads of a file that grows
 BEAT = 15.0  # seconds between two signs of life of whoever writes a bucket

@@ -12,8 +12,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import ValidationError
 
-from esjax.config import CONTENT, EXECUTION, Config, Settings
 from esjax.errors import InputError
+from esjax.settings.schema import CONTENT, EXECUTION, Config, Settings
 
 BOM = "\ufeff"  # a byte order mark, which some editors write
 
@@ -26,7 +26,7 @@ def bundled(path: str) -> Path:
     """
     if not path.startswith("bundled:"):
         return Path(path)
-    name, package = path.removeprefix("bundled:"), Path(__file__).parent
+    name, package = path.removeprefix("bundled:"), Path(__file__).parents[1]
     roots = (package / "evolve", package / "bundled", package.parent)
     for root in roots:
         if (root / name).exists():

@@ -20,8 +20,8 @@ from jax import Array
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from esjax.config import Config, MeshSettings, OptimSettings
 from esjax.errors import InputError
+from esjax.settings.schema import Config, MeshSettings, OptimSettings
 
 AXES = ("data", "fsdp", "tensor")
 # Logical axis -> mesh axes. Training splits weights over fsdp along the model's width and gathers them layer by layer;

@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from esjax.errors import InputError, TransientError
-from esjax.hosts import hosts
+from esjax.runtime.processes import hosts
 
 HEARTBEAT = 30  # seconds without a sign of life after which the others give up
 PARTING = 60  # seconds that a process which is done waits for the others

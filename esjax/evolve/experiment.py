@@ -14,8 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from esjax.config import Config
-from esjax.configfile import Given, read_text
 from esjax.corpus.dialogue import Dialogue
 from esjax.corpus.sources import read_conversations, read_dialogues
 from esjax.errors import InputError, within
@@ -28,16 +26,18 @@ from esjax.hub.identity import identity
 from esjax.model.lora import Adapter, load_adapter, lora_from, read_lora
 from esjax.model.weights import Backbone, compute_dtype, load_backbone
 from esjax.rows import Rows
-from esjax.rundir import check_base, check_made, read_manifest
-from esjax.runlog import say, sha256
+from esjax.run.directory import check_base, check_made, read_manifest
+from esjax.run.files import say, sha256
 from esjax.sample.constrain import Template, drawable
 from esjax.sample.generate import Generator
+from esjax.settings.files import Given, read_text
+from esjax.settings.schema import Config
 from esjax.tokens.encode import Encoder
 from esjax.tokens.tokenizer import ChatTokenizer
 
 
 @dataclass
-class Lab:
+class Experiment:
     """One opened experiment. What its files hold is read, encoded and compiled when first asked for, once."""
 
     config: Config
@@ -46,7 +46,7 @@ class Lab:
     encoder: Encoder
 
     @classmethod
-    def open(cls, config: Config, adapted: bool = True) -> Lab:
+    def open(cls, config: Config, adapted: bool = True) -> Experiment:
         """Fetch and load everything. Raises InputError; ``adapted`` false loads the bare backbone."""
         lora = lora_from(config.lora) if adapted else None
         folder = resolve(config.model.source, config.model.sha256)
@@ -191,7 +191,7 @@ class Lab:
         return load_adapter(folder, self.backbone.adapter_shapes)
 
 
-def open_model(spec: str, config: Config, told: Given | None = None) -> tuple[Lab, Adapter]:
+def open_model(spec: str, config: Config, told: Given | None = None) -> tuple[Experiment, Adapter]:
     """Open ``RUN_DIR:mT`` with the run's settings, or any backbone source, bare, with those of ``config``.
 
     What the command was ``told`` counts over the run's settings. A run's model brings the run's system message; a bare
@@ -200,8 +200,8 @@ def open_model(spec: str, config: Config, told: Given | None = None) -> tuple[La
     told = told or Given()
     named, settings = run_model(spec), settings_of(spec, told)
     if named is not None and settings is not None:
-        lab = Lab.open(settings)
-        return lab, _stored(lab, *named)
+        experiment = Experiment.open(settings)
+        return experiment, _stored(experiment, *named)
     if (Path(spec) / "manifest.json").exists():
         raise InputError(f"{spec} is a run directory; name one of its models, such as {spec}:m0")
     hashed = spec == config.model.source or "model.sha256" in told.settings
@@ -210,37 +210,37 @@ def open_model(spec: str, config: Config, told: Given | None = None) -> tuple[La
     if "prompts.system" not in told.settings:
         none = config.prompts.model_copy(update={"system": "bundled:prompts/none.txt"})
         config = config.model_copy(update={"prompts": none})
-    return Lab.open(config, adapted=False), nnx.State({})
+    return Experiment.open(config, adapted=False), nnx.State({})
 
 
-def _stored(lab: Lab, run: Path, t: int) -> Adapter:
+def _stored(experiment: Experiment, run: Path, t: int) -> Adapter:
     """M_t's adapter. Raises InputError where it, or the backbone, is not the one that the run made it with."""
     manifest, folder = read_manifest(run), adapter_folder(run, t)
-    check_base(run, manifest, lab.identity)
+    check_base(run, manifest, experiment.identity)
     name = folder.parent.relative_to(run).as_posix()
     check_made(run, name, manifest["stages"].get(name, {}))
-    return lab.adapter(folder)
+    return experiment.adapter(folder)
 
 
-def model_hash(spec: str, lab: Lab) -> str:
+def model_hash(spec: str, experiment: Experiment) -> str:
     """Identifies an opened model: its backbone, and its adapter if it has one."""
     named = run_model(spec)
-    return json.dumps([lab.identity, sha256(adapter_folder(*named)) if named else ""])
+    return json.dumps([experiment.identity, sha256(adapter_folder(*named)) if named else ""])
 
 
-def start_of_dpo(spec: str | None, lab: Lab) -> tuple[Adapter, str]:
+def start_of_dpo(spec: str | None, experiment: Experiment) -> tuple[Adapter, str]:
     """The adapter that ``esjax dpo`` starts from, and what identifies it: a run's M_t, or a fresh one on the backbone.
 
-    Raises InputError when the run's backbone is not the lab's, or ``spec`` is another backbone.
+    Raises InputError when the run's backbone is not the experiment's, or ``spec`` is another backbone.
     """
-    c = lab.config
+    c = experiment.config
     named = run_model(spec) if spec else None
     if named is None:
         folder = Path(spec or "").expanduser()
-        if spec not in (None, c.model.source) and not (folder.is_dir() and identity(folder) == lab.identity):
+        if spec not in (None, c.model.source) and not (folder.is_dir() and identity(folder) == experiment.identity):
             raise InputError(
                 f"--model {spec} is neither RUN_DIR:mT nor the backbone that model.source={c.model.source} names; to start "
                 f"from it, leave --model out and give --model.source {spec}"
             )
-        return lab.backbone.fresh_adapter(c.seed), f"fresh, seed {c.seed}"
-    return _stored(lab, *named), sha256(adapter_folder(*named))
+        return experiment.backbone.fresh_adapter(c.seed), f"fresh, seed {c.seed}"
+    return _stored(experiment, *named), sha256(adapter_folder(*named))

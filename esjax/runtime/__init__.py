@@ -1,0 +1,1 @@
+"""What a process runs on: the other processes, the mesh, compiled programs."""
