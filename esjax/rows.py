@@ -6,7 +6,11 @@ several continuations share is computed once. Several examples, called segments,
     tokens    S   q1  r1  q2  r2 | h   a   b | h   d   e     trunk S q1 r1 q2 r2; branches 1 and 2 both answer q2
     position  0   1   2   3   4  | 4   5   6 | 4   5   6
     branch    0   0   0   0   0  | 1   1   1 | 2   2   2
-    limit     0   0   0   0   0  | 4   4   4 | 4   4   4     r2 (position 4) is hidden from the branches
+    until     11  11  11  11  5  | 8   8   8 | 11  11  11    r2 is hidden from the branches, branch 1 from branch 2
+
+Who sees whom is one integer a key: token i sees token j iff ``j <= i < until[j]`` (``sees``). It can be one, because the
+branches of a segment lie in descending order of the position at which they leave: those that see a trunk token then follow
+it without a gap, and it is seen until the end of the last of them. Padding sees itself alone.
 
 A branch begins with the last token ``h`` of its prompt, so that the token before every target lies in the target's own
 branch: the target of token i is always token i + 1.
@@ -34,7 +38,7 @@ class Rows(NamedTuple):
     position: Array  # int32, rotary position; a branch continues from where it leaves the trunk
     segment: Array  # int32, which packed example; 0 is padding
     branch: Array  # int32, 0 is the trunk, 1.. are the branches of that segment
-    limit: Array  # int32, a branch token sees trunk tokens with position < limit; 0 for trunk tokens
+    until: Array  # int32, the first token of the row from which on this one is no longer seen
     weight: Array  # float32, loss weight of predicting the next token; 0 is not a target
 
 
@@ -46,7 +50,7 @@ def trunk(tokens: Sequence[int], weight: Sequence[float] | None = None) -> Rows:
         position=np.arange(n, dtype=np.int32),
         segment=np.ones(n, np.int32),
         branch=np.zeros(n, np.int32),
-        limit=np.zeros(n, np.int32),
+        until=np.full(n, n, np.int32),
         weight=np.zeros(n, np.float32) if weight is None else np.asarray(weight, np.float32),
     )
 
@@ -67,20 +71,24 @@ def prompt_with_replies(prompt: Sequence[int], replies: Sequence[Sequence[int]])
 def trunk_with_replies(stem: Sequence[int], replies: Sequence[tuple[int, Sequence[int]]]) -> Rows:
     """A trunk that several replies leave: reply ``(n, tokens)`` is branch i = 1, 2, ... and answers ``stem[:n]``.
 
-    The last token of its prompt opens each branch, so the trunk holds what the longest prompt has before that.
+    The last token of its prompt opens each branch, so the trunk holds what the longest prompt has before that. The branch
+    with the longest prompt comes first.
     """
     if not replies or any(not tokens or not 2 <= n <= len(stem) for n, tokens in replies):
         raise ValueError("a prompt of at least two tokens and non-empty replies are needed")
     parts = [trunk(stem[: max(n for n, _ in replies) - 1])]
-    for i, (n, tokens) in enumerate(replies, start=1):
+    end = len(parts[0].tokens)
+    for i, (n, tokens) in sorted(enumerate(replies, start=1), key=lambda reply: -reply[1][0]):
         length = len(tokens) + 1
+        end += length
+        parts[0].until[: n - 1] = end
         parts.append(
             Rows(
                 tokens=np.asarray([stem[n - 1], *tokens], np.int32),
                 position=np.arange(n - 1, n - 1 + length, dtype=np.int32),
                 segment=np.ones(length, np.int32),
                 branch=np.full(length, i, np.int32),
-                limit=np.full(length, n - 1, np.int32),
+                until=np.full(length, end, np.int32),
                 weight=np.asarray([1.0] * len(tokens) + [0.0], np.float32),
             )
         )
@@ -103,12 +111,15 @@ def concatenate(parts: Sequence[Rows]) -> Rows:
 
 def pack(examples: Sequence[Rows], length: int) -> Rows:
     """Pack single-segment rows into one row of ``length`` tokens as segments 1, 2, ..., padded with segment 0."""
-    used = sum(len(e.tokens) for e in examples)
+    used, parts = 0, []
+    for i, e in enumerate(examples, start=1):
+        parts.append(e._replace(segment=np.full_like(e.segment, i), until=e.until + np.int32(used)))
+        used += len(e.tokens)
     if used > length:
         raise ValueError(f"{used} tokens do not fit a row of {length}")
-    parts = [e._replace(segment=np.full_like(e.segment, i)) for i, e in enumerate(examples, start=1)]
     padding = trunk([0] * (length - used))
-    return concatenate([*parts, padding._replace(segment=np.zeros_like(padding.segment))])
+    itself = np.arange(used + 1, length + 1, dtype=np.int32)
+    return concatenate([*parts, padding._replace(segment=np.zeros_like(padding.segment), until=itself)])
 
 
 def stack(rows: Sequence[Rows]) -> Rows:
@@ -116,18 +127,13 @@ def stack(rows: Sequence[Rows]) -> Rows:
     return Rows(*(np.stack(fields) for fields in zip(*rows, strict=True)))
 
 
-def visible(rows: Rows) -> Array:
-    """Who sees whom: bool [B, T, T], true where query token i attends to key token j.
+def sees(until: Array, query: Array, key: Array) -> Array:
+    """Who sees whom: bool [..., Q, S], true where the query at ``query`` [..., Q] attends to the key at ``key`` [..., S].
 
-    Token i attends to j iff segment_i == segment_j and (branch_i == branch_j and j <= i, or branch_j == 0 and
-    position_j < limit_i). Padding sees padding, so that no softmax is empty. No token sees a later one of its row, since
-    a trunk comes before its branches.
+    The one rule of every way to compute attention: a key is seen from where it stands until ``until`` [..., S].
     """
-    index = np.arange(rows.tokens.shape[-1])
-    same_segment = rows.segment[:, :, None] == rows.segment[:, None, :]
-    own = (rows.branch[:, :, None] == rows.branch[:, None, :]) & (index[None, :, None] >= index[None, None, :])
-    stem = (rows.branch[:, None, :] == 0) & (rows.position[:, None, :] < rows.limit[:, :, None])
-    return same_segment & (own | stem)
+    at = query[..., :, None]
+    return (key[..., None, :] <= at) & (at < until[..., None, :])
 
 
 def layout(examples: Sequence[Rows], packed: bool) -> Layout:
@@ -142,31 +148,43 @@ def layout(examples: Sequence[Rows], packed: bool) -> Layout:
 
 def check(rows: Rows) -> None:
     """Raise ValueError unless the batch [B, T] obeys the rules above and every row has a target."""
-    tokens, position, segment, branch, limit, weight = (np.asarray(x) for x in rows)
+    tokens, position, segment, branch, until, weight = (np.asarray(x) for x in rows)
     if not (weight != 0).any(axis=1).all():
         raise ValueError(f"row {int(np.argmin((weight != 0).any(axis=1)))} has no target token")
-    same_segment = segment[:, :-1] == segment[:, 1:]
-    follows = same_segment & (branch[:, :-1] == branch[:, 1:])  # the next token is of the same branch
+    follows = (segment[:, :-1] == segment[:, 1:]) & (
+        branch[:, :-1] == branch[:, 1:]
+    )  # the next token is of this branch
     if (weight[:, :-1][~follows | (segment[:, 1:] == 0)] != 0).any() or (weight[:, -1] != 0).any():
         raise ValueError("a weight stands where the next token is of another branch, another segment or padding")
-    if (limit[branch == 0] != 0).any():
-        raise ValueError("a trunk token has a limit")
     for row in range(len(tokens)):
         cuts = [0, *(np.flatnonzero(~follows[row]) + 1), tokens.shape[1]]
+        wanted = np.arange(1, tokens.shape[1] + 1)
         pieces: set[tuple[int, int]] = set()
-        home, stem = 0, 0  # the newest trunk's segment and length
+        home, stem, room = (
+            0,
+            slice(0, 0),
+            0,
+        )  # the newest trunk: its segment, where it lies, how much of it is seen last
         for start, stop in pairwise(cuts):
-            s, b = int(segment[row, start]), int(branch[row, start])
+            s, b, first = int(segment[row, start]), int(branch[row, start]), int(position[row, start])
             if s == 0:
                 continue
             if (s, b) in pieces:
                 raise ValueError(f"row {row}: branch {b} of segment {s} does not lie in one piece")
             pieces.add((s, b))
             if b == 0:
-                home, stem = s, stop - start
-                if (position[row, start:stop] != np.arange(stem)).any():
-                    raise ValueError(f"row {row}: the positions of segment {s}'s trunk do not count from 0")
+                home, stem, room = s, slice(start, stop), stop - start
             elif s != home:
                 raise ValueError(f"row {row}: a trunk must come before its branches, and segment {s} begins with one")
-            elif (limit[row, start:stop] != limit[row, start]).any() or limit[row, start] > stem:
-                raise ValueError(f"row {row}: branch {b} of segment {s} has no one limit within its trunk")
+            elif first > room:
+                raise ValueError(
+                    f"row {row}: branch {b} of segment {s} leaves its trunk behind its end, or behind the one before"
+                )
+            if (position[row, start:stop] != np.arange(stop - start) + (first if b else 0)).any():
+                raise ValueError(f"row {row}: the positions of branch {b} of segment {s} do not count up")
+            wanted[start:stop] = stop
+            if b:
+                room = first
+                wanted[stem.start : stem.start + first] = stop
+        if (until[row] != wanted).any():
+            raise ValueError(f"row {row}: token {int(np.argmax(until[row] != wanted))} is seen by the wrong ones")

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from definition import remasked
 
 from esjax import rows
 from esjax.model.layers import LINEARS, Lora
@@ -141,7 +142,7 @@ def main(folder: str, *jobs: str) -> None:
             backbone = replace(backbone, execution=how)
             made = batch()
             if options.get("broken"):
-                made = made._replace(limit=made.limit - (made.limit > 0))
+                made = remasked(made, -1)
             out: dict[str, Any] = {"base": describe(backbone.base)}
             what = options.get("what", ["sft", "dpo", "score", "sample"])
             for task in ("sft", "dpo"):

@@ -21,13 +21,14 @@ from esjax.bench import workload as sizes
 from esjax.cli import main
 from esjax.errors import InputError
 from esjax.model.attention import PLATFORMS, choose_path
-from esjax.model.cached import cache_shapes, layered
+from esjax.model.cache import cache_shapes
+from esjax.model.cached import layered
 from esjax.model.decoder import Execution
 from esjax.model.families import Architecture
 from esjax.model.lora import lora_from
 from esjax.model.weights import Backbone, bind, choose_execution
 from esjax.sample.constrain import free
-from esjax.sample.decode import idle_lanes, run
+from esjax.sample.decode import Asked, idle_lanes, run
 from esjax.sample.generate import Generator
 from esjax.settings.schema import LoraSettings
 from esjax.train.losses import sft_loss
@@ -100,10 +101,11 @@ def test_a_decoding_step_copies_no_cache() -> None:
 
     def large_copies(donate: int) -> int:
         def decode(weights: Any, *rest: Any) -> Any:
-            return run(arch, lambda: weights, *rest, steps=8, how=Execution("chunked"))
+            return run(lambda: weights, *rest, steps=8, how=Execution("chunked"))
 
         program = jax.jit(decode, donate_argnums=donate)
-        arguments = (weights, cache, state, waiting, some, jax.ShapeDtypeStruct((1,), jnp.int32), free(512), number)
+        asked = Asked(waiting, some, jax.ShapeDtypeStruct((1,), jnp.int32), free(512), number)
+        arguments = (weights, cache, state, asked)
         text = program.lower(*arguments).compile().as_text()
         shapes = re.findall(r"= f32\[([\d,]+)\]\S* copy\(", text)
         return sum(int(np.prod([int(d) for d in s.split(",")])) >= size for s in shapes)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from definition import remasked
 from oracles import random_adapter, real_dialogues
 
 from esjax import rows
@@ -117,7 +118,7 @@ def test_loss_and_gradient_are_those_of_one_row_a_sequence(cases: list[Case], sm
     got = _Sum()
     got.add(*_gradient(backbone, adapter, shared, extra, loss, "branched"))
     wrong = _Sum()
-    hidden = shared._replace(limit=shared.limit - (shared.limit > 0))
+    hidden = remasked(shared, -1)
     wrong.add(*_gradient(backbone, adapter, hidden, extra, loss, "branched"))
     loss_apart = abs(got.loss - expected.loss) / abs(expected.loss)
     gradient_apart = got.apart(expected)

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from conftest import sample_texts
 from datasets import Dataset
+from definition import remasked
 from flax import nnx
 from oracles import random_adapter, real_dialogues, torch_logprobs, torch_model, worst
 from peft import PeftModel
@@ -40,7 +41,7 @@ from esjax.model.decoder import Execution, token_logprobs
 from esjax.model.layers import Lora
 from esjax.model.lora import Adapter, peft_tensors, save_adapter
 from esjax.model.weights import Backbone, bind, load_backbone
-from esjax.rows import Rows, check, concatenate, pack, prompt_with_replies, stack, trunk
+from esjax.rows import Rows, check, pack, prompt_with_replies, stack, trunk, trunk_with_replies
 from esjax.run.directory import RunDir
 from esjax.run.files import write_jsonl
 from esjax.run.jsonl import read_jsonl
@@ -357,11 +358,6 @@ def test_options_follow_their_formulas(tiny: Tiny) -> None:
 # --- packing, shared trunks and masks ---------------------------------------------------------------------------------
 
 
-def off(rows: Rows, by: int) -> Rows:
-    """The rows with a wrong mask: every branch sees one trunk token more or less."""
-    return rows._replace(limit=np.where(rows.branch > 0, rows.limit + by, 0).astype(np.int32))
-
-
 def test_packed_pairs_have_the_loss_and_gradient_of_single_ones(tiny: Tiny) -> None:
     """Packed and rematerialised, as training computes them, against one pair a row and nothing recomputed."""
     loss = dpo_loss(DpoSettings(nll_weight=0.1))
@@ -376,7 +372,7 @@ def test_packed_pairs_have_the_loss_and_gradient_of_single_ones(tiny: Tiny) -> N
     assert got == pytest.approx(expected, abs=1e-5)
     assert relative(flat(grads), flat(gradient)) <= 1e-4
     # Branches that miss the last trunk token; the references of the other row's pairs.
-    for wrong, reference in ((off(rows, -1), extra.reference), (rows, extra.reference[::-1])):
+    for wrong, reference in ((remasked(rows, -1), extra.reference), (rows, extra.reference[::-1])):
         values, moved = packed(tiny.adapter, wrong, extra._replace(reference=reference))
         assert values != pytest.approx(expected, abs=1e-5)
         assert relative(flat(moved), flat(gradient)) > 1e-4
@@ -392,18 +388,15 @@ def test_pairs_on_one_trunk_have_the_loss_and_gradient_of_single_ones(tiny: Tiny
     expected, gradient = gradient_of(
         tiny.adapter, single, Pairs(reference.reshape(2, 1, 1, 2), np.ones((2, 1, 1), bool))
     )
-    parts = [trunk(dialogue)]
-    for i, example in enumerate(lone):
-        branches = Rows(*(field[example.branch > 0] for field in example))
-        parts.append(branches._replace(branch=branches.branch + 2 * i))
-    rows = stack([pack([concatenate(parts)], 64)])
+    replies = [(n, reply) for n, p in zip((6, 11), tiny.pairs, strict=False) for reply in p[1:]]
+    rows = stack([pack([trunk_with_replies(dialogue, replies)], 64)])
     check(rows)
     extra = Pairs(reference.reshape(1, 1, 2, 2), np.ones((1, 1, 2), bool))
     got, grads = gradient_of(tiny.adapter, rows, extra)
     assert got == pytest.approx(expected, abs=1e-5)
     assert relative(flat(grads), flat(gradient)) <= 1e-4
     for by in (1, -1):  # a mask off by one
-        values, moved = gradient_of(tiny.adapter, off(rows, by), extra)
+        values, moved = gradient_of(tiny.adapter, remasked(rows, by), extra)
         assert values != pytest.approx(expected, abs=1e-5)
         assert relative(flat(moved), flat(gradient)) > 1e-4
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from definition import remasked
 from oracles import (
     BARE,
     Ours,
@@ -35,7 +36,8 @@ from oracles import (
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from esjax.errors import InputError
-from esjax.model.cached import Seen, empty_cache, layered, load, step
+from esjax.model.cache import Fed, empty_cache
+from esjax.model.cached import layered, prefill, step
 from esjax.model.decoder import token_logprobs
 from esjax.model.families import Llama3Rope, architecture, read_architecture
 from esjax.model.layers import Lora
@@ -223,7 +225,7 @@ def test_packed_rows_agree(pair: Pair) -> None:
         return model.logits(model(rows, pair.backbone.execution))
 
     logits = np.asarray(forward(rows))[0]
-    leaky = np.asarray(forward(rows._replace(segment=np.ones_like(rows.segment))))[0]
+    leaky = np.asarray(forward(remasked(rows, segment=np.ones_like(rows.segment))))[0]
     start = 0
     for tokens in sequences():
         theirs, mine = torch_logits(pair.torch, tokens), slice(start, start + len(tokens))
@@ -244,14 +246,14 @@ def test_cached_decoding_agrees(pair: Pair, attention: Any) -> None:
     whole = [stem, branch]
     arch, how = pair.backbone.arch, pair.backbone.execution._replace(attention=attention)
     weights = jax.jit(lambda base: layered(bind(pair.backbone.definition, BARE, base), merge=True))(pair.backbone.base)
-    loading = jax.jit(lambda cache, chunk: load(arch, weights, cache, chunk, how))
+    loading = jax.jit(lambda cache, chunk: prefill(weights, cache, chunk, how))
     runs = [Run(133, stem[:25], 0, (133, 133)), Run(40, branch[20:27], 20, (133, 153)), Run(60, other, 0, (60, 60))]
     chunks = windows(0, runs, 32, 160)
     cache = loading(empty_cache(arch, 1, 2, 160, 64, jnp.dtype("float32")), together([chunks], 4))
 
     @jax.jit
-    def following(token: Any, position: Any, seen: Any, clock: Any, cache: Any) -> Any:
-        x, cache = step(arch, weights, cache, token, position, seen, clock, how)
+    def following(fed: Any, clock: Any, cache: Any) -> Any:
+        x, cache = step(weights, cache, fed, clock, how)
         return x @ weights.head.T, cache
 
     def decoded(error: int, cache: Any) -> np.ndarray:
@@ -261,9 +263,9 @@ def test_cached_decoding_agrees(pair: Pair, attention: Any) -> None:
             token = np.asarray([[t[p + n] for t, p in zip(whole, at[0], strict=True)]], np.int32)
             ends = np.asarray([[158, 153]], np.int32) - error
             own = np.asarray([[0, 40]], np.int32), np.asarray([[0, 47]], np.int32)
-            fed = np.full((1, 2), n + 1, np.int32)
-            seen = Seen(np.full((1, 2), 133, np.int32), ends, *own, fed)
-            out, cache = following(token, at + n, seen, np.int32(62 + n), cache)  # the ring's end is met on the way
+            starts, newest = np.full((1, 2), 133, np.int32), np.full((1, 2), n + 1, np.int32)
+            fed = Fed(token, at + n, starts, ends, *own, newest)
+            out, cache = following(fed, np.int32(62 + n), cache)  # the ring's end is met on the way
             logits.append(np.asarray(out))
         return np.stack(logits, axis=1)
 
@@ -285,10 +287,10 @@ def test_adapters_merged_and_apart_are_the_decoders(tiny: Backbone) -> None:
         assert (weights.layers[0].q_proj.lora_a is None) == merge
         cache = empty_cache(tiny.arch, 1, 1, 64, 8, jnp.dtype("float32"))
         chunk = together([windows(0, [Run(0, tokens[:-1], 0, (0, 0))], 64, 64)], 1)
-        cache = load(tiny.arch, weights, cache, chunk, tiny.execution)
+        cache = prefill(weights, cache, chunk, tiny.execution)
         one = np.ones((1, 1), np.int32)
-        seen = Seen(0 * one, 39 * one, 0 * one, 0 * one, one)
-        x, _ = step(tiny.arch, weights, cache, tokens[-1] * one, 39 * one, seen, jnp.int32(0), tiny.execution)
+        fed = Fed(tokens[-1] * one, 39 * one, 0 * one, 39 * one, 0 * one, 0 * one, one)
+        x, _ = step(weights, cache, fed, jnp.int32(0), tiny.execution)
         return np.asarray(x @ weights.head.T)[0]
 
     for merge in (True, False):

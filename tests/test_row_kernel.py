@@ -1,4 +1,4 @@
-"""The GPU kernel of the token row, interpreted on the host, against attention written out densely from ``rows.visible``."""
+"""The GPU kernel of the token row, interpreted on the host, against attention written out densely from the definition."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from definition import remasked, visible
 from jax import Array
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
@@ -16,32 +17,21 @@ from esjax.model.row_kernel import Blocks, Lists, block_lists, row_attention
 from esjax.rows import Rows
 
 N, K, H = 4, 2, 16
-Spans = tuple[Array, Array, Array]  # trunk_start, trunk_end, own_start [B, T]
 
 
 def packed_batch(t: int) -> Rows:
     """Two rows [2, T] for T >= 60: segments with sibling branches, trunks, and padding at the end of the first."""
 
     def replies(prompt: int, *lengths: int) -> Rows:
-        return rows.prompt_with_replies(list(range(prompt)), [[7] * n for n in lengths])
+        return rows.trunk_with_replies(
+            list(range(prompt)), [(max(2, prompt - i), [7] * n) for i, n in enumerate(lengths)]
+        )
 
     branched = rows.pack([replies(t // 4, t // 8, t // 6), replies(5, 3, 4, 2)], t)
     plain = rows.pack(
         [rows.trunk(list(range(t // 3))), replies(t // 5, t // 4), replies(2, t - t // 3 - t // 4 - t // 5 - 6, 1)], t
     )
     return rows.stack([branched, plain])
-
-
-def spans_of(batch: Rows) -> Spans:
-    """The spans word for word: where the segment begins, as far as the limit goes, where the segment's branch begins."""
-    segment, branch, limit = batch.segment, batch.branch, batch.limit
-    out = np.zeros((3, *segment.shape), np.int32)
-    for b, i in np.ndindex(segment.shape):
-        same_segment = segment[b] == segment[b, i]
-        start = np.flatnonzero(same_segment)[0]
-        own = np.flatnonzero(same_segment & (branch[b] == branch[b, i]))[0]
-        out[:, b, i] = start, start + limit[b, i], own
-    return jnp.asarray(out[0]), jnp.asarray(out[1]), jnp.asarray(out[2])
 
 
 def arrays(b: int, t: int, dtype: jnp.dtype = jnp.float32, h: int = H) -> tuple[Array, Array, Array, Array]:
@@ -67,10 +57,10 @@ def dense(mask: np.ndarray, *args: Array) -> list[np.ndarray]:
     return [np.einsum("bnij,bjnh->binh", p, wide_v), np.einsum("bnij,bjnh->binh", ds, wide_k), dk, dv]
 
 
-def kernel(spans: Spans, *args: Array) -> list[Array]:
+def kernel(batch: Rows, *args: Array) -> list[Array]:
     """Output and gradients of q, k, v by the kernels."""
     q, k, v, dout = args
-    out, back = jax.vjp(lambda q, k, v: row_attention(q, k, v, *spans, interpret=True), q, k, v)
+    out, back = jax.vjp(lambda q, k, v: row_attention(q, k, v, jnp.asarray(batch.until), interpret=True), q, k, v)
     return [out, *back(dout)]
 
 
@@ -85,43 +75,35 @@ def errors(got: list[Array], want: list[np.ndarray]) -> list[float]:
 @pytest.mark.parametrize("t", [64, 150, 300])
 def test_output_and_gradients_are_those_of_dense_attention(t: int) -> None:
     batch, args = packed_batch(t), arrays(2, t)
-    spans = spans_of(batch)
-    assert max(errors(kernel(spans, *args), dense(rows.visible(batch), *args))) < 1e-5
+    assert max(errors(kernel(batch, *args), dense(visible(batch), *args))) < 1e-5
 
 
 def test_a_row_shorter_than_the_smallest_block() -> None:
     batch, args = rows.stack([rows.prompt_with_replies([1, 2, 3], [[4], [5, 6]])]), arrays(1, 7)
-    assert max(errors(kernel(spans_of(batch), *args), dense(rows.visible(batch), *args))) < 1e-5
+    assert max(errors(kernel(batch, *args), dense(visible(batch), *args))) < 1e-5
 
 
 def test_scores_far_from_zero_stay_finite() -> None:
     """Rows that see nothing of a visited block must not turn into NaN, however low the scores that they do see."""
     batch, (q, k, v, dout) = packed_batch(150), arrays(2, 150)
     args = (jnp.abs(q) * 100, -jnp.abs(k) * 100, v, dout)
-    got = kernel(spans_of(batch), *args)
+    got = kernel(batch, *args)
     assert all(bool(jnp.isfinite(x).all()) for x in got)
-    assert errors(got, dense(rows.visible(batch), *args))[0] < 1e-3  # scores of 1e5 carry absolute errors of 1e-2
+    assert errors(got, dense(visible(batch), *args))[0] < 1e-3  # scores of 1e5 carry absolute errors of 1e-2
 
 
 def test_bfloat16() -> None:
     batch, args = packed_batch(150), arrays(2, 150, jnp.bfloat16)
-    got = kernel(spans_of(batch), *args)
+    got = kernel(batch, *args)
     assert {x.dtype for x in got} == {jnp.dtype(jnp.bfloat16)}
-    assert max(errors(got, dense(rows.visible(batch), *args))) < 2e-2
+    assert max(errors(got, dense(visible(batch), *args))) < 2e-2
 
 
-@pytest.mark.parametrize("wrong", ["own_start + 1", "trunk_end - 1", "trunk_end + 1"])
-def test_a_span_off_by_one_shows(wrong: str) -> None:
-    """The negative control of the tests above: each span matters, to a token, for the output and every gradient."""
+@pytest.mark.parametrize("by", [-1, 1])
+def test_a_mask_off_by_one_shows(by: int) -> None:
+    """The negative control of the tests above: one trunk token matters, for the output and every gradient."""
     batch, args = packed_batch(150), arrays(2, 150)
-    start, end, own = spans_of(batch)
-    index, in_branch = np.arange(150), batch.branch != 0
-    changed = {
-        "own_start + 1": (start, end, jnp.where(own < index, own + 1, own)),  # a token still sees itself
-        "trunk_end - 1": (start, jnp.where(in_branch, end - 1, end), own),
-        "trunk_end + 1": (start, jnp.where(in_branch, end + 1, end), own),
-    }[wrong]
-    assert min(errors(kernel(changed, *args), dense(rows.visible(batch), *args))) > 1e-2
+    assert min(errors(kernel(remasked(batch, by), *args), dense(visible(batch), *args))) > 1e-2
 
 
 def listed(lists: Lists) -> np.ndarray:
@@ -139,8 +121,8 @@ def listed(lists: Lists) -> np.ndarray:
 @pytest.mark.parametrize(("query", "key"), [(16, 16), (32, 16), (16, 32)])
 def test_block_lists_are_exact(query: int, key: int) -> None:
     batch = packed_batch(192)
-    of_queries, of_keys = block_lists(spans_of(batch), query, key)
-    want = rows.visible(batch).reshape(2, 192 // query, query, 192 // key, key).any(axis=(2, 4))
+    of_queries, of_keys = block_lists(jnp.asarray(batch.until), query, key)
+    want = visible(batch).reshape(2, 192 // query, query, 192 // key, key).any(axis=(2, 4))
     np.testing.assert_array_equal(listed(of_queries), want)
     np.testing.assert_array_equal(listed(of_keys), want.swapaxes(1, 2))
 
@@ -150,7 +132,7 @@ def test_block_lists_hold_no_block_of_another_segment_or_sibling() -> None:
     size = 16
     branched = rows.prompt_with_replies([1] * (2 * size + 1), [[2] * (size - 1), [3] * (size - 1)])
     batch = rows.stack([rows.pack([branched, rows.trunk([1] * 2 * size)], 7 * size)])
-    of_queries, of_keys = block_lists(spans_of(batch), size, size)
+    of_queries, of_keys = block_lists(jnp.asarray(batch.until), size, size)
     sees = [[0], [0, 1], [0, 1, 2], [0, 1, 3], [4], [4, 5], [6]]  # 4 and 5 are the second segment, 6 is padding
     assert [list(np.flatnonzero(x)) for x in listed(of_queries)[0]] == sees
     assert [list(np.flatnonzero(x)) for x in listed(of_keys)[0]] == [
@@ -163,10 +145,10 @@ def test_block_lists_hold_no_block_of_another_segment_or_sibling() -> None:
 def test_kernels_lower_for_cuda(h: int, dtype: jnp.dtype) -> None:
     """Triton's lowering needs no GPU, so a host without one can tell whether the kernels are ones it takes."""
     q, k, v, _ = arrays(2, 300, dtype, h)
-    spans = spans_of(packed_batch(300))
+    until = jnp.asarray(packed_batch(300).until)
 
     def loss(q: Array, k: Array, v: Array) -> Array:
-        return row_attention(q, k, v, *spans).astype(jnp.float32).sum()
+        return row_attention(q, k, v, until).astype(jnp.float32).sum()
 
     h100 = AbstractMesh((1,), ("x",), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu"))
 
@@ -184,7 +166,7 @@ def test_a_head_size_that_the_kernel_does_not_take(h: int) -> None:
     q, k, v, _ = arrays(1, 60, h=h)
     none = jnp.zeros((1, 60), jnp.int32)
     with pytest.raises(ValueError, match=f"the head size is {h}"):
-        row_attention(q, k, v, none, none, none)
+        row_attention(q, k, v, none)
 
 
 def test_blocks_are_powers_of_two() -> None:

@@ -22,8 +22,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from esjax.model.cached import Chunk
-from esjax.rows import common_prefix
+from esjax.model.cache import Chunk
+from esjax.rows import common_prefix, sees
 from esjax.sample.rowbook import Group, Piece, Placed, Request, RowBook, Run, together, windows
 
 Prefix = tuple[int, ...]
@@ -80,14 +80,13 @@ class SimulatedRow:
         assert chunk.start >= 0
         assert chunk.start + len(chunk.tokens) <= self.book.slots
         slots = [int(chunk.start) + int(i) for i in np.flatnonzero(chunk.valid)]
+        mask = sees(chunk.until, np.arange(len(chunk.tokens)), chunk.since)
         for slot in slots:
             i = slot - int(chunk.start)
-            seen = [*range(chunk.trunk_start[i], chunk.trunk_end[i]), *range(chunk.own_start[i], slot)]
-            assert slot not in seen
+            assert mask[i, slot]
+            seen = sorted(set(np.flatnonzero(mask[i]).tolist()) - {slot}, key=lambda s: len(self.held[s]))
             self.held[slot] = (*self.read(seen), int(chunk.tokens[i]))
             assert chunk.position[i] == len(seen)
-        for i in np.flatnonzero(~chunk.valid):  # no softmax is empty
-            assert chunk.own_start[i] == chunk.start + i
         return slots
 
     def read(self, slots: Sequence[int]) -> Prefix:

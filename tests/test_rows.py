@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from definition import remasked, visible
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,92 +15,65 @@ from esjax import rows
 from esjax.rows import Rows
 
 S, Q1, R1, Q2, R2, H, A, B, D, E = range(10, 20)
-
-
-def hand_made(columns: Sequence[tuple[int, int, int, int, int, float]]) -> Rows:
-    """A row [T] from (token, position, segment, branch, limit, weight) columns."""
-    fields = list(zip(*columns, strict=True))
-    kinds = [np.int32] * 5 + [np.float32]
-    return Rows(*(np.asarray(f, kind) for f, kind in zip(fields, kinds, strict=True)))
-
-
-def batched(row: Rows) -> Rows:
-    return Rows(*(np.asarray(field)[None] for field in row))
-
-
-def oracle(batch: Rows) -> list[list[list[bool]]]:
-    """The definition of ``visible``, word for word, in plain Python."""
-    out = []
-    for b in range(batch.tokens.shape[0]):
-        seg, bra, pos, lim = (
-            [int(x) for x in f[b]] for f in (batch.segment, batch.branch, batch.position, batch.limit)
-        )
-        n = len(seg)
-        square = [[False] * n for _ in range(n)]
-        for i in range(n):
-            for j in range(n):
-                if seg[i] != seg[j]:
-                    continue
-                own = bra[i] == bra[j] and j <= i
-                stem = bra[j] == 0 and pos[j] < lim[i]
-                square[i][j] = own or stem
-        out.append(square)
-    return out
-
-
-# The example of esjax.rows' docstring: a trunk S q1 r1 q2 r2 and two branches that both answer q2.
-EXAMPLE = hand_made(
-    [(t, i, 1, 0, 0, 0.0) for i, t in enumerate((S, Q1, R1, Q2, R2))]
-    + [(t, 4 + i, 1, 1, 4, w) for i, (t, w) in enumerate(((H, 1.0), (A, 1.0), (B, 0.0)))]
-    + [(t, 4 + i, 1, 2, 4, w) for i, (t, w) in enumerate(((H, 1.0), (D, 1.0), (E, 0.0)))]
+# The example of esjax.rows' docstring: a trunk S q1 r1 q2 r2 and two branches that both answer q2 (whose last token is h).
+EXAMPLE = rows.concatenate(
+    [
+        rows.trunk([S, Q1, R1, Q2, R2])._replace(until=np.asarray([11, 11, 11, 11, 5], np.int32)),
+        *(
+            Rows(*map(np.asarray, ([H, *t], [4, 5, 6], [1] * 3, [b] * 3, [end] * 3, np.asarray([1, 1, 0], np.float32))))
+            for b, t, end in ((1, [A, B], 8), (2, [D, E], 11))
+        ),
+    ]
 )
 
 
+def batched(*parts: Rows) -> Rows:
+    return rows.stack(list(parts))
+
+
 @st.composite
-def random_rows(draw: st.DrawFn) -> Rows:
-    """Batches of packed rows: segments with trunks, branches that leave them anywhere, and padding on either side."""
-    length = draw(st.integers(1, 24))
-    return rows.stack([_random_row(draw, length) for _ in range(draw(st.integers(1, 3)))])
+def examples(draw: st.DrawFn) -> Rows:
+    """A trunk, or one with replies that leave it anywhere, in any order."""
+    stem = draw(st.lists(st.integers(0, 9), min_size=2, max_size=12))
+    replies = draw(
+        st.lists(st.tuples(st.integers(2, len(stem)), st.lists(st.integers(0, 9), min_size=1, max_size=4)), max_size=4)
+    )
+    return rows.trunk_with_replies(stem, replies) if replies else rows.trunk(stem)
 
 
-def _random_row(draw: st.DrawFn, length: int) -> Rows:
-    columns: list[tuple[int, int, int, int, int, float]] = []
-    left = draw(st.integers(0, min(2, length)))
-    columns += [(0, 0, 0, 0, 0, 0.0)] * left
-    segment = 0
-    while len(columns) < length and draw(st.integers(0, 9)) > 0:
-        segment += 1
-        room = length - len(columns)
-        trunk = draw(st.integers(1, room))
-        columns += [(draw(st.integers(0, 9)), p, segment, 0, 0, 0.0) for p in range(trunk)]
-        for branch in range(1, draw(st.integers(0, 3)) + 1):
-            size = draw(st.integers(0, max(0, min(4, length - len(columns)))))
-            leaves = draw(st.integers(0, trunk))
-            columns += [(draw(st.integers(0, 9)), leaves + p, segment, branch, leaves, 0.0) for p in range(size)]
-    columns += [(0, i, 0, 0, 0, 0.0) for i in range(length - len(columns))]
-    return hand_made(columns)
+@st.composite
+def packed_rows(draw: st.DrawFn) -> Rows:
+    """A batch of packed rows with padding at their ends."""
+    packed = draw(st.lists(st.lists(examples(), max_size=4), min_size=1, max_size=3))
+    length = max(sum(len(e.tokens) for e in row) for row in packed) + draw(st.integers(0, 3))
+    return rows.stack([rows.pack(row, max(1, length)) for row in packed])
 
 
-@settings(max_examples=150, deadline=None)
-@given(random_rows())
-def test_visible_is_its_definition(batch: Rows) -> None:
-    seen = rows.visible(batch)
-    assert seen.dtype == bool
-    assert seen.tolist() == oracle(batch)
+def seen(batch: Rows) -> np.ndarray:
+    index = np.arange(batch.tokens.shape[1])
+    return np.asarray(rows.sees(batch.until, index, index))
 
 
-@settings(max_examples=150, deadline=None)
-@given(random_rows())
-def test_no_token_sees_a_later_one_and_every_token_sees_itself(batch: Rows) -> None:
-    seen = rows.visible(batch)
-    later = np.triu(np.ones(seen.shape[1:], bool), 1)
-    assert not (seen & later).any()
-    assert np.diagonal(seen, axis1=1, axis2=2).all()
+@settings(max_examples=200, deadline=None)
+@given(packed_rows())
+def test_one_integer_a_key_says_what_the_definition_says(batch: Rows) -> None:
+    assert (seen(batch) == visible(batch)).all()
+    assert (remasked(batch).until == batch.until).all()
+    targets = batch.weight.any(axis=1)
+    if targets.all():
+        rows.check(batch)
+    for by in (-1, 1):  # a mask off by one is noticed
+        other = remasked(batch, by)
+        if (other.until != batch.until).any():
+            assert (seen(other) != visible(batch)).any()
+            with pytest.raises(ValueError):
+                rows.check(other)
 
 
-def test_visible_of_the_worked_example() -> None:
-    seen = rows.visible(batched(EXAMPLE))[0]
-    shown = ["".join("x" if s else "." for s in line) for line in seen]
+def test_who_sees_whom_in_the_worked_example() -> None:
+    on_device = rows.sees(jnp.asarray(batched(EXAMPLE).until), jnp.arange(11), jnp.arange(11))
+    assert (np.asarray(on_device) == seen(batched(EXAMPLE))).all()
+    shown = ["".join("x" if s else "." for s in line) for line in seen(batched(EXAMPLE))[0]]
     assert shown == [
         "x..........",
         "xx.........",
@@ -113,48 +87,24 @@ def test_visible_of_the_worked_example() -> None:
         "xxxx....xx.",
         "xxxx....xxx",
     ]
+    rows.check(batched(EXAMPLE))
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"limit": np.where(EXAMPLE.branch > 0, 5, 0)},  # r2 no longer hidden
-        {"branch": np.minimum(EXAMPLE.branch, 1)},  # branch 2 sees branch 1
-        {"segment": np.where(EXAMPLE.branch == 2, 2, 1)},  # branch 2 loses its trunk
-        {"position": EXAMPLE.position + 1},  # q2 no longer seen
-    ],
-    ids=["limit", "branch", "segment", "position"],
-)
-def test_every_field_matters_for_visible(change: dict[str, np.ndarray]) -> None:
-    other = batched(EXAMPLE._replace(**change))
-    assert rows.visible(other).tolist() == oracle(other)
-    assert rows.visible(other).tolist() != oracle(batched(EXAMPLE))
-
-
-def test_visible_of_jax_arrays_is_the_same() -> None:
-    batch = batched(EXAMPLE)
-    on_device = Rows(*(jnp.asarray(f) for f in batch))
-    assert np.asarray(rows.visible(on_device)).tolist() == oracle(batch)
-    assert np.asarray(rows.visible(on_device._replace(limit=on_device.limit * 0))).tolist() != oracle(batch)
-
-
-def test_prompt_with_two_replies_is_laid_out_as_documented() -> None:
-    got = rows.prompt_with_replies([S, Q1, R1, Q2, H], [[A, B], [D, E]])
-    columns = [(int(t), int(p), int(s), int(b), int(k), float(w)) for t, p, s, b, k, w in zip(*got, strict=True)]
-    assert columns == [
-        (S, 0, 1, 0, 0, 0.0),
-        (Q1, 1, 1, 0, 0, 0.0),
-        (R1, 2, 1, 0, 0, 0.0),
-        (Q2, 3, 1, 0, 0, 0.0),
-        (H, 4, 1, 1, 4, 1.0),
-        (A, 5, 1, 1, 4, 1.0),
-        (B, 6, 1, 1, 4, 0.0),
-        (H, 4, 1, 2, 4, 1.0),
-        (D, 5, 1, 2, 4, 1.0),
-        (E, 6, 1, 2, 4, 0.0),
+def test_replies_are_laid_out_as_documented() -> None:
+    """The longest prompt first, whatever the order; the branch's number says whose it is."""
+    got = rows.trunk_with_replies([S, Q1, R1, Q2, H], [(2, [A, B]), (5, [D])])
+    assert [tuple(map(float, column)) for column in zip(*got, strict=True)] == [
+        (S, 0, 1, 0, 9, 0.0),
+        (Q1, 1, 1, 0, 6, 0.0),
+        (R1, 2, 1, 0, 6, 0.0),
+        (Q2, 3, 1, 0, 6, 0.0),
+        (H, 4, 1, 2, 6, 1.0),
+        (D, 5, 1, 2, 6, 0.0),
+        (Q1, 1, 1, 1, 9, 1.0),
+        (A, 2, 1, 1, 9, 1.0),
+        (B, 3, 1, 1, 9, 0.0),
     ]
     assert [f.dtype for f in got] == [np.int32] * 5 + [np.float32]
-    rows.check(batched(got))
 
 
 @settings(max_examples=100, deadline=None)
@@ -165,11 +115,10 @@ def test_prompt_with_two_replies_is_laid_out_as_documented() -> None:
 def test_every_reply_sees_its_prompt_and_itself_as_if_alone(prompt: list[int], replies: list[list[int]]) -> None:
     """What each target's query token attends to, in order of position, is exactly prompt + reply up to it."""
     row = rows.prompt_with_replies(prompt, replies)
-    seen = rows.visible(batched(row))[0]
-    targets = [i for i in range(len(row.tokens)) if row.weight[i]]
+    mask = seen(batched(row))[0]
     contexts = []
-    for i in targets:
-        keys = sorted(np.flatnonzero(seen[i]), key=lambda j: int(row.position[j]))
+    for i in np.flatnonzero(row.weight):
+        keys = sorted(np.flatnonzero(mask[i]), key=lambda j: int(row.position[j]))
         assert [int(row.position[j]) for j in keys] == list(range(int(row.position[i]) + 1))
         contexts.append(([int(row.tokens[j]) for j in keys], int(row.tokens[i + 1])))
     expected = [([*prompt, *reply[:n]], reply[n]) for reply in replies for n in range(len(reply))]
@@ -182,7 +131,6 @@ def test_a_lone_reply_stays_on_the_trunk() -> None:
     assert got.tokens.tolist() == [S, Q1, H, A, B]
     assert got.weight.tolist() == [0.0, 0.0, 1.0, 1.0, 0.0]
     assert not got.branch.any()
-    assert not got.limit.any()
     two = rows.prompt_with_replies([S, Q1, H], [[A, B], [A, B]])
     assert two.branch.any()
     assert len(two.tokens) == 2 + 2 * 3
@@ -196,22 +144,6 @@ def test_prompts_and_replies_must_not_be_empty(prompt: list[int], replies: list[
         rows.prompt_with_replies(prompt, replies)
 
 
-def test_trunk() -> None:
-    got = rows.trunk([S, Q1, R1])
-    assert [f.tolist() for f in got] == [[S, Q1, R1], [0, 1, 2], [1, 1, 1], [0, 0, 0], [0, 0, 0], [0.0, 0.0, 0.0]]
-    weighted = rows.trunk([S, Q1, R1], [0.0, 1.0, 0.0])
-    assert weighted.weight.tolist() == [0.0, 1.0, 0.0]
-    assert weighted.weight.dtype == np.float32
-
-
-def test_concatenate_keeps_fields_as_they_are() -> None:
-    a, b = rows.trunk([S, Q1], [1.0, 0.0]), EXAMPLE
-    got = rows.concatenate([a, b])
-    for name in Rows._fields:
-        assert getattr(got, name).tolist() == [*getattr(a, name).tolist(), *getattr(b, name).tolist()]
-    assert rows.concatenate([b, a]).tokens.tolist() != got.tokens.tolist()
-
-
 def test_pack_numbers_the_segments_and_pads_with_zero() -> None:
     a, b, c = rows.trunk([S, Q1]), rows.prompt_with_replies([Q2, H], [[A], [B]]), rows.trunk([E])
     got = rows.pack([a, b, c], 11)
@@ -219,46 +151,20 @@ def test_pack_numbers_the_segments_and_pads_with_zero() -> None:
     assert got.segment.tolist() == [1, 1, 2, 2, 2, 2, 2, 3, 0, 0, 0]
     assert got.branch.tolist() == [0, 0, 0, 1, 1, 2, 2, 0, 0, 0, 0]
     assert got.position.tolist()[:8] == [0, 1, 0, 1, 2, 1, 2, 0]
+    assert got.until.tolist() == [2, 2, 7, 5, 5, 7, 7, 8, 9, 10, 11]
     assert got.weight.tolist() == [0, 0, 0, 1, 0, 1, 0, 0, 0, 0, 0]
     assert [f.dtype for f in got] == [np.int32] * 5 + [np.float32]
-    assert a.segment.tolist() == [1, 1]  # the example itself is untouched
+    assert (a.segment.tolist(), b.until.tolist()) == ([1, 1], [5, 3, 3, 5, 5])  # the examples are untouched
     assert rows.pack([b, a, c], 11).segment.tolist() != got.segment.tolist()
 
 
 def test_pack_fills_a_row_to_the_last_token_and_not_beyond() -> None:
     assert rows.pack([EXAMPLE], len(EXAMPLE.tokens)).segment.tolist() == [1] * len(EXAMPLE.tokens)
+    assert rows.pack([], 4).segment.tolist() == [0] * 4
     with pytest.raises(ValueError, match="11 tokens do not fit a row of 10"):
         rows.pack([EXAMPLE], 10)
-
-
-def test_pack_of_nothing_is_padding() -> None:
-    got = rows.pack([], 4)
-    assert got.segment.tolist() == [0] * 4
-    assert not got.weight.any()
-
-
-def test_packed_segments_do_not_see_each_other() -> None:
-    packed = rows.pack([EXAMPLE, EXAMPLE], 25)
-    seen = rows.visible(batched(packed))[0]
-    n = len(EXAMPLE.tokens)
-    alone = rows.visible(batched(EXAMPLE))[0]
-    assert (seen[:n, :n] == alone).all()
-    assert (seen[n : 2 * n, n : 2 * n] == alone).all()
-    assert not seen[:n, n:].any()
-    assert not seen[n : 2 * n, :n].any()
-    assert not seen[n : 2 * n, 2 * n :].any()
-    assert seen[2 * n :, 2 * n :].any()  # padding sees padding
-    assert not seen[2 * n :, : 2 * n].any()
-
-
-def test_stack() -> None:
-    a, b = rows.pack([EXAMPLE], 12), rows.pack([rows.trunk([S, Q1])], 12)
-    got = rows.stack([a, b])
-    for name in Rows._fields:
-        assert getattr(got, name).tolist() == [getattr(a, name).tolist(), getattr(b, name).tolist()]
-    assert rows.stack([b, a]).tokens.tolist() != got.tokens.tolist()
     with pytest.raises(ValueError):
-        rows.stack([a, rows.trunk([S])])
+        rows.stack([rows.pack([EXAMPLE], 12), rows.trunk([S])])
 
 
 def good() -> Rows:
@@ -266,10 +172,6 @@ def good() -> Rows:
     pair = rows.prompt_with_replies([S, Q1, H], [[A, B], [D, E]])
     lone = rows.prompt_with_replies([S, H], [[A, B]])
     return rows.stack([rows.pack([pair, lone], 16), rows.pack([lone, pair], 16)])
-
-
-def test_check_passes_a_good_batch() -> None:
-    rows.check(good())
 
 
 def at(batch: Rows, name: str, index: tuple[int, int], value: float) -> Rows:
@@ -289,17 +191,9 @@ def at(batch: Rows, name: str, index: tuple[int, int], value: float) -> Rows:
     ],
 )
 def test_check_refuses_a_weight_without_a_next_token(column: int, what: str) -> None:
-    batch = good()
-    segment, branch = batch.segment[0], batch.branch[0]
-    if column < 15:  # the example is what its comment says
-        same = segment[column] == segment[column + 1] > 0 and branch[column] == branch[column + 1]
-        assert not same
-    assert batch.weight[0, column] == 0
+    rows.check(good())
     with pytest.raises(ValueError, match=what):
-        rows.check(at(batch, "weight", (0, column), 1.0))
-
-
-def test_check_refuses_a_weight_on_the_last_token_of_a_full_row() -> None:
+        rows.check(at(good(), "weight", (0, column), 1.0))
     full = rows.stack([rows.pack([rows.trunk([S, H, A], [0.0, 1.0, 0.0])], 3)])
     rows.check(full)
     with pytest.raises(ValueError, match="weight"):
@@ -310,19 +204,23 @@ def test_check_refuses_a_row_without_a_target_and_names_it() -> None:
     batch = good()
     with pytest.raises(ValueError, match="row 1 has no target"):
         rows.check(batch._replace(weight=batch.weight * np.asarray([[1.0], [0.0]], np.float32)))
-    with pytest.raises(ValueError, match="row 0 has no target"):
-        rows.check(rows.stack([rows.pack([], 4)]))
 
 
-def test_check_refuses_a_limit_on_the_trunk() -> None:
-    with pytest.raises(ValueError, match="trunk token has a limit"):
-        rows.check(at(good(), "limit", (0, 1), 1))
+def turned(order: Any) -> Rows:
+    return batched(Rows(*(f[order] for f in EXAMPLE)))
 
 
-def test_check_refuses_a_branch_before_its_trunk() -> None:
-    """Attention on a CPU computes keys up to the query only, so a token that sees a later one must not pass."""
-    turned = Rows(*(np.concatenate([f[5:], f[:5]]) for f in EXAMPLE))
-    assert np.triu(np.asarray(oracle(batched(turned))[0]), 1).any()
-    rows.check(batched(EXAMPLE))
-    with pytest.raises(ValueError):
-        rows.check(batched(turned))
+@pytest.mark.parametrize(
+    ("batch", "what"),
+    [
+        (turned([*range(5, 11), *range(5)]), "before its branches"),  # attention computes keys up to the query only
+        (turned([*range(6), 8, 6, 7, 9, 10])._replace(weight=np.eye(1, 11, 9)), "in one piece"),
+        (at(batched(EXAMPLE), "position", (0, 8), 5), "leaves its trunk behind"),
+        (at(batched(EXAMPLE), "position", (0, 9), 6), "do not count up"),
+        (at(batched(EXAMPLE), "until", (0, 4), 8), "token 4 is seen by the wrong ones"),
+    ],
+    ids=["turned", "torn", "ascending", "position", "until"],
+)
+def test_check_refuses_what_one_integer_cannot_say(batch: Rows, what: str) -> None:
+    with pytest.raises(ValueError, match=what):
+        rows.check(batch)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from oracles import random_adapter, real_dialogues
 
 from esjax.errors import InputError
-from esjax.model.cached import Seen
+from esjax.model.cache import Fed
 from esjax.model.lora import Adapter, lora_from
 from esjax.model.weights import Backbone, compute_dtype, load_backbone
 from esjax.rows import common_prefix
@@ -298,7 +298,7 @@ def test_replies_are_right_when_the_ring_has_wrapped_around(
 
     def greedy_step(*arguments: Any) -> Any:
         """Control: a lane sees a slot more of its ring than it has filled."""
-        return step(*(x._replace(fed=x.fed + 1) if isinstance(x, Seen) else x for x in arguments))
+        return step(*(x._replace(newest=x.newest + 1) if isinstance(x, Fed) else x for x in arguments))
 
     step = decode.step
     monkeypatch.setattr(decode, "step", greedy_step)

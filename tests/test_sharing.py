@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from definition import remasked
 from flax import nnx
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -254,12 +255,12 @@ def test_a_mask_off_by_one_is_caught(model: Any, path: str) -> None:
     expected = naive(model, replies, reference, dpo=True)
     good = packed(batch, shared_row)
     assert apart(shared(model, path, "branched", good, extra), expected) <= 1e-5
-    inside = (good.limit > 0) & (good.limit < 16)  # branches that leave their trunk before its end
+    ones = np.ones_like(good.segment)
     wrong = {
-        "one trunk token less": good._replace(limit=good.limit - (good.limit > 0)),
-        "one trunk token more": good._replace(limit=good.limit + inside),
-        "branches that see each other": good._replace(branch=jnp.where(good.branch == 2, 1, good.branch)),
-        "segments that see each other": good._replace(segment=jnp.where(good.segment == 2, 1, good.segment)),
+        "one trunk token less": remasked(good, -1),
+        "one trunk token more": remasked(good, 1),
+        "branches that see each other": remasked(good, branch=np.minimum(good.branch, 1)),
+        "segments that see each other": remasked(good, segment=np.where(good.segment == 2, ones, good.segment)),
         "a position off by one": good._replace(position=good.position + (good.branch > 0)),
     }
     for what, broken in wrong.items():

@@ -86,7 +86,6 @@ def test_the_turns_of_a_conversation_share_its_trunk(pairs: list[dict[str, Any]]
             for side, reply in enumerate(replies):
                 branch = row.branch == 2 * p + side + 1
                 assert row.tokens[branch].tolist() == [ids[-1], *reply]
-                assert set(row.limit[branch].tolist()) == {len(ids) - 1}
                 assert row.position[branch].tolist() == list(range(len(ids) - 1, len(ids) + len(reply)))
     alone = trunks(pairs, encoder, DpoSettings(trunk="prompt"))
     assert [t.members for t in alone] == [[0], [1], [2], [3], [4]]

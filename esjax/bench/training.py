@@ -21,7 +21,6 @@ from flax import nnx
 from esjax import rows
 from esjax.bench.workload import DpoWork, SftWork, Workload, lora_of, memory, parts
 from esjax.errors import InputError
-from esjax.model.attention import spans
 from esjax.model.decoder import Decoder, Execution
 from esjax.model.families import LINEARS, Architecture
 from esjax.model.layers import Lora, linear_sizes
@@ -207,10 +206,7 @@ def model_flops(arch: Architecture, lora: Lora | None, batch: Rows) -> float:
     """
     tokens = int((batch.segment > 0).sum())
     targets = int((batch.weight != 0).sum())
-    s = spans(batch)
-    index = np.arange(batch.tokens.shape[1])
-    seen = np.asarray(s.trunk_end - s.trunk_start) + (index - np.asarray(s.own_start) + 1)
-    pairs = float(seen[batch.segment > 0].sum())
+    pairs = float((batch.until - np.arange(batch.tokens.shape[1]))[batch.segment > 0].sum())
     sizes = linear_sizes(arch)
     linear = 2.0 * arch.layers * sum(i * o for i, o in sizes.values()) * tokens
     head = 2.0 * arch.vocab * arch.width * targets

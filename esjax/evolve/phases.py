@@ -108,7 +108,9 @@ def sharing(shared: list[Trunk]) -> str:
     pairs = sum(len(t.members) for t in shared)
     tokens = sum(len(t.rows.tokens) for t in shared)
     opening = [t.rows.branch > np.concatenate([[0], t.rows.branch[:-1]]) for t in shared]  # where a branch begins
-    single = sum(int((t.rows.branch > 0).sum() + t.rows.limit[o].sum()) for t, o in zip(shared, opening, strict=True))
+    single = sum(
+        int((t.rows.branch > 0).sum() + t.rows.position[o].sum()) for t, o in zip(shared, opening, strict=True)
+    )
     return f"{pairs} pairs on {len(shared)} trunks, {tokens} tokens: {tokens / single:.0%} of one row a reply"
 
 

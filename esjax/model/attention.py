@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SegmentIds, SplashAttentionKernel
 
 from esjax.errors import InputError
-from esjax.model.row_kernel import row_attention
-from esjax.rows import Layout, Rows
+from esjax.rows import Layout, Rows, sees
 from esjax.runtime.mesh import per_device
 
 Path = Literal["dense", "chunked", "cudnn", "pallas", "splash"]
@@ -50,38 +49,6 @@ def choose_path(setting: str, platform: str, dtype: jnp.dtype) -> Path:
     return setting  # type: ignore[return-value]
 
 
-class Spans(NamedTuple):
-    """Who sees whom in O(T) numbers: token i sees j iff trunk_start <= j < trunk_end or own_start <= j <= i.
-
-    A row's trunks and branches lie in one piece each (``rows.check``), so this says what ``rows.visible`` says.
-    """
-
-    trunk_start: Array  # int32 [B, T]
-    trunk_end: Array  # int32 [B, T]; equal to trunk_start for trunk tokens
-    own_start: Array  # int32 [B, T], where the token's own trunk or branch begins
-
-
-def spans(rows: Rows) -> Spans:
-    """The spans of rows [B, T]. Padding sees padding."""
-    index = jnp.arange(rows.tokens.shape[1])
-
-    def changes(x: Array) -> Array:
-        return jnp.concatenate([jnp.ones_like(x[:, :1], bool), x[:, 1:] != x[:, :-1]], axis=1)
-
-    def latest(begins: Array) -> Array:
-        return jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
-
-    new_segment = changes(rows.segment)
-    start = latest(new_segment)
-    return Spans(start, start + rows.limit, latest(new_segment | changes(rows.branch)))
-
-
-def sees(s: Spans, query: Array, key: Array) -> Array:
-    """Mask [..., Q, S] for the spans [..., Q] of the queries at row indices ``query`` [Q], and keys at ``key`` [S]."""
-    trunk = (s.trunk_start[..., None] <= key) & (key < s.trunk_end[..., None])
-    return trunk | ((s.own_start[..., None] <= key) & (key <= query[:, None]))
-
-
 def attention(path: Path, rows: Rows, layout: Layout, interpret: bool = False) -> Attention:
     """The attention of rows [B, T], prepared once for all layers.
 
@@ -89,26 +56,29 @@ def attention(path: Path, rows: Rows, layout: Layout, interpret: bool = False) -
         layout: what the rows hold at most (``rows.layout``); static, so that simpler rows take a shorter way.
         interpret: run kernels on the host, for tests.
     """
-    s, index = spans(rows), jnp.arange(rows.tokens.shape[1])
+    until = rows.until
     if path == "chunked":
-        return lambda q, k, v: per_device(_chunked, [*[QUERY] * 3, ("batch",)])(q, k, v, s)
+        return lambda q, k, v: per_device(_chunked, [*[QUERY] * 3, ("batch",)])(q, k, v, until)
     if path == "pallas":
-        return lambda q, k, v: per_device(
-            partial(row_attention, interpret=interpret), [*[QUERY] * 3, *[("batch",)] * 3]
-        )(q, k, v, *s)
+        # Imported here, as Pallas' Triton backend is deprecated: without it, this path alone is gone.
+        from esjax.model.row_kernel import row_attention
+
+        kernel = partial(row_attention, interpret=interpret)
+        return lambda q, k, v: per_device(kernel, [*[QUERY] * 3, ("batch",)])(q, k, v, until)
     if path == "splash":
-        return _splash_branched(s, interpret) if layout == "branched" else _splash_causal(rows.segment, interpret)
+        return _splash_branched(until, interpret) if layout == "branched" else _splash_causal(until, interpret)
     library: Literal["cudnn", "xla"] = "cudnn" if path == "cudnn" else "xla"
     if layout == "causal":
         return partial(jax.nn.dot_product_attention, is_causal=True, implementation=library)
-    return partial(jax.nn.dot_product_attention, mask=sees(s, index, index)[:, None], implementation=library)
+    index = jnp.arange(until.shape[1])
+    return partial(jax.nn.dot_product_attention, mask=sees(until, index, index)[:, None], implementation=library)
 
 
 QUERY = ("batch", None, "heads")
 CPU_CHUNK = 128  # queries at a time
 
 
-def _chunked(q: Array, k: Array, v: Array, s: Spans) -> Array:
+def _chunked(q: Array, k: Array, v: Array, until: Array) -> Array:
     """For CPUs: the scores of one row and one chunk stay in the cache.
 
     At T = 512 this is 8 times faster than the batched form, and 4 times with the backward pass (two cores, float32).
@@ -118,59 +88,57 @@ def _chunked(q: Array, k: Array, v: Array, s: Spans) -> Array:
     index = jnp.arange(t)
 
     @jax.checkpoint
-    def chunk(q_KxGxCxH: Array, k_KxSxH: Array, v_KxSxH: Array, s_C: Spans, index_C: Array) -> Array:
+    def chunk(q_KxGxCxH: Array, k_KxSxH: Array, v_KxSxH: Array, until_S: Array, index_C: Array) -> Array:
         _, g, c, _ = q_KxGxCxH.shape
-        mask_CxS = sees(s_C, index_C, index[: k_KxSxH.shape[1]])
+        mask_CxS = sees(until_S, index_C, index[: len(until_S)])
         scores = jnp.einsum("kth,ksh->kts", q_KxGxCxH.reshape(groups, g * c, h), k_KxSxH).reshape(groups, g, c, -1)
         p = jax.nn.softmax(jnp.where(mask_CxS, scores.astype(jnp.float32), -1e30), axis=-1).astype(v.dtype)
         return jnp.einsum("kts,ksh->kth", p.reshape(groups, g * c, -1), v_KxSxH).reshape(groups, g, c, h)
 
-    def one(row: tuple[Array, Array, Array, Spans]) -> Array:
-        q_TxNxH, k_TxKxH, v_TxKxH, s_T = row
+    def one(row: tuple[Array, Array, Array, Array]) -> Array:
+        q_TxNxH, k_TxKxH, v_TxKxH, until_T = row
         q_KxGxTxH = (q_TxNxH * h**-0.5).reshape(t, groups, n // groups, h).transpose(1, 2, 0, 3)
         k_KxTxH, v_KxTxH = k_TxKxH.transpose(1, 0, 2), v_TxKxH.transpose(1, 0, 2)
         parts = []
         for start in range(0, t, CPU_CHUNK):
             c = slice(start, min(start + CPU_CHUNK, t))
             seen = slice(0, c.stop)
-            s_C = Spans(*(x[c] for x in s_T))
-            parts.append(chunk(q_KxGxTxH[:, :, c], k_KxTxH[:, seen], v_KxTxH[:, seen], s_C, index[c]))
+            parts.append(chunk(q_KxGxTxH[:, :, c], k_KxTxH[:, seen], v_KxTxH[:, seen], until_T[seen], index[c]))
         return jnp.concatenate(parts, axis=2).transpose(2, 0, 1, 3).reshape(t, n, h)
 
-    return jax.lax.map(one, (q, k, v, s))
+    return jax.lax.map(one, (q, k, v, until))
 
 
 LANES = 128  # the splash kernel wants rows of whole lanes
 
 
-def _splash_causal(segment: Array, interpret: bool) -> Attention:
-    """The splash kernel on rows of trunks: a computed causal mask within each segment [B, T]."""
-    _, t = segment.shape
+def _splash_causal(until: Array, interpret: bool) -> Attention:
+    """The splash kernel on rows of trunks: a computed causal mask among tokens of one ``until`` [B, T]: those of a trunk."""
+    _, t = until.shape
 
-    def local(q: Array, k: Array, v: Array, segment: Array) -> Array:
+    def local(q: Array, k: Array, v: Array, until: Array) -> Array:
         mask = splash.MultiHeadMask([splash.CausalMask((_whole(t), _whole(t)))] * q.shape[2])
         kernel = _kernel(mask, interpret)
-        ids = _pad_row(segment)
+        ids = _pad_row(until)
         out: Any = jax.vmap(kernel)(*_heads_first(q, k, v), SegmentIds(ids, ids))
         return out.transpose(0, 2, 1, 3)[:, :t]
 
-    return lambda q, k, v: per_device(local, [QUERY, QUERY, QUERY, ("batch",)])(q, k, v, segment)
+    return lambda q, k, v: per_device(local, [QUERY, QUERY, QUERY, ("batch",)])(q, k, v, until)
 
 
-def _splash_branched(s: Spans, interpret: bool) -> Attention:
+def _splash_branched(until: Array, interpret: bool) -> Attention:
     """The splash kernel on any rows: a mask for each row, cut into blocks of which the empty ones are skipped."""
-    b, t = s.own_start.shape
+    b, t = until.shape
     index = jnp.arange(_whole(t))
-    itself = jnp.broadcast_to(index[t:], (b, _whole(t) - t))  # what padding up to whole lanes sees
-    whole = Spans(_pad_row(s.trunk_start), _pad_row(s.trunk_end), jnp.concatenate([s.own_start, itself], axis=1))
+    itself = jnp.broadcast_to(index[t:] + 1, (b, _whole(t) - t))  # what padding up to whole lanes sees
 
-    def prepare(row: Spans) -> SplashAttentionKernel:
-        kernel = _kernel(sees(row, index, index)[None], interpret)
+    def prepare(until: Array) -> SplashAttentionKernel:
+        kernel = _kernel(sees(until, index, index)[None], interpret)
         infos = (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info)
         # This flag only names a profiler scope, but as a leaf of the tree it would be traced.
         return SplashAttentionKernel(*(i._replace(is_dynamic_mask=None) for i in infos if i), **kernel.kwargs)
 
-    kernels = jax.vmap(prepare)(whole)
+    kernels = jax.vmap(prepare)(jnp.concatenate([until, itself], axis=1))
 
     def local(q: Array, k: Array, v: Array, kernels: SplashAttentionKernel) -> Array:
         out = jax.lax.map(lambda row: row[0](*row[1:]), (kernels, *_heads_first(q, k, v)))

@@ -54,8 +54,7 @@ class Decoder(nnx.Module):
 
         def layer(x: Array, state: nnx.State) -> tuple[Array, None]:
             x = checkpoint_name(constrain(x, "batch", None, None), LAYER_INPUT)
-            block = nnx.merge(definition, state)
-            return block.rest(x, attend(*block.qkv(x, rope))), None
+            return nnx.merge(definition, state)(x, rope, attend), None
 
         embed = constrain(self.embed[...], "vocab", None)
         x, _ = jax.lax.scan(rematerialised(layer, how.remat), embed[rows.tokens], stacked, unroll=how.unroll)

@@ -7,7 +7,7 @@ and the code here sees one layer's slice of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -57,18 +57,10 @@ class Linear(nnx.Module):
     A is drawn uniform in +-1/sqrt(in) and B is zero, as PEFT does (Kaiming uniform with a = sqrt 5).
     """
 
-    def __init__(
-        self,
-        name: str,
-        sizes: tuple[int, int],
-        bias: bool,
-        lora: Lora | None,
-        stack: int,
-        dtype: jnp.dtype,
-        rngs: nnx.Rngs,
-    ):
-        i, o = sizes
-        self.name = name
+    def __init__(self, name: str, arch: Architecture, lora: Lora | None, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.name, stack = name, arch.layers
+        i, o = linear_sizes(arch)[name]
+        bias = arch.qkv_bias and name in ("q_proj", "k_proj", "v_proj")
         axes_in, axes_out = KERNEL_AXES[name]
         draw = jax.random.normal(rngs.params(), (stack, i, o), jnp.float32) * 0.02
         self.kernel = nnx.Param(draw.astype(dtype), axes=("layers", axes_in, axes_out))
@@ -154,6 +146,38 @@ def rotate(x: Array, rope: Rope) -> Array:
     return jnp.concatenate([a * rope.cos - b * rope.sin, b * rope.cos + a * rope.sin], axis=-1).astype(x.dtype)
 
 
+class Placement(NamedTuple):
+    """Where a block's weights and what it computes lie on the mesh. Static.
+
+    Training gathers a layer's weights over fsdp and leaves the rest to the compiler. Decoding has few tokens and many weights:
+    these stay where they are, the tokens' width is split over fsdp as theirs is, and products are summed over devices.
+    """
+
+    gather: bool
+
+    def project(self, x: Array, axis: str, linears: Sequence[Linear]) -> list[Array]:
+        """What linear layers make of x [..., in], whose last axis is ``axis``: each [..., out]."""
+        return project(x if self.gather else constrain(x, "stream", None, axis), linears, self.gather)
+
+    def stream(self, x: Array) -> Array:
+        """The residual stream [B, T, D]."""
+        return x if self.gather else constrain(x, "stream", None, "embed")
+
+    def own(self, y: Array, *axes: str | None) -> Array:
+        """Each device's rows of a product [B, T, ...] that is summed over devices.
+
+        Two steps: asked for its rows at once, the compiler may split the product by rows to overlap it with sending, and
+        reads the weights as often as there are devices. That suits many tokens; decoding is bound by the weights.
+        """
+        if self.gather:
+            return y
+        return constrain(constrain(y, "stream", None, *axes), "batch", None, *axes)
+
+
+TRAINING, DECODING = Placement(gather=True), Placement(gather=False)
+Attend = Callable[[Array, Array, Array], Array]  # q [B, T, N, H], k and v [B, T, K, H] -> [B, T, N, H]
+
+
 class Block(nnx.Module):
     """One pre-norm decoder layer: grouped-query attention, then a gated MLP. Arrays are stacked [L, ...]."""
 
@@ -167,24 +191,28 @@ class Block(nnx.Module):
 
     def __init__(self, arch: Architecture, lora: Lora | None, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.arch = arch
-        sizes, d = linear_sizes(arch), arch.width
         for name in LINEARS:
-            bias = arch.qkv_bias and name in ("q_proj", "k_proj", "v_proj")
-            setattr(self, name, Linear(name, sizes[name], bias, lora, arch.layers, dtype, rngs))
-        self.attn_norm = nnx.Param(jnp.ones((arch.layers, d), dtype), axes=("layers", "embed"))
-        self.mlp_norm = nnx.Param(jnp.ones((arch.layers, d), dtype), axes=("layers", "embed"))
+            setattr(self, name, Linear(name, arch, lora, dtype, rngs))
+        norms = (nnx.Param(jnp.ones((arch.layers, arch.width), dtype), axes=("layers", "embed")) for _ in range(2))
+        self.attn_norm, self.mlp_norm = norms
 
-    def qkv(self, x: Array, rope: Rope) -> tuple[Array, Array, Array]:
+    def __call__(self, x: Array, rope: Rope, attend: Attend, place: Placement = TRAINING) -> Array:
+        """The residual stream [B, T, D] after this layer; ``attend`` says what a query sees."""
+        attended = attend(*self.qkv(x, rope, place))
+        (o,) = place.project(attended.reshape(*x.shape[:-1], -1), "heads", (self.o_proj,))
+        x = place.stream(x + o)
+        h = rms_norm(x, self.mlp_norm[...], self.arch.norm_eps)
+        gate, up = (place.own(y, "mlp") for y in place.project(h, "embed", (self.gate_proj, self.up_proj)))
+        (down,) = place.project(jax.nn.silu(gate) * up, "mlp", (self.down_proj,))  # their product alone is sent on
+        return place.stream(x + down)
+
+    def qkv(self, x: Array, rope: Rope, place: Placement = TRAINING) -> tuple[Array, Array, Array]:
         """Rotated queries [B, T, N, H] and keys [B, T, K, H], and values [B, T, K, H] of x [B, T, D]."""
         h = rms_norm(x, self.attn_norm[...], self.arch.norm_eps)
         split = (*x.shape[:-1], -1, self.arch.head_size)
-        q, k, v = (y.reshape(split) for y in project(h, (self.q_proj, self.k_proj, self.v_proj)))
+        made = place.project(h, "embed", (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            place.own(y.reshape(split), heads, None)
+            for y, heads in zip(made, ("heads", "kv_heads", "kv_heads"), strict=True)
+        )
         return rotate(q, rope), rotate(k, rope), v
-
-    def rest(self, x: Array, attended: Array) -> Array:
-        """Output projection of attention [..., N, H] and the MLP, both added to x [..., D]."""
-        (o,) = project(attended.reshape(*x.shape[:-1], -1), (self.o_proj,))
-        x = x + o
-        gate, up = project(rms_norm(x, self.mlp_norm[...], self.arch.norm_eps), (self.gate_proj, self.up_proj))
-        (down,) = project(jax.nn.silu(gate) * up, (self.down_proj,))
-        return x + down

@@ -1,8 +1,8 @@
 """Flash attention for the token row on GPUs: a Pallas kernel (Triton) that visits only blocks where a token sees another.
 
-Query token i sees key j (indices of the row) iff ``trunk_start[i] <= j < trunk_end[i]`` or ``own_start[i] <= j <= i``. From
-these spans alone follows which blocks of keys a block of queries needs, so the kernels walk lists of blocks and have no
-branch inside their loops; a packed row costs what its segments cost, and a branch does not look at its siblings.
+A block of queries needs a block of keys iff one of these is seen long enough, see ``rows.sees``. So the kernels walk lists of
+blocks and have no branch inside their loops; a packed row costs what its segments cost, and a branch does not look at its
+siblings.
 
 The algorithm is FlashAttention-2 (Dao 2023): the forward pass keeps the output and the logarithm of the softmax's sum, the
 backward pass makes the probabilities again, once for dq and once for dk and dv.
@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+
+from esjax.rows import sees
 
 LOG2_E = math.log2(math.e)
 MASKED = -1e30  # a masked score
@@ -41,16 +43,8 @@ class Lists(NamedTuple):
     size: Array  # int32 [B, blocks, 1]
 
 
-def row_attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    trunk_start: Array,
-    trunk_end: Array,
-    own_start: Array,
-    interpret: bool = False,
-) -> Array:
-    """Attention of rows: q [B, T, N, H], k and v [B, T, K, H], spans int32 [B, T] -> [B, T, N, H]; scores scaled by H**-0.5.
+def row_attention(q: Array, k: Array, v: Array, until: Array, interpret: bool = False) -> Array:
+    """Attention of rows: q [B, T, N, H], k and v [B, T, K, H], until [B, T] -> [B, T, N, H]; scores scaled by H**-0.5.
 
     Head n uses key/value head n // (N // K). Differentiable in q, k and v. T is padded to whole blocks inside.
 
@@ -64,25 +58,21 @@ def row_attention(
         raise ValueError(f"the head size is {h}; the kernel needs a power of two of at least 16")
     blocks = Blocks(*(min(b, max(16, pl.next_power_of_2(t))) for b in Blocks()))
     whole = -(-t // max(blocks)) * max(blocks)
-    itself = jnp.broadcast_to(jnp.arange(t, whole, dtype=jnp.int32), (q.shape[0], whole - t))  # what padding sees
+    itself = jnp.broadcast_to(jnp.arange(t, whole, dtype=jnp.int32) + 1, (q.shape[0], whole - t))  # what padding sees
 
     def pad(x: Array) -> Array:
         return jnp.pad(x, ((0, 0), (0, whole - t), *[(0, 0)] * (x.ndim - 2)))
 
-    spans = (pad(trunk_start), pad(trunk_end), jnp.concatenate([own_start.astype(jnp.int32), itself], axis=1))
-    return _attend(pad(q), pad(k), pad(v), spans, blocks, interpret)[:, :t]
+    whole_until = jnp.concatenate([until.astype(jnp.int32), itself], axis=1)
+    return _attend(pad(q), pad(k), pad(v), whole_until, blocks, interpret)[:, :t]
 
 
-def block_lists(spans: tuple[Array, Array, Array], query: int, key: int) -> tuple[Lists, Lists]:
+def block_lists(until: Array, query: int, key: int) -> tuple[Lists, Lists]:
     """For each block of queries its blocks of keys, and for each block of keys its blocks of queries; exact."""
-    trunk_start, trunk_end, own_start = (x[..., None] for x in spans)
-    b, t = spans[0].shape
-    index = jnp.arange(t)[:, None]
-    first = jnp.arange(0, t, key)
-    last = first + key - 1
-    trunk = (trunk_start <= last) & (trunk_end > first) & (trunk_start < trunk_end)
-    sees = trunk | ((own_start <= last) & (index >= first))  # [B, T, key blocks]
-    needs = sees.reshape(b, t // query, query, -1).any(axis=2)
+    b, t = until.shape
+    first = jnp.arange(0, t, query)[:, None]
+    here = jnp.where(jnp.arange(t) < first + query, until[:, None], 0)  # [B, query blocks, T]
+    needs = here.reshape(b, t // query, t // key, key).max(axis=3) > first
 
     def lists(needs: Array) -> Lists:
         order = jnp.argsort(~needs, axis=-1, stable=True).astype(jnp.int32)
@@ -92,48 +82,48 @@ def block_lists(spans: tuple[Array, Array, Array], query: int, key: int) -> tupl
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(q: Array, k: Array, v: Array, spans: tuple[Array, Array, Array], blocks: Blocks, interpret: bool) -> Array:
-    return _forward(q, k, v, spans, blocks, interpret)[0]
+def _attend(q: Array, k: Array, v: Array, until: Array, blocks: Blocks, interpret: bool) -> Array:
+    return _forward(q, k, v, until, blocks, interpret)[0]
 
 
 def _forward(
-    q: Array, k: Array, v: Array, spans: tuple[Array, Array, Array], blocks: Blocks, interpret: bool
+    q: Array, k: Array, v: Array, until: Array, blocks: Blocks, interpret: bool
 ) -> tuple[Array, tuple[Any, ...]]:
     b, t, n, h = q.shape
     group = n // k.shape[2]
-    lists, _ = block_lists(spans, blocks.query, blocks.key)
+    lists, _ = block_lists(until, blocks.query, blocks.key)
     tile = pl.BlockSpec((None, blocks.query, None, h), lambda i, b, n: (b, i, n, 0))
     keys = pl.BlockSpec((None, t, None, h), lambda i, b, n: (b, 0, n // group, 0))
-    per_query = pl.BlockSpec((None, blocks.query), lambda i, b, n: (b, i))
+    row = pl.BlockSpec((None, t), lambda i, b, n: (b, 0))
     out, lse = pl.pallas_call(
         partial(_forward_kernel, key=blocks.key),
         grid=(t // blocks.query, b, n),
-        in_specs=[tile, keys, keys, *[per_query] * 3, *_list_specs(lists, lambda i, b, n: (b, i, 0))],
+        in_specs=[tile, keys, keys, row, *_list_specs(lists, lambda i, b, n: (b, i, 0))],
         out_specs=[tile, pl.BlockSpec((None, None, blocks.query), lambda i, b, n: (b, n, i))],
         out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((b, n, t), jnp.float32)],
         compiler_params=_tuning(h),
         interpret=interpret,
         name="row_attention",
-    )(q, k, v, *spans, *lists)
-    return out, (q, k, v, spans, out, lse)
+    )(q, k, v, until, *lists)
+    return out, (q, k, v, until, out, lse)
 
 
 def _backward(blocks: Blocks, interpret: bool, saved: tuple[Any, ...], dout: Array) -> tuple[Any, ...]:
-    q, k, v, spans, out, lse = saved
+    q, k, v, until, out, lse = saved
     b, t, n, h = q.shape
     kv_heads = k.shape[2]
     group = n // kv_heads
     delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1).transpose(0, 2, 1)
-    of_queries, of_keys = block_lists(spans, blocks.query_back, blocks.key_back)
+    of_queries, of_keys = block_lists(until, blocks.query_back, blocks.key_back)
     tile = pl.BlockSpec((None, blocks.query_back, None, h), lambda i, b, n: (b, i, n, 0))
     keys = pl.BlockSpec((None, t, None, h), lambda i, b, n: (b, 0, n // group, 0))
-    per_query = pl.BlockSpec((None, blocks.query_back), lambda i, b, n: (b, i))
+    row = pl.BlockSpec((None, t), lambda i, b, n: (b, 0))
     per_score = pl.BlockSpec((None, None, blocks.query_back), lambda i, b, n: (b, n, i))
     dq = pl.pallas_call(
         partial(_dq_kernel, key=blocks.key_back),
         grid=(t // blocks.query_back, b, n),
         in_specs=[
-            *(tile, keys, keys, tile, per_score, per_score, *[per_query] * 3),
+            *(tile, keys, keys, tile, per_score, per_score, row),
             *_list_specs(of_queries, lambda i, b, n: (b, i, 0)),
         ],
         out_specs=tile,
@@ -141,17 +131,17 @@ def _backward(blocks: Blocks, interpret: bool, saved: tuple[Any, ...], dout: Arr
         compiler_params=_tuning(h),
         interpret=interpret,
         name="row_attention_dq",
-    )(q, k, v, dout, lse, delta, *spans, *of_queries)
+    )(q, k, v, dout, lse, delta, until, *of_queries)
     # One program sums over all query heads of its key/value head, so nothing is added up between programs.
     heads = pl.BlockSpec((None, t, group, h), lambda i, b, m: (b, 0, m, 0))
     tile = pl.BlockSpec((None, blocks.key_back, None, h), lambda i, b, m: (b, i, m, 0))
-    row = pl.BlockSpec((None, t), lambda i, b, m: (b, 0))
+    own = pl.BlockSpec((None, blocks.key_back), lambda i, b, m: (b, i))
     scores = pl.BlockSpec((None, group, t), lambda i, b, m: (b, m, 0))
     dk, dv = pl.pallas_call(
         partial(_dkv_kernel, query=blocks.query_back, group=group),
         grid=(t // blocks.key_back, b, kv_heads),
         in_specs=[
-            *(heads, tile, tile, heads, scores, scores, row, row, row),
+            *(heads, tile, tile, heads, scores, scores, own),
             *_list_specs(of_keys, lambda i, b, m: (b, i, 0)),
         ],
         out_specs=[tile, tile],
@@ -159,23 +149,23 @@ def _backward(blocks: Blocks, interpret: bool, saved: tuple[Any, ...], dout: Arr
         compiler_params=_tuning(h),
         interpret=interpret,
         name="row_attention_dkv",
-    )(q, k, v, dout, lse, delta, *spans, *of_keys)
+    )(q, k, v, dout, lse, delta, until, *of_keys)
     return dq, dk, dv, None
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _forward_kernel(q, k, v, trunk_start, trunk_end, own_start, index, count, out, lse, *, key: int) -> None:  # type: ignore[no-untyped-def]
+def _forward_kernel(*refs: Any, key: int) -> None:
+    q, k, v, until, index, count, out, lse = refs
     query_tile = q[...]
     size, h = query_tile.shape
     at_query = pl.program_id(0) * size + jnp.arange(size)
-    spans = (trunk_start[...], trunk_end[...], own_start[...])
 
     def visit(n: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         acc, high, total = carry
         here = pl.ds(index[n] * key, key)
-        mask = _mask(spans, at_query, index[n] * key + jnp.arange(key))
+        mask = sees(until[here], at_query, index[n] * key + jnp.arange(key))
         s = _scores(query_tile, k[here, :], mask)
         higher = jnp.maximum(high, jnp.max(s, axis=1))
         p, shrink = jnp.exp2(s - higher[:, None]), jnp.exp2(high - higher)
@@ -188,15 +178,15 @@ def _forward_kernel(q, k, v, trunk_start, trunk_end, own_start, index, count, ou
     lse[...] = high + jnp.log2(total)
 
 
-def _dq_kernel(q, k, v, dout, lse, delta, trunk_start, trunk_end, own_start, index, count, dq, *, key: int) -> None:  # type: ignore[no-untyped-def]
+def _dq_kernel(*refs: Any, key: int) -> None:
+    q, k, v, dout, lse, delta, until, index, count, dq = refs
     query_tile, dout_tile, lse_tile, delta_tile = q[...], dout[...], lse[...], delta[...]
     size, h = query_tile.shape
     at_query = pl.program_id(0) * size + jnp.arange(size)
-    spans = (trunk_start[...], trunk_end[...], own_start[...])
 
     def visit(n: Array, acc: Array) -> Array:
         here = pl.ds(index[n] * key, key)
-        mask = _mask(spans, at_query, index[n] * key + jnp.arange(key))
+        mask = sees(until[here], at_query, index[n] * key + jnp.arange(key))
         p = jnp.exp2(_scores(query_tile, k[here, :], mask) - lse_tile[:, None])
         ds = p * (_dot(dout_tile, v[here, :].T) - delta_tile[:, None])
         return acc + _dot(ds.astype(q.dtype), k[here, :])
@@ -205,10 +195,9 @@ def _dq_kernel(q, k, v, dout, lse, delta, trunk_start, trunk_end, own_start, ind
     dq[...] = (acc * h**-0.5).astype(dq.dtype)
 
 
-def _dkv_kernel(  # type: ignore[no-untyped-def]
-    q, k, v, dout, lse, delta, trunk_start, trunk_end, own_start, index, count, dk, dv, *, query: int, group: int
-) -> None:
-    key_tile, value_tile = k[...], v[...]
+def _dkv_kernel(*refs: Any, query: int, group: int) -> None:
+    q, k, v, dout, lse, delta, until, index, count, dk, dv = refs
+    key_tile, value_tile, until_tile = k[...], v[...], until[...]
     size, h = key_tile.shape
     at_key = pl.program_id(0) * size + jnp.arange(size)
 
@@ -217,8 +206,7 @@ def _dkv_kernel(  # type: ignore[no-untyped-def]
         block, head = index[jax.lax.div(n, group)], jax.lax.rem(n, group)
         here = pl.ds(block * query, query)
         q_tile, dout_tile = q[here, head, :], dout[here, head, :]
-        spans = (trunk_start[here], trunk_end[here], own_start[here])
-        mask = _mask(spans, block * query + jnp.arange(query), at_key)
+        mask = sees(until_tile, block * query + jnp.arange(query), at_key)
         p = jnp.exp2(_scores(q_tile, key_tile, mask) - lse[head, here][:, None])
         ds = p * (_dot(dout_tile, value_tile.T) - delta[head, here][:, None])
         return acc_k + _dot(ds.astype(q.dtype).T, q_tile), acc_v + _dot(p.astype(q.dtype).T, dout_tile)
@@ -227,12 +215,6 @@ def _dkv_kernel(  # type: ignore[no-untyped-def]
     acc_k, acc_v = jax.lax.fori_loop(0, count[0] * group, visit, (zeros, zeros))
     dk[...] = (acc_k * h**-0.5).astype(dk.dtype)
     dv[...] = acc_v.astype(dv.dtype)
-
-
-def _mask(spans: tuple[Array, Array, Array], at_query: Array, at_key: Array) -> Array:
-    trunk_start, trunk_end, own_start = (x[:, None] for x in spans)
-    key = at_key[None, :]
-    return ((trunk_start <= key) & (key < trunk_end)) | ((own_start <= key) & (key <= at_query[:, None]))
 
 
 def _scores(q: Array, k: Array, mask: Array) -> Array:

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from esjax.evolve.reflect import FIELDS
-from esjax.model.cached import Chunk, cache_shapes
+from esjax.model.cache import Chunk, cache_shapes
 from esjax.model.decoder import Decoder, Execution
 from esjax.model.families import Architecture
 from esjax.model.lora import lora_from
@@ -22,7 +22,7 @@ from esjax.rows import Rows
 from esjax.runtime.mesh import batch_groups, mesh_sizes, placed, placed_batch, rows_at_once
 from esjax.sample.compiled import sampling_programs, windows_of
 from esjax.sample.constrain import free
-from esjax.sample.decode import idle_lanes
+from esjax.sample.decode import Asked, idle_lanes
 from esjax.sample.generate import BUCKET, SHARED_LANES
 from esjax.sample.score import SCORE
 from esjax.settings.files import read_text
@@ -110,7 +110,7 @@ def _sampling(
     rows = lanes // shared
     slots, new = row_slots(config, shared), longest_reply(config)
     kept = dtype if config.model.cache_dtype == "auto" else jnp.dtype(config.model.cache_dtype)
-    programs = sampling_programs(arch, definition, dtype, how)
+    programs = sampling_programs(definition, dtype, how)
     weights: Any = (adapter, base)
     if how.weights == "apart":
         made = jax.jit(programs.weights).lower(adapter, base).compile().output_shardings
@@ -120,7 +120,8 @@ def _sampling(
     count, width = windows_of(platform)
     first, table = _array((count * batch_groups(),), np.int32), _array((count * batch_groups(), width), np.int32)
     valid = _array(table.shape, np.bool_)
-    chunk = _everywhere(Chunk(first, first, table, table, valid, table, table, table))
+    seen = _array((count * batch_groups(), slots), np.int32)
+    chunk = _everywhere(Chunk(first, first, table, table, valid, seen, seen))
     state = _everywhere(jax.eval_shape(lambda: idle_lanes(rows, shared)))
     waiting = _everywhere(jax.tree.map(lambda x: _array((rows, 4 * shared), x.dtype), state.leaf))
     counts, stop, patience = _everywhere((_array((rows,), np.int32), _array((1,), np.int32), _array((), np.int32)))
@@ -130,7 +131,7 @@ def _sampling(
     yield Job("prefill", lambda: programs.prefill.lower(weights, cache, chunk), {**held, "rows": chunk})
     yield Job(
         "decode",
-        lambda: programs.decode.lower(weights, cache, state, waiting, counts, stop, constraint, patience),
+        lambda: programs.decode.lower(weights, cache, state, Asked(waiting, counts, stop, constraint, patience)),
         {**held, "constraint": constraint, "rows": (state, waiting, counts, stop, patience)},
     )
 

@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from esjax.model.cached import Cache, Chunk, Weights, layered, load
+from esjax.model.cache import Cache, Chunk
+from esjax.model.cached import Weights, layered
+from esjax.model.cached import prefill as prefill_chunk
 from esjax.model.decoder import Decoder, Execution
-from esjax.model.families import Architecture
 from esjax.model.layers import Block
 from esjax.model.lora import Adapter
 from esjax.model.weights import bind
 from esjax.runtime.mesh import batch_groups
 from esjax.runtime.programs import program
-from esjax.sample.constrain import Constraint
-from esjax.sample.decode import Called, Lanes, Leaf, run
+from esjax.sample.decode import Asked, Called, Lanes, run
 
 STEPS = 128  # most steps between two looks of the host
 
@@ -29,12 +28,10 @@ class SamplingPrograms(NamedTuple):
 
     weights: Callable[[Adapter, nnx.State], Any]
     prefill: Any  # (weights, cache, chunk) -> cache
-    decode: Any  # (weights, cache, lanes, waiting, counts, stop, constraint, patience) -> Called
+    decode: Any  # (weights, cache, lanes, asked) -> Called
 
 
-def sampling_programs(
-    arch: Architecture, definition: nnx.GraphDef[Decoder], dtype: jnp.dtype, how: Execution
-) -> SamplingPrograms:
+def sampling_programs(definition: nnx.GraphDef[Decoder], dtype: jnp.dtype, how: Execution) -> SamplingPrograms:
     """The programs for a model. The cache is donated."""
     merge = dtype.itemsize == 4  # exact to rounding in float32, and a little faster; see layered
 
@@ -54,19 +51,10 @@ def sampling_programs(
         return weights if isinstance(weights, Weights) else layered(bind(definition, *weights), False)
 
     def prefill(weights: Any, cache: Cache, chunk: Chunk) -> Cache:
-        return load(arch, see(weights), cache, chunk, how)
+        return prefill_chunk(see(weights), cache, chunk, how)
 
-    def decode(
-        weights: Any,
-        cache: Cache,
-        lanes: Lanes,
-        waiting: Leaf,
-        count: jax.Array,
-        stop: jax.Array,
-        constraint: Constraint,
-        patience: jax.Array,
-    ) -> Called:
-        return run(arch, lambda: see(weights), cache, lanes, waiting, count, stop, constraint, patience, STEPS, how)
+    def decode(weights: Any, cache: Cache, lanes: Lanes, asked: Asked) -> Called:
+        return run(lambda: see(weights), cache, lanes, asked, STEPS, how)
 
     return SamplingPrograms(
         weights=apart if how.weights == "apart" else lambda adapter, base: (adapter, base),

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from esjax.model.cached import Cache, Seen, Weights, pinned, step
+from esjax.model.cache import Cache, Fed, pinned
+from esjax.model.cached import Weights, step
 from esjax.model.decoder import Execution
-from esjax.model.families import Architecture
 from esjax.runtime.mesh import constrain, everywhere
 from esjax.sample.constrain import Constraint, Counted
 
@@ -68,6 +68,16 @@ class Log(NamedTuple):
     stopped: Array  # bool, a stop token
 
 
+class Asked(NamedTuple):
+    """What one call of the loop is given to do. ``stop`` tokens that are -1 never match."""
+
+    waiting: Leaf  # [R, Q], in the order in which they are taken
+    count: Any  # int32 [R], how many of each row's are meant
+    stop: Any  # int32 [n], tokens that end a reply
+    constraint: Constraint
+    patience: Any  # int32, how many lanes may have nothing left to do
+
+
 class Called(NamedTuple):
     """What one call of the loop returns."""
 
@@ -86,27 +96,12 @@ def idle_lanes(rows: int, lanes: int) -> Lanes:
     return Lanes(leaf, zero, zero, zero, jnp.int32(0))
 
 
-def run(
-    arch: Architecture,
-    weights: Callable[[], Weights],
-    cache: Cache,
-    lanes: Lanes,
-    waiting: Leaf,
-    count: Array,
-    stop: Array,
-    constraint: Constraint,
-    patience: Array,
-    steps: int,
-    how: Execution,
-) -> Called:
-    """Draw until all leaves are done, ``steps`` steps are made, or ``patience`` lanes have nothing left to do.
+def run(weights: Callable[[], Weights], cache: Cache, lanes: Lanes, asked: Asked, steps: int, how: Execution) -> Called:
+    """Draw until all leaves are done, ``steps`` (K, static) steps are made, or patience has run out.
 
-    Args:
-        weights: called inside the loop, so that what it slices is sliced where it is used and never copied.
-        waiting: [R, Q], in the order in which they are taken; row r's first ``count[r]`` are meant.
-        stop: int32 [n], tokens that end a reply; -1 entries never match.
-        steps: K, static.
+    ``weights`` is called inside the loop, so that what it slices is sliced where it is used and never copied.
     """
+    waiting, count, stop, constraint, patience = asked
     r, m = lanes.drawn.shape
 
     def idle(lanes: Lanes, started: Array) -> Array:
@@ -122,10 +117,9 @@ def run(
         lanes, started = _take(state.lanes, waiting, count, state.started)
         leaf = lanes.leaf
         busy = leaf.uid >= 0
-        fed = jnp.where(busy, lanes.drawn + 1, 1)
-        seen = Seen(leaf.trunk_start, leaf.trunk_end, leaf.own_start, leaf.own_end, fed)
-        w = weights()
-        x, cache = step(arch, w, state.cache, leaf.token, leaf.position, seen, lanes.clock, how)
+        w, spans = weights(), (leaf.trunk_start, leaf.trunk_end, leaf.own_start, leaf.own_end)
+        fed = Fed(leaf.token, leaf.position, *spans, jnp.where(busy, lanes.drawn + 1, 1))
+        x, cache = step(w, state.cache, fed, lanes.clock, how)
         logits = constrain(jnp.einsum("bd,vd->bv", x, w.head, preferred_element_type=jnp.float32), "batch", "vocab")
         flat: Leaf = jax.tree.map(lambda a: a.reshape(-1), leaf)
         drawn, used, units = lanes.drawn.reshape(-1), lanes.used.reshape(-1), lanes.units.reshape(-1)

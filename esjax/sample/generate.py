@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from esjax.errors import InputError, RunError, Stopped
-from esjax.model.cached import Cache, Chunk, empty_cache
+from esjax.model.cache import Cache, Chunk, empty_cache
 from esjax.model.lora import Adapter
 from esjax.model.weights import Backbone
 from esjax.rows import common_prefix
@@ -22,7 +22,7 @@ from esjax.runtime.mesh import batch_groups, check_split, put_everywhere
 from esjax.runtime.processes import deferred
 from esjax.sample.compiled import sampling_programs, windows_of
 from esjax.sample.constrain import START, Constraint, free, narrowed
-from esjax.sample.decode import Draw, Lanes, Leaf, Log, idle_lanes
+from esjax.sample.decode import Asked, Draw, Lanes, Leaf, Log, idle_lanes
 from esjax.sample.rowbook import Group, Placed, Request, RowBook, together, windows
 from esjax.sample.rowbook import row_seed as row_seed
 from esjax.tokens.batches import alike
@@ -105,7 +105,7 @@ class Generator:
         backbone = self.backbone
         self._windows, self._width = windows_of(jax.default_backend())
         self._how = backbone.execution
-        programs = sampling_programs(backbone.arch, backbone.definition, backbone.dtype, self._how)
+        programs = sampling_programs(backbone.definition, backbone.dtype, self._how)
         self._weights, self._load, self._run = programs
         arch = backbone.arch
         self._place(free(arch.vocab))  # the latest: all have a state for replies without a constraint
@@ -303,9 +303,8 @@ class _Session:
         unemployed = sum(max(0, m - len(b.running) - len(b.waiting)) for b in self.books)
         more = self.more_may_follow or self.backlog or any(b.groups for b in self.books)
         patience = np.int32(unemployed + max(1, total // 8) if more else total)
-        made = self.owner._run(
-            self.weights, self.cache, self.lanes, waiting, counts, self.stop, self.owner._constraint, patience
-        )
+        asked = Asked(waiting, counts, self.stop, self.owner._constraint, patience)
+        made = self.owner._run(self.weights, self.cache, self.lanes, asked)
         self.lanes, self.cache = made.lanes, made.cache
         started, steps, log = jax.device_get((made.started, made.steps, made.log))
         usage = self.owner.usage

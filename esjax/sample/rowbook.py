@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from esjax.model.cached import Chunk
+from esjax.model.cache import Chunk
 from esjax.rows import common_prefix
 
 
@@ -211,25 +211,47 @@ class RowBook:
 
 def windows(row: int, runs: Sequence[Run], width: int, slots: int) -> list[Chunk]:
     """Chunks of one row [C], C = ``width``, that compute the runs; runs that lie beside each other share chunks."""
-    tokens = {}
-    for run in runs:
-        for i, token in enumerate(run.tokens):
-            tokens[run.slot + i] = token, run.position + i, *run.trunk, run.slot
-    out: list[Chunk] = []
-    todo = sorted(tokens)
-    while todo:
-        start = min(todo[0], slots - width)
-        here = [s for s in todo if s < start + width]
-        todo = todo[len(here) :]
-        table = np.zeros((5, width), np.int32)
-        valid = np.zeros(width, bool)
-        index = np.asarray(here) - start
-        table[:, index] = np.asarray([tokens[s] for s in here], np.int32).T
-        valid[index] = True
-        own = table[4]
-        own[~valid] = start + np.flatnonzero(~valid)  # what is not valid sees itself
-        out.append(Chunk(np.int32(row), np.int32(start), table[0], table[1], valid, table[2], table[3], own))
-    return out
+    out: list[_Window] = []
+    for run in sorted(runs, key=lambda r: r.slot):
+        done = 0
+        while done < len(run.tokens):
+            taken = out[-1].take(run, done) if out else 0
+            if not taken:
+                out.append(_Window(row, min(run.slot + done, slots - width), width, slots))
+            done += taken
+    return [w.chunk for w in out]
+
+
+class _Window:
+    """A chunk in the making."""
+
+    def __init__(self, row: int, start: int, width: int, slots: int) -> None:
+        tokens, position, since, until = (np.zeros(n, np.int32) for n in (width, width, slots, slots))
+        self.chunk = Chunk(np.int32(row), np.int32(start), tokens, position, np.zeros(width, bool), since, until)
+        self.end = 0  # behind the last token taken
+
+    def take(self, run: Run, done: int) -> int:
+        """Take what follows the ``done`` first tokens of a run, as far as it goes; returns how many tokens.
+
+        None where the run sees slots that an earlier run of the window sees and the one before does not: the tokens that see
+        a slot must follow one another.
+        """
+        c = self.chunk
+        slot, trunk = run.slot + done, slice(*run.trunk)
+        first = slot - int(c.start)
+        last = min(first + len(run.tokens) - done, len(c.tokens))
+        seen = c.until[trunk]
+        if first >= last or ((seen > 0) & (seen < self.end)).any():
+            return 0
+        c.tokens[first:last] = run.tokens[done : done + last - first]
+        c.position[first:last] = np.arange(run.position + done, run.position + done + last - first)
+        c.valid[first:last] = True
+        c.since[trunk] = np.where(seen > 0, c.since[trunk], first)
+        c.since[run.slot : slot] = first
+        c.since[slot : slot + last - first] = np.arange(first, last)
+        c.until[trunk] = c.until[run.slot : slot + last - first] = last
+        self.end = last
+        return last - first
 
 
 def together(chunks: Sequence[Sequence[Chunk]], count: int) -> Chunk:
