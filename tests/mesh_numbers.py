@@ -116,7 +116,7 @@ def sampled(backbone: Backbone) -> dict[str, Any]:
     prompts = [[*stem[:n], *(int(i) for i in rng.integers(3, 1000, 5))] for n in rng.integers(5, 150, 40)]
     generator = Generator(backbone, 16, end_of_turn=1)
     cache: dict[str, Any] = {}
-    decode = generator._run
+    decode = generator.programs.decode
 
     def watched(weights: Any, given: Any, *rest: Any) -> Any:
         cache["before"] = describe(given)
@@ -124,7 +124,7 @@ def sampled(backbone: Backbone) -> dict[str, Any]:
         cache["after"] = describe(made.cache)
         return made
 
-    generator._run = watched
+    generator.programs = generator.programs._replace(decode=watched)
     adapter = filled(backbone.fresh_adapter(0))
     made = generator.generate(adapter, prompts, range(40), SamplingSettings(temperature=0.0), 24)
     return {"tokens": [m.token_ids for m in made], "logprobs": [m.logprobs for m in made], "cache": cache}

@@ -222,7 +222,7 @@ def test_memory_of_sampling_is_what_is_held_not_what_a_step_reads() -> None:
     backbone = Backbone(
         Path(), work.architecture, None, FLOAT32, definition, make()[1], choose_execution("auto", "full", FLOAT32)
     )
-    generator = Generator(backbone, 4, end_of_turn=-1, shared=1, slots=128, new=64)
+    generator = Generator(backbone, 4, end_of_turn=-1, lanes=1, slots=128, new=64)
     weights = sum(x.nbytes for x in jax.tree.leaves(backbone.base))
     a = work.architecture
     cache = 2 * a.layers * a.kv_heads * a.head_size * 4 * (128 + 64) * 4
@@ -231,7 +231,7 @@ def test_memory_of_sampling_is_what_is_held_not_what_a_step_reads() -> None:
         generator, lambda: generator.generate(BARE, prompts, range(4), sampling.HOW, 8) and None
     )
     assert held > weights + cache
-    larger = Generator(backbone, 4, end_of_turn=-1, shared=1, slots=128, new=64 + 4096)
+    larger = Generator(backbone, 4, end_of_turn=-1, lanes=1, slots=128, new=64 + 4096)
     more = sampling.memory_held(larger, lambda: larger.generate(BARE, prompts, range(4), sampling.HOW, 8) and None)
     rings = 2 * a.layers * a.kv_heads * a.head_size * 4 * 4096 * 4
     assert rings <= more - held < 2.5 * rings

@@ -36,7 +36,8 @@ from esjax.sample.constrain import (
     free,
 )
 from esjax.sample.decode import permitted
-from esjax.sample.generate import Completion, Generator
+from esjax.sample.generate import Generator
+from esjax.sample.schedule import Completion
 from esjax.sample.schema import schema_pattern
 from esjax.sample.score import Scorer
 from esjax.tokens.tokenizer import ChatTokenizer
@@ -92,7 +93,7 @@ def letters(tokenizer: ChatTokenizer, vocab: int) -> Template:
 @pytest.fixture(scope="session")
 def generator(backbone: Backbone, tokenizer: ChatTokenizer) -> Generator:
     """Its shapes hold every prompt and reply of this file, so only a constraint of another size compiles anything."""
-    return Generator(backbone, 32, tokenizer.end_of_turn, shared=2, slots=256, new=128)
+    return Generator(backbone, 32, tokenizer.end_of_turn, lanes=2, slots=256, new=128)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,9 @@ from esjax.model.weights import Backbone, compute_dtype, load_backbone
 from esjax.rows import prompt_with_replies
 from esjax.runtime.programs import compiled
 from esjax.sample.constrain import Field, compile_template
-from esjax.sample.generate import Completion, Generator, row_seed
+from esjax.sample.generate import Generator
+from esjax.sample.rowbook import row_seed
+from esjax.sample.schedule import Completion
 from esjax.sample.score import Scorer
 from esjax.tokens.tokenizer import ChatTokenizer
 

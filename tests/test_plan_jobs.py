@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -22,13 +21,12 @@ import esjax.train.loop
 import esjax.train.step
 from esjax.cli import main
 from esjax.evolve.experiment import Experiment
-from esjax.evolve.reflect import Instructions, form
-from esjax.evolve.rounds import _Replies
+from esjax.evolve.rounds import lengths, sampling_need
 from esjax.model.families import read_architecture
 from esjax.model.weights import choose_execution
-from esjax.plan.jobs import jobs, longest_reply, row_slots
+from esjax.plan.jobs import jobs, sampler_shapes
 from esjax.runtime.mesh import make_mesh
-from esjax.sample.generate import Generator, Request
+from esjax.sample.rowbook import Request
 from esjax.settings.files import load
 
 Sizes = dict[str, tuple[tuple[int, ...], str]]  # path -> shape and dtype
@@ -239,23 +237,19 @@ def test_rows_of_the_sampler_hold_what_a_run_asks_for(
     options = [part for key, value in ROWS[name].items() for part in (f"--{key}", str(value))]
     config = load(None, [*tiny_overrides(tiny_folder), *options])
     experiment = Experiment.open(config)
-    generator = Generator(experiment.backbone, config.evolve.batch, 1)
-    template = form(experiment.tokenizer, config.evolve.reflection.field_tokens, experiment.backbone.arch.vocab)
-    round_ = SimpleNamespace(instructions=Instructions.load(config), config=config)
-    replies = SimpleNamespace(
-        experiment=experiment, settings=config.evolve, round=round_, form=template, generator=generator
-    )
-    _Replies._fix_shapes(replies, config.context_room)  # type: ignore[arg-type]
+    generator = experiment.generator
+    made = generator.reserve(sampling_need(config, lengths(experiment, config.context_room)))
     answered = config.data.window - config.reply.max_tokens  # the closing table's longest contexts, half of them shared
     half = [*range(answered // 2)]
     prompts = [half + [i] * (answered - len(half)) for i in (1, 2)]
     asked = [Request(i, p, 0, config.reply, config.reply.max_tokens, 0) for i, p in enumerate(prompts)]
     before = generator.slots
-    generator._fit([asked])
+    generator.fit([asked])
     assert (generator.slots > before) == (name == "closing")
-    assert generator.slots <= row_slots(config, generator.shared) <= 1.5 * generator.slots
-    assert generator.new <= longest_reply(config) <= 1.5 * generator.new
-    assert template.max_tokens + len(template.opening) <= esjax.plan.jobs.reflection_tokens(config)
+    planned = sampler_shapes(config, "cpu")
+    assert planned._replace(slots=0, new=0) == made._replace(slots=0, new=0)
+    assert generator.slots <= planned.slots <= 1.5 * generator.slots
+    assert generator.new <= planned.new <= 1.5 * generator.new
     if name in ("short", "form"):
         monkeypatch.setattr(esjax.plan.jobs, "TOKEN", 4)  # as of a large vocabulary
-        assert generator.slots > row_slots(config, generator.shared)
+        assert generator.slots > sampler_shapes(config, "cpu").slots

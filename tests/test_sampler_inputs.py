@@ -22,7 +22,8 @@ from esjax.model.weights import Backbone, compute_dtype, load_backbone
 from esjax.run.jsonl import json_line
 from esjax.sample.constrain import BUCKET, Field, compile_template, drawable, free, narrowed
 from esjax.sample.decode import permitted
-from esjax.sample.generate import Generator, Request, row_seed
+from esjax.sample.generate import Generator
+from esjax.sample.rowbook import Request, row_seed
 from esjax.settings.files import load
 from esjax.tokens.tokenizer import ChatTokenizer
 

@@ -14,7 +14,9 @@ from scipy.stats import chisquare
 from esjax.evolve.reflect import Instructions, form, parse
 from esjax.model.weights import Backbone, compute_dtype, load_backbone
 from esjax.sample.constrain import START
-from esjax.sample.generate import Completion, Generator, Request, Usage
+from esjax.sample.generate import Generator
+from esjax.sample.rowbook import Request
+from esjax.sample.schedule import Completion, Usage
 from esjax.settings.files import load
 from esjax.settings.schema import SamplingSettings
 from esjax.tokens.encode import Encoder
@@ -36,7 +38,7 @@ def encoder(smollm_folder: Path) -> Encoder:
 @pytest.fixture(scope="module")
 def generator(smollm: Backbone, encoder: Encoder) -> Generator:
     """One for all tests, with room for all of them, so that programs are compiled once."""
-    made = Generator(smollm, LANES, encoder.tokenizer.end_of_turn, shared=2, slots=1280, new=128)
+    made = Generator(smollm, LANES, encoder.tokenizer.end_of_turn, lanes=2, slots=1280, new=128)
     made.usage = Usage()
     return made
 

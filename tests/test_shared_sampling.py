@@ -20,8 +20,9 @@ from esjax.model.lora import Adapter, lora_from
 from esjax.model.weights import Backbone, compute_dtype, load_backbone
 from esjax.rows import common_prefix
 from esjax.sample import decode
-from esjax.sample.generate import Completion, Generator, Request
-from esjax.sample.rowbook import Placed
+from esjax.sample.generate import Generator
+from esjax.sample.rowbook import Placed, Request
+from esjax.sample.schedule import Completion
 from esjax.settings.schema import LoraSettings, SamplingSettings
 from esjax.tokens.batches import alike
 from esjax.tokens.encode import Encoder
@@ -120,8 +121,8 @@ class Case(NamedTuple):
     def longest(self) -> int:
         return max(len(r.prompt) for r in self.requests["greedy"])
 
-    def generator(self, lanes: int, **how: int) -> Generator:
-        return Generator(self.backbone, lanes, self.end_of_turn, **how)
+    def generator(self, replies: int, **how: int) -> Generator:
+        return Generator(self.backbone, replies, self.end_of_turn, **how)
 
 
 def case(backbone: Backbone, adapter: Adapter, esconv: Path, window: int, most: Callable[[int], int]) -> Case:
@@ -136,7 +137,7 @@ def case(backbone: Backbone, adapter: Adapter, esconv: Path, window: int, most: 
     }
     made = Case(backbone, adapter, tokenizer.end_of_turn, requests, {})
     slots = -(-made.longest // 128) * 128
-    generator = made.generator(16, shared=1, slots=slots, new=max(most(i) for i in range(len(prompts))))
+    generator = made.generator(16, lanes=1, slots=slots, new=max(most(i) for i in range(len(prompts))))
     for name, all_of_them in requests.items():
         parts = [
             answers(generator, adapter, [[r] for r in all_of_them[i : i + 16]]) for i in range(0, len(prompts), 16)

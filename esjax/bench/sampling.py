@@ -21,7 +21,10 @@ from esjax.model.weights import Backbone
 from esjax.runtime import programs
 from esjax.sample.constrain import free
 from esjax.sample.decode import permitted
-from esjax.sample.generate import Completion, Generator, Request, Usage, row_seed
+from esjax.sample.generate import Generator
+from esjax.sample.rowbook import Request, row_seed
+from esjax.sample.schedule import Completion, Usage
+from esjax.sample.shapes import Need
 from esjax.settings.schema import SamplingSettings
 
 HOW = SamplingSettings(temperature=0.7, top_p=0.9)
@@ -48,12 +51,12 @@ def bench(work: Workload, task: str, how: Execution, peak: float, bandwidth: flo
     backbone = Backbone(Path(), arch, None, dtype, definition, make()[1], how)
     if task == "sample":
         units, unit = work.sample.batch * work.sample.new_tokens, "new tokens/s"
-        generator = Generator(backbone, work.sample.batch, end_of_turn=-1, shared=1, clocked=True)
+        generator = Generator(backbone, work.sample.batch, end_of_turn=-1, lanes=1, clocked=True)
         once = partial(_sample, work, generator)
     else:
         units, unit = work.round.contexts, "pairs/s"
-        lanes, shared = (work.round.contexts, 1) if naive else (2 * work.round.contexts, 2)
-        generator = Generator(backbone, lanes, end_of_turn=-1, shared=shared, clocked=True)
+        replies, lanes = (work.round.contexts, 1) if naive else (2 * work.round.contexts, 2)
+        generator = Generator(backbone, replies, end_of_turn=-1, lanes=lanes, clocked=True)
         once = partial(_round_unshared if naive else _round, work, generator)
     before = programs.seconds()
     _timed(generator, once, 0)
@@ -73,19 +76,19 @@ def bench(work: Workload, task: str, how: Execution, peak: float, bandwidth: flo
         **peak_memory(),
         "seconds": round(best.seconds, 3),
         "compile_s": round(compile_seconds, 1),
-        "prefill_s": round(u.load_seconds, 3),
+        "prefill_s": round(u.prefill_seconds, 3),
         "prefill_tokens": u.computed_tokens,
-        "padded_tokens": u.loaded_tokens - u.computed_tokens,
+        "padded_tokens": u.padded_tokens - u.computed_tokens,
         "unshared_tokens": u.prompt_tokens,
         "prefill_tflop": round(flops / 1e12, 4),
-        "prefill_mfu": round(flops / u.load_seconds / peak, 3),
+        "prefill_mfu": round(flops / u.prefill_seconds / peak, 3),
         "decode_s": round(u.decode_seconds, 3),
         "steps": u.steps,
         "step_ms": round(u.decode_seconds / u.steps * 1e3, 2),
         "step_gib": round(moved / GIB, 3),
         "step_limit_ms": round(moved / bandwidth * 1e3, 2),
-        "constraint_ms": round(constraint_seconds(arch.vocab, generator.lanes) * 1e3, 2),
-        "lanes": generator.lanes,
+        "constraint_ms": round(constraint_seconds(arch.vocab, generator.replies) * 1e3, 2),
+        "lanes": generator.replies,
         "occupancy": round(u.occupancy, 3),
         "attention": how.attention,
     }
@@ -93,7 +96,7 @@ def bench(work: Workload, task: str, how: Execution, peak: float, bandwidth: flo
 
 def memory_held(generator: Generator, once: Callable[[], None]) -> int:
     """Bytes that sampling needs: all arrays that live while a task runs, and what the decoding program takes beside them."""
-    decode: Any = generator._run
+    decode: Any = generator.programs.decode
     seen: list[int] = []
     shapes: list[Any] = []
 
@@ -102,9 +105,10 @@ def memory_held(generator: Generator, once: Callable[[], None]) -> int:
         shapes[:] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
         return decode(*arguments)
 
-    generator._run, generator.usage = watched, Usage()
+    usual = generator.programs
+    generator.programs, generator.usage = usual._replace(decode=watched), Usage()
     once()
-    generator._run = decode
+    generator.programs = usual
     m = decode.lower(*shapes).compile().memory_analysis()
     return max(seen) + int(m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes)
 
@@ -153,7 +157,7 @@ def _round(work: Workload, generator: Generator, rng: np.random.Generator) -> No
         for i in range(r.contexts)
     ]
     refining = r.instruction + r.draft + r.reflection
-    generator.fix_shapes(r.context, r.instruction, max(r.draft, r.reflection, r.refinement), least=refining)
+    generator.reserve(Need(r.context, r.instruction, max(r.draft, r.reflection, r.refinement), least=refining))
     generator.work(BARE, groups, done, more_may_follow=True)
     if len(drawn) != 3 * r.contexts:
         raise AssertionError("a reply is missing")
@@ -165,7 +169,7 @@ def _round_unshared(work: Workload, generator: Generator, rng: np.random.Generat
     contexts = _ids(rng, work, r.contexts, r.context)
     ask, ask_again = (_ids(rng, work, r.contexts, r.instruction) for _ in range(2))
     seeds = range(r.contexts)
-    generator.fix_shapes(r.context + r.draft + r.reflection + r.instruction, 0, max(r.draft, r.refinement))
+    generator.reserve(Need(r.context + r.draft + r.reflection + r.instruction, 0, max(r.draft, r.refinement)))
     drafts = generator.generate(BARE, contexts, seeds, HOW, r.draft)
     asked = [[*c, *a] for c, a in zip(contexts, ask, strict=True)]
     reflections = generator.generate(BARE, asked, seeds, HOW, r.reflection)
@@ -184,7 +188,7 @@ def _check(made: list[Completion], length: int) -> None:
 def step_bytes(arch: Architecture, dtype: jnp.dtype, generator: Generator) -> int:
     """Bytes that a decoding step must read: all weights once, all rows, all rings. (A path may skip what nobody sees.)"""
     linear = arch.layers * sum(i * o for i, o in linear_sizes(arch).values())
-    slots = generator.lanes // generator.shared * generator.slots + generator.lanes * generator.new
+    slots = generator.replies // generator.lanes * generator.slots + generator.replies * generator.new
     cache = 2 * arch.layers * arch.kv_heads * arch.head_size * slots
     return (linear + arch.vocab * arch.width + cache) * dtype.itemsize
 

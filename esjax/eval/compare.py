@@ -18,7 +18,8 @@ from esjax.run.directory import RunDir, bundled_hash
 from esjax.run.files import gather, progress, publish_text, sha256
 from esjax.run.jsonl import json_text
 from esjax.runtime.mesh import rows_at_once
-from esjax.sample.generate import Completion, Request, row_seed
+from esjax.sample.rowbook import Request, row_seed
+from esjax.sample.schedule import Completion
 from esjax.sample.score import Scorer
 
 

@@ -20,11 +20,12 @@ from esjax.run.files import gather, say, sha256
 from esjax.run.jsonl import read_jsonl
 from esjax.runtime.mesh import batch_groups, rows_at_once
 from esjax.sample.constrain import LONGEST, START, Field, compile_template
-from esjax.sample.generate import Completion, Request, row_seed
+from esjax.sample.rowbook import Request, row_seed
+from esjax.sample.schedule import Completion
 from esjax.sample.score import Scorer
 from esjax.settings.files import bundled
 
-BLOCK = 32  # replies a lane that are drawn together
+BLOCK = 32  # times as many replies as are under way at once are drawn together
 MOST = 10_000_000  # answers of one command: they are held in memory
 
 
@@ -94,8 +95,8 @@ def answer(
                     f"its {size} tokens and reply.max_tokens={most} new ones exceed the model's {positions} positions; "
                     f"{remedy}shorten or remove it"
                 )
-    generator, devices, total = experiment.generator, batch_groups(), count * len(prompts)
-    generator.lanes = min(how.batch, -(-total // devices) * devices)
+    devices, total = batch_groups(), count * len(prompts)
+    generator = replace(experiment.generator, replies=min(how.batch, -(-total // devices) * devices))
 
     def requests(indices: range | list[int]) -> list[Request]:
         out = []
@@ -125,11 +126,9 @@ def answer(
         # Which prompts share what they begin with moves log-probs in their last digits. So that a continued command ends
         # with the same bytes, a block that lacks a reply is made anew as a whole, with the shapes of all.
         generator.fit(generator.grouped(requests(range(total))))
-        slots = generator.slots
-        for start in range(0, total, BLOCK * generator.lanes):
-            block = range(start, min(total, start + BLOCK * generator.lanes))
+        for start in range(0, total, BLOCK * generator.replies):
+            block = range(start, min(total, start + BLOCK * generator.replies))
             if not left.isdisjoint(block):
-                generator.slots = slots
                 generator.work(adapter, generator.grouped(requests(block)), done, form.automaton if form else None)
 
     drawn = {f"reply.{key}": getattr(how, key) for key in ("temperature", "top_p", "top_k", "max_tokens")}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -175,8 +175,9 @@ class Experiment:
         """The one sampler of the run, so that all rounds and the closing table share its programs."""
         name = self.config.model.cache_dtype
         allowed = drawable(self.tokenizer, self.backbone.arch.vocab)
-        made = Generator(self.backbone, self.config.evolve.batch, self.tokenizer.stops, drawable=allowed)
-        return made if name == "auto" else replace(made, cache_dtype=jnp.dtype(name))
+        dtype = None if name == "auto" else jnp.dtype(name)
+        batch = self.config.evolve.batch
+        return Generator(self.backbone, batch, self.tokenizer.stops, cache_dtype=dtype, drawable=allowed)
 
     @cached_property
     def identity(self) -> dict[str, str]:

@@ -18,7 +18,7 @@ from esjax.run.directory import RunDir, bundled_hash
 from esjax.run.files import gather, replacing, say, sha256
 from esjax.runtime.mesh import rows_at_once
 from esjax.runtime.processes import hosts
-from esjax.sample.generate import row_seed
+from esjax.sample.rowbook import row_seed
 from esjax.sample.score import Scorer
 from esjax.tokens.batches import schedule
 from esjax.train.loop import Phase, train

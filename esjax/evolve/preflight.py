@@ -7,7 +7,7 @@ import re
 from esjax.errors import InputError
 from esjax.evolve.experiment import Experiment
 from esjax.evolve.pairs import trunks
-from esjax.evolve.rounds import requests
+from esjax.evolve.rounds import lengths
 from esjax.run.directory import RunDir
 from esjax.run.jsonl import Line
 from esjax.runtime.mesh import check_split, rows_at_once
@@ -40,8 +40,9 @@ def check_evolve(experiment: Experiment, run: RunDir) -> None:
         if all(_done(run, f"round{t}/replies") for t in range(1, c.evolve.rounds + 1)):
             return
         pool, _ = experiment.pool
-        reflect, refine, drawn = requests(experiment)
         longest, most = max(x.tokens for x in pool), experiment.backbone.arch.max_positions
+        _, reflect, refine, *reflection = lengths(experiment, longest)
+        drawn = c.evolve.draft.max_tokens + sum(reflection)
         asked = longest + max(reflect + drawn, refine + drawn + c.evolve.refinement.max_tokens)
         if asked > most:
             raise InputError(

@@ -6,7 +6,7 @@ from collections import Counter
 from contextlib import ExitStack
 from functools import cached_property
 from itertools import chain, zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 from esjax.corpus.dialogue import Message
 from esjax.errors import RunError
@@ -21,8 +21,11 @@ from esjax.run.directory import RunDir, bundled_hash
 from esjax.run.files import Journal, progress, publish_jsonl, say, sha256
 from esjax.run.jsonl import read_jsonl
 from esjax.sample.constrain import START, Template
-from esjax.sample.generate import Completion, Generator, Request, Usage, row_seed
-from esjax.settings.schema import SamplingSettings
+from esjax.sample.generate import Generator
+from esjax.sample.rowbook import Request, row_seed
+from esjax.sample.schedule import Completion, Usage
+from esjax.sample.shapes import Need
+from esjax.settings.schema import Config, SamplingSettings
 
 Row = dict[str, Any]
 KINDS = ("drafts", "reflections", "refinements")
@@ -126,19 +129,34 @@ class Round:
         }
 
 
-def requests(experiment: Experiment) -> tuple[int, int, int]:
-    """Tokens that a reflection's and a refinement's prompt have beyond the context, and those drawn that the latter holds."""
-    tokenizer, ask = experiment.tokenizer, experiment.instructions
+class Lengths(NamedTuple):
+    """Tokens of what a round's prompts are made of, at most."""
+
+    context: int
+    reflect: int  # what asking for a reflection adds to a context
+    refine: int  # what asking for a refinement adds, but for the reflection and the draft
+    opening: int  # of a reflection, given
+    reflection: int  # drawn
+
+
+def lengths(experiment: Experiment, longest: int) -> Lengths:
+    """As the tokenizer counts; ``longest`` is the longest context's size."""
+    ask, tokenizer, form = experiment.instructions, experiment.tokenizer, experiment.form
     empty: list[Message] = [{"role": "user", "content": "."}]
     blank = {"profile": "", "emotional_state": "", "situation": ""}
     bare = len(tokenizer.prompt(empty))
     reflect = len(tokenizer.prompt(ask.reflection_prompt(empty))) - bare
     refine = len(tokenizer.prompt(ask.refinement_prompt(empty, blank, ""))) - bare
-    return (
-        reflect,
-        refine,
-        experiment.config.evolve.draft.max_tokens + len(experiment.form.opening) + experiment.form.max_tokens,
-    )
+    return Lengths(longest, reflect, refine, len(form.opening), form.max_tokens)
+
+
+def sampling_need(config: Config, x: Lengths) -> Need:
+    """What the sampler's shapes follow from, for all rounds: the longest context with what asks for a reflection, beside it
+    the requests of a few refinements, and the longest reply of any kind."""
+    e = config.evolve
+    refining = x.refine + e.draft.max_tokens + x.opening + x.reflection
+    new = max(e.draft.max_tokens, e.refinement.max_tokens, x.reflection, config.reply.max_tokens)
+    return Need(x.context + x.reflect, max(x.reflect + x.opening, refining), new)
 
 
 class _Replies:
@@ -159,7 +177,7 @@ class _Replies:
         """All that is missing; ``longest`` is the longest context's size in tokens."""
         drafts = [self._draft(i) for i in self.drafts.missing]
         reflections = [self._reflection(i) for i in self.reflections.missing]
-        self._fix_shapes(longest)
+        self.generator.reserve(sampling_need(self.round.config, lengths(self.experiment, longest)))
         plain = self.generator.grouped(drafts)
         asked = self.generator.grouped(reflections)
         # Contexts whose prompts share a trunk are refined together; those that are ready already, at once.
@@ -174,15 +192,6 @@ class _Replies:
         both = chain.from_iterable(zip_longest(plain, asked, fillvalue=[]))
         groups = [*ready, *(group for group in both if group)]
         self.generator.work(self.round.adapter, groups, self._done, self.form.automaton, more_may_follow=True)
-
-    def _fix_shapes(self, longest: int) -> None:
-        """Rows that hold the longest context with the principles and the requests of a few refinements, for all rounds."""
-        s = self.settings
-        reflect, refine, drawn = requests(self.experiment)
-        most = max(
-            s.draft.max_tokens, s.refinement.max_tokens, self.form.max_tokens, self.round.config.reply.max_tokens
-        )
-        self.generator.fix_shapes(longest + reflect, max(reflect + len(self.form.opening), refine + drawn), most)
 
     def _done(self, request: Request, made: Completion) -> list[list[Request]]:
         kind, i = request.key

@@ -164,7 +164,7 @@ def _blocked_chunk(q: Array, k: Array, v: Array, since: Array, until: Array) -> 
 
     def add(index: Array, so_far: Running) -> Running:
         block_k, block_v, slot = _blocks(k, v, index)
-        mask = sees(jnp.where(slot < 0, 0, until[slot]), query, since[slot])
+        mask = sees(jnp.where(slot < 0, 0, jnp.take(until, slot)), query, jnp.take(since, slot))
         return _add_block(so_far, q_KxGCxH, block_k, block_v, mask[None])
 
     size, slots = min(BLOCK, k.shape[-1]), k.shape[-1]

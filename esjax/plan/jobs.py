@@ -14,17 +14,18 @@ import numpy as np
 from flax import nnx
 
 from esjax.evolve.reflect import FIELDS
+from esjax.evolve.rounds import Lengths, sampling_need
 from esjax.model.cache import Chunk, cache_shapes
 from esjax.model.decoder import Decoder, Execution
 from esjax.model.families import Architecture
 from esjax.model.lora import lora_from
 from esjax.rows import Rows
 from esjax.runtime.mesh import batch_groups, mesh_sizes, placed, placed_batch, rows_at_once
-from esjax.sample.compiled import sampling_programs, windows_of
+from esjax.sample.compiled import sampling_programs
 from esjax.sample.constrain import free
 from esjax.sample.decode import Asked, idle_lanes
-from esjax.sample.generate import BUCKET, SHARED_LANES
 from esjax.sample.score import SCORE
+from esjax.sample.shapes import Need, Shapes, shapes
 from esjax.settings.files import read_text
 from esjax.settings.schema import Config, DpoSettings, OptimSettings
 from esjax.train.losses import Pairs, dpo_loss, sft_loss
@@ -104,11 +105,7 @@ def _sampling(
     adapter: nnx.State,
     base: nnx.State,
 ) -> Iterator[Job]:
-    e = config.evolve
-    lanes = e.batch
-    shared = SHARED_LANES if lanes % (batch_groups() * SHARED_LANES) == 0 else 1
-    rows = lanes // shared
-    slots, new = row_slots(config, shared), longest_reply(config)
+    rows, lanes, slots, new, count, width = sampler_shapes(config, platform)
     kept = dtype if config.model.cache_dtype == "auto" else jnp.dtype(config.model.cache_dtype)
     programs = sampling_programs(definition, dtype, how)
     weights: Any = (adapter, base)
@@ -116,14 +113,13 @@ def _sampling(
         made = jax.jit(programs.weights).lower(adapter, base).compile().output_shardings
         shapes = jax.eval_shape(programs.weights, adapter, base)
         weights = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, made)
-    cache = cache_shapes(arch, rows, shared, slots, new, kept)
-    count, width = windows_of(platform)
+    cache = cache_shapes(arch, rows, lanes, slots, new, kept)
     first, table = _array((count * batch_groups(),), np.int32), _array((count * batch_groups(), width), np.int32)
     valid = _array(table.shape, np.bool_)
     seen = _array((count * batch_groups(), slots), np.int32)
     chunk = _everywhere(Chunk(first, first, table, table, valid, seen, seen))
-    state = _everywhere(jax.eval_shape(lambda: idle_lanes(rows, shared)))
-    waiting = _everywhere(jax.tree.map(lambda x: _array((rows, 4 * shared), x.dtype), state.leaf))
+    state = _everywhere(jax.eval_shape(lambda: idle_lanes(rows, lanes)))
+    waiting = _everywhere(jax.tree.map(lambda x: _array((rows, 4 * lanes), x.dtype), state.leaf))
     counts, stop, patience = _everywhere((_array((rows,), np.int32), _array((1,), np.int32), _array((), np.int32)))
     constraint = _everywhere(jax.tree.map(lambda x: _array((STATES, *x.shape[1:]), x.dtype), free(arch.vocab)))
     held = {"base": weights[1], "adapter": weights[0]} if how.weights == "shared" else {"base": (weights.layers, base)}
@@ -145,34 +141,25 @@ def kernel_flops(arch: Architecture, how: Execution, rows: int, length: int, pas
     return passes * arch.layers * share * 2.0 * length**2 * arch.head_size
 
 
-def row_slots(config: Config, shared: int) -> int:
-    """Slots of a sampler's row: the longest context, what a reflection asks, and a few refinements' requests.
+def sampler_shapes(config: Config, platform: str) -> Shapes:
+    """The sampler's shapes for the longest texts that these settings allow.
 
     Contexts of the closing table may be longer than a round's rows; then rows grow for them and what they do not share.
     """
     p, e = config.prompts, config.evolve
     asked = {name: _tokens(read_text(getattr(p, name))) for name in ("principles", "reflect", "refine")}
-    reflecting = asked["principles"] + asked["reflect"]
-    opened = reflecting + reflection_tokens(config)
-    refining = asked["principles"] + asked["refine"] + e.draft.max_tokens + reflection_tokens(config)
-    need = config.context_room + reflecting + max(opened, refining) * (shared + 1)
-    least = config.context_room + (e.draft.max_tokens + len(FIELDS) * e.reflection.field_tokens) * (shared + 1)
+    labels = _tokens("\n".join(f"{label} {opening}" for label, opening in FIELDS.values()))
+    drawn = len(FIELDS) * e.reflection.field_tokens
+    reflect, refine = asked["principles"] + asked["reflect"], asked["principles"] + asked["refine"]
+    need = sampling_need(config, Lengths(config.context_room, reflect, refine, labels, drawn + labels + 1))
+    made = shapes(e.batch, need, platform)
     answered = config.data.window - config.reply.max_tokens
-    if answered > least:  # what a round's rows have at least
-        need = max(need, answered + answered // 2 * (shared + 1))
-    return -(-need // BUCKET) * BUCKET
-
-
-def longest_reply(config: Config) -> int:
-    """Tokens of the longest reply of any kind."""
-    e = config.evolve
-    return max(e.draft.max_tokens, e.refinement.max_tokens, reflection_tokens(config), config.reply.max_tokens)
-
-
-def reflection_tokens(config: Config) -> int:
-    """Tokens of a reflection at most: its fields, their labels and its end."""
-    labels = "\n".join(f"{label} {opening}" for label, opening in FIELDS.values())
-    return len(FIELDS) * config.evolve.reflection.field_tokens + _tokens(labels) + 1
+    if answered > config.context_room + (e.draft.max_tokens + drawn) * (
+        made.lanes + 1
+    ):  # what a round's rows have at least
+        closing = shapes(e.batch, Need(answered, answered // 2, config.reply.max_tokens), platform)
+        made = made._replace(slots=max(made.slots, closing.slots))
+    return made
 
 
 def _tokens(text: str) -> int:

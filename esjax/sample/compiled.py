@@ -15,7 +15,6 @@ from esjax.model.decoder import Decoder, Execution
 from esjax.model.layers import Block
 from esjax.model.lora import Adapter
 from esjax.model.weights import bind
-from esjax.runtime.mesh import batch_groups
 from esjax.runtime.programs import program
 from esjax.sample.decode import Asked, Called, Lanes, run
 
@@ -61,9 +60,3 @@ def sampling_programs(definition: nnx.GraphDef[Decoder], dtype: jnp.dtype, how: 
         prefill=program("prefill", prefill, donate_argnums=1),
         decode=program("decode", decode, donate_argnums=1),
     )
-
-
-def windows_of(platform: str) -> tuple[int, int]:
-    """How many windows of how many slots one load computes on a device: more would hardly be faster, only more often padding."""
-    count, width = (2, 64) if platform == "cpu" else (8, 128)
-    return max(1, count // batch_groups()), width

@@ -1,0 +1,46 @@
+"""The shapes of the sampler's programs: one function of what is asked for, which runs and ``esjax plan`` call."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from esjax.runtime.mesh import batch_groups, check_split
+
+BUCKET = 128  # rows have a multiple of so many slots, so that a run compiles a handful of programs
+SHARED_LANES = 2  # lanes that read a row together, where prompts share trunks
+
+
+class Need(NamedTuple):
+    """What is to be sampled, in tokens."""
+
+    longest: int  # the longest prompt that others share a part of, or that shares nothing
+    beyond: int = 0  # the most that others have beyond that part; there is room for one more than the lanes of a row
+    new: int = 0  # the longest reply
+    least: int = 0  # what lies beside the longest at least, if that is more
+
+
+class Shapes(NamedTuple):
+    """Static sizes: programs are compiled once for each."""
+
+    rows: int  # R; each device that shares the batch has as many of them
+    lanes: int  # M, that read a row together
+    slots: int  # T, of a row
+    new: int  # N, of a lane's ring
+    windows: int  # that one prefill computes on each device
+    width: int  # C, slots of a window
+
+
+def shapes(replies: int, need: Need, platform: str, lanes: int = 0, shared: bool = True) -> Shapes:
+    """The shapes for so many ``replies`` at once; ``lanes`` a row, or decided by whether prompts have ``shared`` beginnings.
+
+    Raises InputError where the devices do not divide the replies.
+    """
+    check_split("replies at once (evolve.batch, in `esjax sample` reply.batch)", replies)
+    if not lanes:
+        lanes = SHARED_LANES if shared and replies % (batch_groups() * SHARED_LANES) == 0 else 1
+    # More windows at once would hardly be faster, only more often padding.
+    windows, width = (2, 64) if platform == "cpu" else (8, 128)
+    room = max(need.longest + max(need.beyond * (lanes + 1), need.least), width)
+    return Shapes(
+        replies // lanes, lanes, -(-room // BUCKET) * BUCKET, need.new, max(1, windows // batch_groups()), width
+    )
