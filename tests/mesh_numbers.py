@@ -29,7 +29,7 @@ from esjax.sample.score import Scorer
 from esjax.settings.schema import DpoSettings, SamplingSettings, SftSettings
 from esjax.train.losses import Pairs, dpo_loss, sft_loss
 from esjax.train.optim import init_optimiser, optimiser
-from esjax.train.step import make_step
+from esjax.train.step import Objective, make_step
 
 ROWS, LENGTH, MICRO = 16, 64, 8
 
@@ -72,7 +72,7 @@ def trained(backbone: Backbone, task: str, made: Rows) -> dict[str, Any]:
     targets = max(int((w != 0).sum()) for w in np.split(made.weight, ROWS // share))
     how = backbone.execution._replace(layout="branched")
     loss = dpo_loss(DpoSettings()) if task == "dpo" else sft_loss
-    step = make_step(backbone.definition, loss, tx, MICRO, targets, how)
+    step = make_step(Objective(backbone.definition, loss, targets, how), tx, MICRO)
     state = init_optimiser(tx, adapter)
     placed = put_batch((made, extra))
     text = step.lower(adapter, state, backbone.base, *placed).compile().as_text()  # type: ignore[attr-defined]

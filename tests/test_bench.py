@@ -101,7 +101,7 @@ def test_a_decoding_step_copies_no_cache() -> None:
 
     def large_copies(donate: int) -> int:
         def decode(weights: Any, *rest: Any) -> Any:
-            return run(lambda: weights, *rest, steps=8, how=Execution("chunked"))
+            return run(lambda: weights, *rest, steps=8, execution=Execution("chunked"))
 
         program = jax.jit(decode, donate_argnums=donate)
         asked = Asked(waiting, some, jax.ShapeDtypeStruct((1,), jnp.int32), free(512), number)
@@ -171,10 +171,10 @@ def test_flops_by_formula_are_close_to_the_compilers() -> None:
     for lora in (lora_from(LoraSettings(rank=8)), None):
         formula = bench.model_flops(arch, lora, batch)
         attention = 3 * 4.0 * arch.layers * arch.heads * arch.head_size * 4 * (128 * 129 / 2)
-        counted = bench.compiler_flops(arch, lora, FLOAT32, sft_loss, Execution(layout="causal"), batch, None)
+        counted = bench.compiler_flops(arch, lora, FLOAT32, sft_loss, Execution(layout="causal"), (batch, None))
         assert counted == pytest.approx(formula + attention, rel=0.06)
         full = Execution(layout="causal", remat="full")
-        assert bench.compiler_flops(arch, lora, FLOAT32, sft_loss, full, batch, None) > 1.15 * counted
+        assert bench.compiler_flops(arch, lora, FLOAT32, sft_loss, full, (batch, None)) > 1.15 * counted
 
 
 def test_three_times_the_vocabulary_costs_its_embedding_and_no_more() -> None:
@@ -188,7 +188,7 @@ def test_three_times_the_vocabulary_costs_its_embedding_and_no_more() -> None:
         definition, make = sizes.parts(arch, job.lora, FLOAT32)
         trained, frozen = jax.eval_shape(make)
         how = choose_execution("chunked", "full", FLOAT32)
-        step, opt_state = bench.build(definition, job, trained, example, 4, how, FLOAT32)
+        step, opt_state = bench.build(definition, job, trained, example, 4, how)
         return float(sizes.planned(step.lower(trained, opt_state, frozen, example, extra).compile())["mem_gib"])
 
     small, large = peak(49152), peak(152064)
@@ -209,7 +209,7 @@ def test_the_figure_is_of_the_settings() -> None:
     jobs: list[Any] = list(bench.jobs(work, ["sft"], naive=False))
     example, extra = jobs[1].batch(np.random.default_rng(0))
     how = Execution("dense")
-    step, opt_state = bench.build(definition, jobs[1], trained, example, 2, how, BFLOAT16)
+    step, opt_state = bench.build(definition, jobs[1], trained, example, 2, how)
     moved, _, metrics = step(trained, opt_state, frozen, example, extra)
     assert {x.dtype for x in jax.tree.leaves(moved)} == {FLOAT32}
     assert float(metrics["loss"]) == pytest.approx(np.log(work.architecture.vocab), rel=0.05)

@@ -26,7 +26,7 @@ from esjax.settings.schema import DpoSettings, LoraSettings
 from esjax.tokens.encode import Encoder
 from esjax.tokens.tokenizer import ChatTokenizer
 from esjax.train.losses import Pairs, dpo_loss
-from esjax.train.step import gradients
+from esjax.train.step import Objective, gradients
 
 SETTINGS = DpoSettings(row_length=8192, trunk="dialogue")
 LORA = lora_from(LoraSettings(rank=16, alpha=32))
@@ -82,9 +82,9 @@ def test_every_turn_of_a_dialogue_costs_at_most_two_fifths(cases: list[Case], sm
         rows.check(shared)
         how = Execution(remat=remat)  # type: ignore[arg-type]
         loss = dpo_loss(SETTINGS)
-        ours = compiler_flops(arch, LORA, FLOAT32, loss, how, shared, extra[0])
+        ours = compiler_flops(arch, LORA, FLOAT32, loss, how, (shared, extra[0]))
         naive = compiler_flops(
-            arch, LORA, FLOAT32, unshared_pairs(loss), how._replace(layout="causal"), case.single, extra[1]
+            arch, LORA, FLOAT32, unshared_pairs(loss), how._replace(layout="causal"), (case.single, extra[1])
         )
         print(
             f"{len(case.trunk.members)} pairs, {shared.tokens.size} tokens: {ours / 1e12:.2f} of {naive / 1e12:.2f} TFLOP"
@@ -94,7 +94,7 @@ def test_every_turn_of_a_dialogue_costs_at_most_two_fifths(cases: list[Case], sm
         assert model_flops(arch, LORA, shared) <= 0.4 * model_flops(arch, LORA, case.single)
         # The count itself: twice the rows are twice the FLOPs, but for the optimiser's.
         assert compiler_flops(
-            arch, LORA, FLOAT32, loss, how, rows.stack([case.trunk.rows] * 2), _twice(extra[0])
+            arch, LORA, FLOAT32, loss, how, (rows.stack([case.trunk.rows] * 2), _twice(extra[0]))
         ) == pytest.approx(2 * ours, rel=0.02)
 
 
@@ -147,7 +147,7 @@ def _gradient(backbone: Backbone, adapter: Any, batch: Rows, extra: Pairs, loss:
 
     @jax.jit
     def run(adapter: Any, base: Any) -> Any:
-        return gradients(backbone.definition, loss, adapter, base, batch, extra, targets, how)
+        return gradients(Objective(backbone.definition, loss, targets, how), adapter, base, batch, extra)
 
     totals, gradient = run(adapter, backbone.base)
     return float(totals.loss), np.concatenate([np.ravel(x) for x in jax.tree.leaves(gradient)]).astype(np.float64)

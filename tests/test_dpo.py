@@ -51,7 +51,7 @@ from esjax.settings.schema import DpoSettings
 from esjax.tokens.encode import Encoder
 from esjax.tokens.tokenizer import ChatTokenizer
 from esjax.train.losses import Loss, Pairs, dpo_loss, sft_loss
-from esjax.train.step import gradients, make_step
+from esjax.train.step import Objective, gradients, make_step
 
 FLOAT32 = jnp.dtype("float32")
 BETA = 0.1
@@ -63,7 +63,7 @@ class Gradient:
     def __init__(self, backbone: Backbone, loss: Loss, targets: int, **how: Any) -> None:
         def program(adapter: Adapter, base: nnx.State, rows: Rows, extra: Any) -> Any:
             execution = backbone.execution._replace(**how)
-            return gradients(backbone.definition, loss, adapter, base, rows, extra, targets, execution)
+            return gradients(Objective(backbone.definition, loss, targets, execution), adapter, base, rows, extra)
 
         self.backbone, self._program = backbone, jax.jit(program)
 
@@ -407,7 +407,7 @@ def test_pairs_on_one_trunk_have_the_loss_and_gradient_of_single_ones(tiny: Tiny
 def stepped(t: Tiny, loss: Loss, rows: Rows, extra: Any, micro_rows: int) -> tuple[dict[str, float], np.ndarray]:
     """Metrics of one step, and its gradient: with plain gradient descent at rate 1 the adapter moves by minus that."""
     targets = int((rows.weight != 0).sum())
-    step = make_step(t.backbone.definition, loss, optax.sgd(1.0), micro_rows, targets, t.backbone.execution)
+    step = make_step(Objective(t.backbone.definition, loss, targets, t.backbone.execution), optax.sgd(1.0), micro_rows)
     adapter = copied(t.adapter)
     moved, _, metrics = step(adapter, optax.sgd(1.0).init(adapter), t.backbone.base, rows, extra)
     return {k: float(v) for k, v in metrics.items()}, flat(t.adapter) - flat(moved)

@@ -26,7 +26,7 @@ from esjax.model.layers import LINEARS, Lora
 from esjax.rows import Layout, Rows
 from esjax.settings.schema import DpoSettings
 from esjax.train.losses import Pairs, dpo_loss, sft_loss
-from esjax.train.step import gradients
+from esjax.train.step import Objective, gradients
 
 VOCAB = 61
 ARCH = Architecture("llama", VOCAB, 32, 2, 4, 2, 16, 48, 1e-5, 1e4, None, False, True, 512)
@@ -161,7 +161,7 @@ def naive(model: Any, replies: list[tuple[list[int], list[int]]], reference: np.
 @partial(jax.jit, static_argnums=(0, 5))
 def _shared(definition: Any, adapter: Any, base: Any, batch: Rows, extra: Any, how: Execution) -> Any:
     loss = sft_loss if extra is None else dpo_loss(DpoSettings(beta=BETA))
-    totals, gradient = gradients(definition, loss, adapter, base, batch, extra, TARGETS, how)
+    totals, gradient = gradients(Objective(definition, loss, TARGETS, how), adapter, base, batch, extra)
     scored = token_logprobs(nnx.merge(definition, adapter, base), batch, TARGETS, how._replace(remat="none"))
     return totals.loss, gradient, scored
 

@@ -29,7 +29,7 @@ from esjax.runtime.mesh import batch_groups
 from esjax.settings.schema import DpoSettings, OptimSettings, SftSettings
 from esjax.train.losses import Loss, Pairs, dpo_loss, sft_loss
 from esjax.train.optim import optimiser
-from esjax.train.step import make_step
+from esjax.train.step import Objective, make_step
 
 
 class Job(NamedTuple):
@@ -46,6 +46,7 @@ class Job(NamedTuple):
     layout: rows.Layout
     steps: int
     warmup: int
+    dtype: jnp.dtype | None = None  # of the copy that is computed with, where all parameters are trained
 
 
 def jobs(work: Workload, tasks: list[str], naive: bool) -> Iterator[Job]:
@@ -100,6 +101,7 @@ def jobs(work: Workload, tasks: list[str], naive: bool) -> Iterator[Job]:
                     layout="causal",
                     steps=s.steps,
                     warmup=s.warmup,
+                    dtype=None if lora_or_all else jnp.dtype(work.dtype),
                 )
 
 
@@ -131,7 +133,7 @@ def bench(
     micro = micro_rows or example.tokens.shape[0]
     definition, make = parts(work.architecture, job.lora, dtype)
     trained, frozen = make()
-    step, opt_state = build(definition, job, trained, example, micro, how, dtype)
+    step, opt_state = build(definition, job, trained, example, micro, how)
     began = time.perf_counter()
     compiled: Any = step.lower(trained, opt_state, frozen, example, extra).compile()
     compile_seconds = time.perf_counter() - began
@@ -149,7 +151,7 @@ def bench(
     jax.block_until_ready(trained)
     seconds = (time.perf_counter() - started) / job.steps
     flops = model_flops(work.architecture, job.lora, example)
-    counted = compiler_flops(work.architecture, job.lora, dtype, job.loss, how, example, extra)
+    counted = compiler_flops(work.architecture, job.lora, dtype, job.loss, how, (example, extra))
     return {
         "system": "esjax",
         "task": job.task,
@@ -176,7 +178,6 @@ def build(
     example: Rows,
     micro_rows: int,
     how: Execution,
-    dtype: jnp.dtype,
 ) -> tuple[Any, Any]:
     """The job's jitted step, and its optimiser state. Raises InputError when ``micro_rows`` does not divide the batch."""
     rows_in_batch = example.tokens.shape[0]
@@ -184,8 +185,7 @@ def build(
     share = micro_rows // batch_groups()
     targets = max(int((w != 0).sum()) for w in np.split(example.weight, rows_in_batch // share))
     tx = optimiser(job.settings, job.steps + job.warmup)
-    compute = None if job.lora is not None else dtype
-    step = make_step(definition, job.loss, tx, micro_rows, targets, how, compute)
+    step = make_step(Objective(definition, job.loss, targets, how, job.dtype), tx, micro_rows)
     return step, tx.init(trained)
 
 
@@ -218,7 +218,7 @@ def model_flops(arch: Architecture, lora: Lora | None, batch: Rows) -> float:
 
 
 def compiler_flops(
-    arch: Architecture, lora: Lora | None, dtype: jnp.dtype, loss: Loss, how: Execution, batch: Rows, extra: Any
+    arch: Architecture, lora: Lora | None, dtype: jnp.dtype, loss: Loss, how: Execution, example: tuple[Rows, Any]
 ) -> float:
     """FLOPs of a whole step on one batch by the compiler's own count, with padding and with what is recomputed.
 
@@ -226,14 +226,14 @@ def compiler_flops(
     chunk, dense attention: what a path skips is counted all the same) and the others extrapolated: layers are alike.
     """
     tx = optimiser(SftSettings(), 2)
-    flat = how._replace(attention="dense", unroll=True)
+    flat, (batch, extra) = how._replace(attention="dense", unroll=True), example
     targets = int((batch.weight != 0).sum())
     counted = []
     for layers in (1, 2):
         definition, make = parts(replace(arch, layers=layers), lora, dtype)
         trained, frozen = jax.eval_shape(make)
         compute = None if lora is not None else dtype
-        step: Any = make_step(definition, loss, tx, batch.tokens.shape[0], targets, flat, compute)
+        step: Any = make_step(Objective(definition, loss, targets, flat, compute), tx, batch.tokens.shape[0])
         lowered = step.lower(trained, jax.eval_shape(tx.init, trained), frozen, batch, extra)
         counted.append(float(lowered.compile().cost_analysis()["flops"]))
     one, two = counted

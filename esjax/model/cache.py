@@ -100,10 +100,10 @@ def _grouped(q: Array, kv_heads: int) -> Array:
     return (q * q.shape[-1] ** -0.5).reshape(*q.shape[:-2], kv_heads, -1, q.shape[-1])
 
 
-def attend_chunk(q: Array, row_k: Array, row_v: Array, chunk: Chunk, how: Execution) -> Array:
+def attend_chunk(q: Array, row_k: Array, row_v: Array, chunk: Chunk, execution: Execution) -> Array:
     """Queries [P, C, N, H] of a chunk against their rows -> [P, C, N, H]."""
     p, c, _, _ = q.shape
-    if how.attention == "chunked":
+    if execution.attention == "chunked":
         parts = []
         for i in range(p):
             k, v = (jax.lax.dynamic_index_in_dim(x, chunk.row[i], keepdims=False) for x in (row_k, row_v))
@@ -111,7 +111,7 @@ def attend_chunk(q: Array, row_k: Array, row_v: Array, chunk: Chunk, how: Execut
         return jnp.stack(parts).reshape(q.shape)
     mask = sees(chunk.until, jnp.arange(c), chunk.since)
     k, v = row_k[chunk.row].transpose(0, 3, 1, 2), row_v[chunk.row].transpose(0, 2, 1, 3)
-    library: Literal["cudnn", "xla"] = "cudnn" if how.attention == "cudnn" else "xla"
+    library: Literal["cudnn", "xla"] = "cudnn" if execution.attention == "cudnn" else "xla"
     return jax.nn.dot_product_attention(
         q, k.astype(q.dtype), v.astype(q.dtype), mask=mask[:, None], implementation=library
     )
@@ -176,7 +176,7 @@ def _blocked_chunk(q: Array, k: Array, v: Array, since: Array, until: Array) -> 
 
 
 def attend_lanes(
-    q: Array, row: tuple[Array, Array], ring: tuple[Array, Array], fed: Fed, in_ring: Array, how: Execution
+    q: Array, row: tuple[Array, Array], ring: tuple[Array, Array], fed: Fed, in_ring: Array, execution: Execution
 ) -> Array:
     """One query a lane [R M, 1, N, H] against keys and values of its row, read once for all its lanes, and its ring."""
     (row_k, row_v), (new_k, new_v) = row, ring
@@ -194,7 +194,7 @@ def attend_lanes(
         return x.reshape(r, kv, m, g, *x.shape[3:]).swapaxes(1, 2).reshape(b, kv, g, *x.shape[3:])
 
     add_row = partial(_add_block, q=q_RxKxMGxH)
-    if how.attention == "chunked":
+    if execution.attention == "chunked":
         first, last = _extent(fed, row_k.shape[-1])
 
         def add(index: Array, so_far: Running) -> Running:

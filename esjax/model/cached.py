@@ -71,13 +71,13 @@ def _merged(block: Block) -> Block:
 QUERIES, KEYS = ("batch", None, "heads"), ("batch", None, "kv_heads")  # [P, C, heads, H]
 
 
-def prefill(weights: Weights, cache: Cache, chunk: Chunk, how: Execution) -> Cache:
+def prefill(weights: Weights, cache: Cache, chunk: Chunk, execution: Execution) -> Cache:
     """Compute the chunk's keys and values and write them into the rows."""
     rope = rope_at(weights.arch, chunk.position)
     x = _embed(weights, chunk.tokens)
     row_k, row_v = list(cache.row_k), list(cache.row_v)
     write = per_device(write_chunk, [CACHE, CACHE, KEYS, KEYS, ("batch",)], [CACHE, CACHE])
-    attend = per_device(partial(attend_chunk, how=how), [QUERIES, CACHE, CACHE, ("batch",)])
+    attend = per_device(partial(attend_chunk, execution=execution), [QUERIES, CACHE, CACHE, ("batch",)])
     if weights.stacked is not None:  # many large products: unrolled, they would take minutes to compile
         definition, stacked = nnx.split(weights.stacked)
         pick = per_device(lambda rows, chunk: rows[chunk.row], [CACHE, ("batch",)])
@@ -115,7 +115,7 @@ def _first_of_row(row: Array) -> Array:
     return jnp.argmax(of_device[:, :, None] == of_device[:, None, :], axis=2).reshape(-1)
 
 
-def step(weights: Weights, cache: Cache, fed: Fed, clock: Array, how: Execution) -> tuple[Array, Cache]:
+def step(weights: Weights, cache: Cache, fed: Fed, clock: Array, execution: Execution) -> tuple[Array, Cache]:
     """Feed one token to each lane [R, M]. Returns final hidden states [R M, D] and the cache.
 
     Args:
@@ -127,7 +127,7 @@ def step(weights: Weights, cache: Cache, fed: Fed, clock: Array, how: Execution)
     n = new_k[0].shape[-1]
     slot = clock % n
     in_ring = (slot - jnp.arange(n)) % n < fed.newest.reshape(-1, 1)
-    attend = per_device(partial(attend_lanes, how=how), [QUERIES, CACHE, CACHE, ("batch",), ("batch",)])
+    attend = per_device(partial(attend_lanes, execution=execution), [QUERIES, CACHE, CACHE, ("batch",), ("batch",)])
     for i, block in enumerate(weights.layers):
 
         def attend_row(q: Array, k: Array, v: Array, i: int = i) -> Array:

@@ -46,9 +46,9 @@ class Decoder(nnx.Module):
             draw = jax.random.normal(rngs.params(), (arch.vocab, arch.width), jnp.float32) * 0.02
             self.head = nnx.Param(draw.astype(dtype), axes=("vocab", "embed"))
 
-    def __call__(self, rows: Rows, how: Execution) -> Array:
+    def __call__(self, rows: Rows, execution: Execution) -> Array:
         """Final hidden states [B, T, D] of rows [B, T]."""
-        attend = attention(how.attention, rows, how.layout, how.interpret)
+        attend = attention(execution.attention, rows, execution.layout, execution.interpret)
         rope = rope_at(self.arch, rows.position)
         definition, stacked = nnx.split(self.layers)
 
@@ -57,7 +57,9 @@ class Decoder(nnx.Module):
             return nnx.merge(definition, state)(x, rope, attend), None
 
         embed = constrain(self.embed[...], "vocab", None)
-        x, _ = jax.lax.scan(rematerialised(layer, how.remat), embed[rows.tokens], stacked, unroll=how.unroll)
+        x, _ = jax.lax.scan(
+            rematerialised(layer, execution.remat), embed[rows.tokens], stacked, unroll=execution.unroll
+        )
         return rms_norm(x, self.norm[...], self.arch.norm_eps)
 
     @property
@@ -96,7 +98,7 @@ def rematerialised(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any
     return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 
-def token_logprobs(model: Decoder, rows: Rows, targets: int | None, how: Execution) -> Array:
+def token_logprobs(model: Decoder, rows: Rows, targets: int | None, execution: Execution) -> Array:
     """Log-probability of each target token, float32 [B, T]: entry i is for token i + 1; 0 where weight is 0.
 
     The one primitive of SFT, DPO and scoring. The head runs only where weight != 0, in chunks, so that [B, T, V] logits
@@ -109,7 +111,7 @@ def token_logprobs(model: Decoder, rows: Rows, targets: int | None, how: Executi
     """
     b, t = rows.tokens.shape
     groups = batch_groups()
-    hidden = model(rows, how).reshape(groups, b // groups * t, -1)
+    hidden = model(rows, execution).reshape(groups, b // groups * t, -1)
     wanted = (rows.weight != 0).reshape(groups, -1)
     last = wanted.shape[1] - 1  # the last token of a row is never a target
     size = last + 1 if targets is None else min(targets, last + 1)
@@ -117,7 +119,7 @@ def token_logprobs(model: Decoder, rows: Rows, targets: int | None, how: Executi
     following = jnp.roll(rows.tokens, -1, axis=1).reshape(groups, -1)
     x = jnp.take_along_axis(hidden, index[..., None], axis=1)
     head = model.head_weight
-    logits = size * len(head) if how.unroll else how.logits
+    logits = size * len(head) if execution.unroll else execution.logits
     live = jnp.take_along_axis(wanted, index, axis=1)
     token = jnp.take_along_axis(following, index, axis=1)
     logprobs = jnp.where(live, target_logprobs(x, head, token, logits, live if targets is None else None), 0.0)

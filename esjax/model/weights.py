@@ -73,8 +73,8 @@ def choose_execution(
         raise InputError(
             "model.remat=offload needs a device with memory of its own: choose none, dots or full on a CPU"
         )
-    how = Execution(choose_path(attention, platform, dtype), remat=remat, weights=weights)  # type: ignore[arg-type]
-    return how._replace(logits=1 << 24) if platform == "cpu" else how  # large chunks gain nothing on a CPU
+    execution = Execution(choose_path(attention, platform, dtype), remat=remat, weights=weights)  # type: ignore[arg-type]
+    return execution._replace(logits=1 << 24) if platform == "cpu" else execution  # large chunks gain nothing on a CPU
 
 
 def load_backbone(

@@ -30,7 +30,7 @@ from esjax.settings.files import read_text
 from esjax.settings.schema import Config, DpoSettings, OptimSettings
 from esjax.train.losses import Pairs, dpo_loss, sft_loss
 from esjax.train.optim import optimiser
-from esjax.train.step import make_step
+from esjax.train.step import Objective, make_step
 
 Name = Literal["prefill", "decode", "score", "sft", "dpo"]
 NAMES: tuple[Name, ...] = get_args(Name)
@@ -84,7 +84,7 @@ def jobs(config: Config, arch: Architecture, how: Execution, dtype: jnp.dtype, p
             extra = placed_batch(Pairs(_array((*shape, 2), np.float32), _array(shape, np.bool_)), mesh)
         targets = micro_rows // batch_groups() * s.row_length
         mine = how._replace(layout="packed" if name == "sft" else "branched")
-        step: Any = make_step(definition, loss, tx, micro_rows, targets, mine)
+        step: Any = make_step(Objective(definition, loss, targets, mine), tx, micro_rows)
         held = {"base": base, "adapter": adapter, "optimiser": state, "rows": (rows, extra)}
         # The backward pass makes the scores again, and two products more for each of the forward pass' two.
         again = 0 if how.remat == "none" else 1

@@ -30,7 +30,7 @@ class SamplingPrograms(NamedTuple):
     decode: Any  # (weights, cache, lanes, asked) -> Called
 
 
-def sampling_programs(definition: nnx.GraphDef[Decoder], dtype: jnp.dtype, how: Execution) -> SamplingPrograms:
+def sampling_programs(definition: nnx.GraphDef[Decoder], dtype: jnp.dtype, execution: Execution) -> SamplingPrograms:
     """The programs for a model. The cache is donated."""
     merge = dtype.itemsize == 4  # exact to rounding in float32, and a little faster; see layered
 
@@ -50,13 +50,13 @@ def sampling_programs(definition: nnx.GraphDef[Decoder], dtype: jnp.dtype, how: 
         return weights if isinstance(weights, Weights) else layered(bind(definition, *weights), False)
 
     def prefill(weights: Any, cache: Cache, chunk: Chunk) -> Cache:
-        return prefill_chunk(see(weights), cache, chunk, how)
+        return prefill_chunk(see(weights), cache, chunk, execution)
 
     def decode(weights: Any, cache: Cache, lanes: Lanes, asked: Asked) -> Called:
-        return run(lambda: see(weights), cache, lanes, asked, STEPS, how)
+        return run(lambda: see(weights), cache, lanes, asked, STEPS, execution)
 
     return SamplingPrograms(
-        weights=apart if how.weights == "apart" else lambda adapter, base: (adapter, base),
+        weights=apart if execution.weights == "apart" else lambda adapter, base: (adapter, base),
         prefill=program("prefill", prefill, donate_argnums=1),
         decode=program("decode", decode, donate_argnums=1),
     )

@@ -96,7 +96,9 @@ def idle_lanes(rows: int, lanes: int) -> Lanes:
     return Lanes(leaf, zero, zero, zero, jnp.int32(0))
 
 
-def run(weights: Callable[[], Weights], cache: Cache, lanes: Lanes, asked: Asked, steps: int, how: Execution) -> Called:
+def run(
+    weights: Callable[[], Weights], cache: Cache, lanes: Lanes, asked: Asked, steps: int, execution: Execution
+) -> Called:
     """Draw until all leaves are done, ``steps`` (K, static) steps are made, or patience has run out.
 
     ``weights`` is called inside the loop, so that what it slices is sliced where it is used and never copied.
@@ -119,7 +121,7 @@ def run(weights: Callable[[], Weights], cache: Cache, lanes: Lanes, asked: Asked
         busy = leaf.uid >= 0
         w, spans = weights(), (leaf.trunk_start, leaf.trunk_end, leaf.own_start, leaf.own_end)
         fed = Fed(leaf.token, leaf.position, *spans, jnp.where(busy, lanes.drawn + 1, 1))
-        x, cache = step(w, state.cache, fed, lanes.clock, how)
+        x, cache = step(w, state.cache, fed, lanes.clock, execution)
         logits = constrain(jnp.einsum("bd,vd->bv", x, w.head, preferred_element_type=jnp.float32), "batch", "vocab")
         flat: Leaf = jax.tree.map(lambda a: a.reshape(-1), leaf)
         drawn, used, units = lanes.drawn.reshape(-1), lanes.used.reshape(-1), lanes.units.reshape(-1)

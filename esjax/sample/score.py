@@ -60,17 +60,23 @@ class Scorer:
     ) -> Iterator[tuple[list[Row], Rows, Array]]:
         """Batches packed as ``steps`` say, which name the examples of each row: the packing, the rows [B, T] and the
         log-probs of their targets, float32 [B, T]. Raises Stopped on SIGTERM."""
-        how = self.backbone.execution._replace(layout=layout(examples, packed=True), remat="none")
+        execution = self.backbone.execution._replace(layout=layout(examples, packed=True), remat="none")
         with deferred() as stops:
             for members in steps:
                 if stops():
                     raise Stopped
                 rows = batch(examples, members, self.row_length, self.batch_rows)
-                yield members, rows, SCORE(self.backbone.definition, how, adapter, self.backbone.base, put_batch(rows))
+                yield (
+                    members,
+                    rows,
+                    SCORE(self.backbone.definition, execution, adapter, self.backbone.base, put_batch(rows)),
+                )
 
 
-def _score(definition: nnx.GraphDef[Decoder], how: Execution, adapter: Adapter, base: nnx.State, rows: Rows) -> Array:
-    return everywhere(token_logprobs(bind(definition, adapter, base), rows, None, how))
+def _score(
+    definition: nnx.GraphDef[Decoder], execution: Execution, adapter: Adapter, base: nnx.State, rows: Rows
+) -> Array:
+    return everywhere(token_logprobs(bind(definition, adapter, base), rows, None, execution))
 
 
 SCORE = program("score", _score, static_argnums=(0, 1))  # one for all scorers: rounds and models share its compilations

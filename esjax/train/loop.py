@@ -30,7 +30,7 @@ from esjax.tokens.batches import Row, batch, schedule
 from esjax.train.checkpoint import Checkpoints
 from esjax.train.losses import Loss, Pairs
 from esjax.train.optim import init_optimiser, learning_rate, optimiser
-from esjax.train.step import Step, make_step
+from esjax.train.step import Objective, Step, make_step
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,10 @@ def train(phase: Phase, backbone: Backbone, adapter: Adapter) -> Adapter:
     lengths = [len(e.tokens) for e in phase.examples]
     steps = schedule(lengths, s.row_length, s.batch_rows, s.epochs, phase.seed)
     most = max(len(r) for step in steps for r in step)
-    how = backbone.execution._replace(layout=layout(phase.examples, packed=most > 1))
+    execution = backbone.execution._replace(layout=layout(phase.examples, packed=most > 1))
     tx = optimiser(s, len(steps))
-    step_fn = make_step(
-        backbone.definition, phase.loss, tx, micro_rows, _most_targets(phase.examples, steps, micro_rows), how
-    )
+    targets = _most_targets(phase.examples, steps, micro_rows)
+    step_fn = make_step(Objective(backbone.definition, phase.loss, targets, execution), tx, micro_rows)
     adapter = jax.tree.map(jnp.copy, adapter)  # the step donates its adapter, and the caller may need his own
     opt_state = init_optimiser(tx, adapter)
     checkpoints = Checkpoints(buckets.checkpoints(phase.folder / "checkpoint"), s.checkpoints_kept)

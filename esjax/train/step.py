@@ -6,7 +6,7 @@ What is trained is a part of the model's state: the adapter, or (in ``esjax benc
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,26 +25,28 @@ Trained = nnx.State  # float32: an Adapter, or all parameters
 Step = Callable[[Trained, Any, nnx.State, Rows, Any], tuple[Trained, Any, dict[str, Array]]]
 
 
-def gradients(
-    definition: nnx.GraphDef[Decoder],
-    loss: Loss,
-    trained: Trained,
-    frozen: nnx.State,
-    rows: Rows,
-    extra: Any,
-    targets: int,
-    how: Execution,
-    dtype: jnp.dtype | None = None,
-) -> tuple[Totals, Trained]:
-    """Totals of a batch and the gradient of its loss *sum* with respect to what is trained.
+class Objective(NamedTuple):
+    """What a step computes and differentiates. Static."""
 
-    ``dtype`` computes with a copy of the trained parameters in that dtype; an adapter needs none, its layers do so.
-    """
+    definition: nnx.GraphDef[Decoder]
+    loss: Loss
+    targets: int  # at least the target tokens of a micro-batch on one device
+    execution: Execution
+    dtype: jnp.dtype | None = (
+        None  # of a copy of the trained parameters that is computed with; an adapter's layers make theirs
+    )
+
+
+def gradients(
+    objective: Objective, trained: Trained, frozen: nnx.State, rows: Rows, extra: Any
+) -> tuple[Totals, Trained]:
+    """Totals of a batch and the gradient of its loss *sum* with respect to what is trained."""
+    definition, loss, targets, execution, dtype = objective
 
     def total(trained: Trained) -> tuple[Array, Totals]:
         if dtype is not None:
             trained = jax.tree.map(lambda x: x.astype(dtype), trained)
-        logprobs = token_logprobs(bind(definition, trained, frozen), rows, targets, how)
+        logprobs = token_logprobs(bind(definition, trained, frozen), rows, targets, execution)
         totals = loss(logprobs, rows, extra)
         return totals.loss, totals
 
@@ -52,28 +54,19 @@ def gradients(
     return totals, grads
 
 
-def make_step(
-    definition: nnx.GraphDef[Decoder],
-    loss: Loss,
-    optimiser: optax.GradientTransformation,
-    micro_rows: int,
-    targets: int,
-    how: Execution,
-    dtype: jnp.dtype | None = None,
-) -> Step:
+def make_step(objective: Objective, optimiser: optax.GradientTransformation, micro_rows: int) -> Step:
     """The jitted step ``(trained, opt_state, frozen, rows [B, T], extra) -> (trained, opt_state, metrics)``.
 
     The batch is computed ``micro_rows`` rows at a time. Loss sums, counts and gradients are added up and divided once, so
     that the result does not depend on how targets fall into micro-batches; micro-batches without a target cost nothing.
-    ``targets`` bounds the target tokens of a micro-batch on one device. What is trained and its optimiser state are
-    donated.
+    What is trained and its optimiser state are donated.
     """
 
     def step(
         trained: Trained, opt_state: Any, frozen: nnx.State, rows: Rows, extra: Any
     ) -> tuple[Trained, Any, dict[str, Array]]:
         def compute(part: tuple[Rows, Any]) -> tuple[Totals, Trained]:
-            return gradients(definition, loss, trained, frozen, *part, targets, how, dtype)
+            return gradients(objective, trained, frozen, *part)
 
         if rows.tokens.shape[0] == micro_rows:  # nothing to accumulate
             totals, grads = compute((rows, extra))
