@@ -43,7 +43,7 @@ class Call(NamedTuple):
 
 
 class Recorded:
-    """A program that writes down what it is called with, or traced for."""
+    """A program that writes down what it is called with, or lowered or traced for."""
 
     def __init__(self, calls: list[Call], program: Any, static: int = 0) -> None:
         self.calls, self.program, self.static = calls, program, static
@@ -57,6 +57,10 @@ class Recorded:
     def __call__(self, *arguments: Any) -> Any:
         self.note(arguments)
         return self.program(*arguments)
+
+    def lower(self, *arguments: Any) -> Any:
+        self.note(arguments)
+        return self.program.lower(*arguments)
 
     def trace(self, *arguments: Any) -> Any:
         self.note(arguments)
