@@ -41,7 +41,7 @@ class Call(NamedTuple):
 
 
 class Recorded:
-    """A program that writes down what it is called with, or lowered for."""
+    """A program that writes down what it is called with, or lowered or traced for."""
 
     def __init__(self, calls: list[Call], program: Any, static: int = 0) -> None:
         self.calls, self.program, self.static = calls, program, static
@@ -59,6 +59,10 @@ class Recorded:
     def lower(self, *arguments: Any) -> Any:
         self.note(arguments)
         return self.program.lower(*arguments)
+
+    def trace(self, *arguments: Any) -> Any:
+        self.note(arguments)
+        return self.program.trace(*arguments)
 
 
 class Log:
@@ -100,7 +104,7 @@ class Log:
 class Nothing:
     """A program that is never compiled."""
 
-    def lower(self, *arguments: Any) -> None:
+    def trace(self, *arguments: Any) -> None:
         pass
 
 
@@ -116,7 +120,7 @@ def run(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Log:
 
 
 class Planned(NamedTuple):
-    """What the planner lowers each program for, and makes them of."""
+    """What the planner traces each program for, and makes them of."""
 
     calls: dict[str, Call]
     made: dict[str, list[tuple[Any, ...]]]
@@ -131,7 +135,7 @@ def planned(tiny_folder: Path) -> Planned:
     with pytest.MonkeyPatch.context() as patch, jax.set_mesh(make_mesh(jax.devices(), (1, 1, 1))):
         log.watch(patch, runs=False)
         for job in jobs(config, read_architecture(tiny_folder), how, jnp.dtype("float32"), "cpu"):
-            job.lower()
+            job.trace()
             out[job.name] = log.calls["train" if job.name in ("sft", "dpo") else job.name][-1]
     return Planned(out, log.made)
 

@@ -41,10 +41,10 @@ TOKEN = 2  # fewest bytes of a prompt file that a token stands for, on average; 
 
 @dataclass(frozen=True)
 class Job:
-    """One program: how it is lowered, and its arguments by kind."""
+    """One program: how it is traced, and its arguments by kind."""
 
     name: Name
-    lower: Callable[[], Any]
+    trace: Callable[[], Any]  # gives a jax.stages.Traced
     held: dict[str, Any]  # kind -> shapes in their places: base, adapter, optimiser, cache, rows
     kernel_flops: float = 0.0  # of attention on one device where a kernel computes it, which states no cost
 
@@ -60,7 +60,7 @@ def jobs(config: Config, arch: Architecture, how: Execution, dtype: jnp.dtype, p
     mesh = jax.sharding.get_mesh()
     definition, adapter, base = nnx.split(abstract, nnx.LoRAParam, ...)  # type: ignore[misc]
     adapter, base = placed(adapter, mesh), placed(base, mesh)
-    yield from _sampling(config, arch, how, dtype, platform, definition, adapter, base)
+    yield from _sampling(config, arch, how, dtype, platform, (definition, adapter, base))
 
     sft, dpo = ((rows_at_once(n, s), s.row_length) for n, s in (("sft", config.sft), ("dpo", config.dpo)))
     score_size = max(sft, dpo, key=math.prod)
@@ -69,7 +69,7 @@ def jobs(config: Config, arch: Architecture, how: Execution, dtype: jnp.dtype, p
     held = {"base": base, "adapter": adapter, "rows": score_rows}
     attention = partial(kernel_flops, arch, how)
     flops = attention(*score_size, passes=1)
-    yield Job("score", lambda: SCORE.lower(definition, score_how, adapter, base, score_rows), held, flops)
+    yield Job("score", lambda: SCORE.trace(definition, score_how, adapter, base, score_rows), held, flops)
 
     def training(name: Literal["sft", "dpo"], s: OptimSettings) -> Job:
         loss = dpo_loss(s) if isinstance(s, DpoSettings) else sft_loss
@@ -89,7 +89,7 @@ def jobs(config: Config, arch: Architecture, how: Execution, dtype: jnp.dtype, p
         # The backward pass makes the scores again, and two products more for each of the forward pass' two.
         again = 0 if how.remat == "none" else 1
         flops = attention(batch_rows, s.row_length, passes=1 + again + 2.5)
-        return Job(name, lambda: step.lower(adapter, state, base, rows, extra), held, flops)
+        return Job(name, lambda: step.trace(adapter, state, base, rows, extra), held, flops)
 
     yield training("sft", config.sft)
     yield training("dpo", config.dpo)
@@ -101,10 +101,10 @@ def _sampling(
     how: Execution,
     dtype: jnp.dtype,
     platform: str,
-    definition: nnx.GraphDef[Decoder],
-    adapter: nnx.State,
-    base: nnx.State,
+    model: tuple[nnx.GraphDef[Decoder], nnx.State, nnx.State],
 ) -> Iterator[Job]:
+    """Prefill and decode; ``model`` is its definition, adapter and base."""
+    definition, adapter, base = model
     rows, lanes, slots, new, count, width = sampler_shapes(config, platform)
     kept = dtype if config.model.cache_dtype == "auto" else jnp.dtype(config.model.cache_dtype)
     programs = sampling_programs(definition, dtype, how)
@@ -124,10 +124,10 @@ def _sampling(
     constraint = _everywhere(jax.tree.map(lambda x: _array((STATES, *x.shape[1:]), x.dtype), free(arch.vocab)))
     held = {"base": weights[1], "adapter": weights[0]} if how.weights == "shared" else {"base": (weights.layers, base)}
     held = {**held, "cache": cache}
-    yield Job("prefill", lambda: programs.prefill.lower(weights, cache, chunk), {**held, "rows": chunk})
+    yield Job("prefill", lambda: programs.prefill.trace(weights, cache, chunk), {**held, "rows": chunk})
     yield Job(
         "decode",
-        lambda: programs.decode.lower(weights, cache, state, Asked(waiting, counts, stop, constraint, patience)),
+        lambda: programs.decode.trace(weights, cache, state, Asked(waiting, counts, stop, constraint, patience)),
         {**held, "constraint": constraint, "rows": (state, waiting, counts, stop, patience)},
     )
 

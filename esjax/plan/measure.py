@@ -1,4 +1,4 @@
-"""What one program needs on one device: memory by kind, FLOPs, traffic and network by the compiled text, and a time."""
+"""What one program needs on one device: memory, FLOPs, traffic, network, and a time at stated rates."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ import jax
 import numpy as np
 
 from esjax.plan.chips import GIB, Chip
-from esjax.plan.hlo import Tally, analyse
 from esjax.plan.jobs import Job
-from esjax.plan.network import BETWEEN, Collective
+from esjax.plan.moved import BETWEEN, Collective, Moved, moved
 
 SIZE = r"([\d.]+[KMGT]?)"
 OF_MEMORY = re.compile(rf"Used {SIZE} of {SIZE}|\({SIZE}\) exceeds available HBM \({SIZE}\)")
@@ -34,6 +33,7 @@ class Needs:
     refused: str = ""
     """The compiler's own words where the program is too large for it."""
     flops: float = 0.0
+    """Of products, 2 per multiply-add: the device's share of what the program asks for, and of attention that a kernel does."""
     traffic: float = 0.0
     """Bytes read and written in main memory, an estimate."""
     collectives: dict[str, Collective] = field(default_factory=dict)
@@ -59,11 +59,12 @@ class Needs:
 
 
 def measure(job: Job, chip: Chip | None, limit: float | None, nodes: Sequence[int] = ()) -> Needs:
-    """Compile one job and read what it needs; ``nodes`` as in ``hlo.analyse``."""
+    """Compile one job and read what it needs; ``nodes`` as in ``moved``."""
     began = time.perf_counter()
     held = {kind: held_bytes(tree) / GIB for kind, tree in job.held.items()}
     try:
-        compiled = job.lower().compile()
+        traced = job.trace()
+        compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as e:
         reason = " ".join(str(e).split())
         if "RESOURCE_EXHAUSTED" not in reason and "out of memory" not in reason.lower():
@@ -77,10 +78,9 @@ def measure(job: Job, chip: Chip | None, limit: float | None, nodes: Sequence[in
     # Arguments may take more than their sizes where a device pads them; it is put with the small ones.
     padded = m.argument_size_in_bytes / GIB - sum(held.values())
     memory = held | {"rows": held["rows"] + max(0.0, padded), "work": work / GIB}
-    found = analyse(compiled.as_text(), nodes)
-    tally = found.each if job.name == "decode" else found.once
-    flops = tally.flops + job.kernel_flops
-    times = _times(flops, tally, chip) if chip else {}
+    found = moved(compiled.as_text(), nodes, steps=job.name == "decode")
+    flops = products(traced.jaxpr.jaxpr) / max(1, jax.sharding.get_mesh().size) + job.kernel_flops
+    times = _times(flops, found, chip) if chip else {}
     bound = max(times, key=lambda k: times[k]) if times else ""
     return Needs(
         name=job.name,
@@ -88,22 +88,22 @@ def measure(job: Job, chip: Chip | None, limit: float | None, nodes: Sequence[in
         memory=memory,
         limit=limit,
         flops=flops,
-        traffic=tally.bytes,
-        collectives=dict(tally.collectives),
+        traffic=found.bytes,
+        collectives=found.collectives,
         seconds=times[bound] if times else None,
         bound=bound,
     )
 
 
-def _times(flops: float, tally: Tally, chip: Chip) -> dict[str, float]:
+def _times(flops: float, found: Moved, chip: Chip) -> dict[str, float]:
     """Seconds of each; nothing where something needs a rate that is not known."""
-    between = sum(c.bytes for kind, c in tally.collectives.items() if BETWEEN in kind)
-    within = sum(c.bytes for c in tally.collectives.values()) - between
+    between = sum(c.bytes for kind, c in found.collectives.items() if BETWEEN in kind)
+    within = sum(c.bytes for c in found.collectives.values()) - between
     if between and chip.between is None:
         return {}
     return {
         "FLOPs": flops / chip.flops,
-        "memory": tally.bytes / chip.hbm_bandwidth,
+        "memory": found.bytes / chip.hbm_bandwidth,
         "network": within / chip.interconnect,
         "network between": between / chip.between if chip.between else 0.0,
     }
@@ -113,3 +113,32 @@ def held_bytes(tree: Any) -> int:
     """Bytes that one device holds of a tree of shapes in their places."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize for x in leaves)
+
+
+def products(jaxpr: Any) -> float:
+    """FLOPs of a program's matrix products on all devices, 2 per multiply-add, without those in kernels.
+
+    Scans count as often as they run, a loop of unknown length as one iteration (decoding's is one step), and of branches the
+    dearest. The compiler's own analysis counts the body of any loop once.
+    """
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        inner = [
+            products(getattr(part, "jaxpr", part))
+            for value in eqn.params.values()
+            for part in (value if isinstance(value, tuple | list) else [value])
+            if hasattr(getattr(part, "jaxpr", part), "eqns")
+        ]
+        kind = eqn.primitive.name
+        if kind == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            summed = math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
+            total += 2.0 * eqn.outvars[0].aval.size * summed
+        elif kind == "cond":
+            total += max(inner)
+        elif kind == "shard_map":  # of one device's part
+            mesh = eqn.params["mesh"]
+            total += sum(inner) * math.prod(mesh.shape[axis] for axis in eqn.params.get("manual_axes", mesh.axis_names))
+        elif kind != "pallas_call":
+            total += sum(inner) * (eqn.params["length"] if kind == "scan" else 1)
+    return total
