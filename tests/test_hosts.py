@@ -55,9 +55,17 @@ def free_address() -> str:
 
 
 def start(
-    folder: Path, arguments: list[list[str]], devices: int, signals: dict[int, Signal] | None = None, limit: float = 300
+    folder: Path,
+    arguments: list[list[str]],
+    devices: int,
+    signals: dict[int, Signal] | None = None,
+    limit: float = 300,
+    prelude: str = "",
 ) -> list[Ended]:
-    """Run a command as one process for each list of arguments, with that many simulated devices in all, until all end."""
+    """Run a command as one process for each list of arguments, with that many simulated devices in all, until all end.
+
+    ``prelude`` is Python that each runs first.
+    """
     count, signals = len(arguments), signals or {}
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     if devices > 1:  # their programs are compiled fast rather than well
@@ -67,7 +75,8 @@ def start(
     processes: list[subprocess.Popen[bytes]] = []
     with ExitStack() as stack:
         for i, words in enumerate(arguments):
-            begin = ["-c", SIGNALLER, *map(str, signals[i])] if i in signals else ["-m", "esjax"]
+            code = SIGNALLER if i in signals else "from esjax.cli import main; main()"
+            begin = ["-c", prelude + code, *map(str, signals.get(i, ()))]
             join = (
                 ["--coordinator", address, "--num-processes", str(count), "--process-id", str(i)] if count > 1 else []
             )

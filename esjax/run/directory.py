@@ -37,12 +37,12 @@ class RunDir:
     """
 
     def __init__(self, place: str | Path, config: Config) -> None:
-        """``place`` is a folder that all hosts share, or a URL such as gs://BUCKET/RUN."""
+        """``place`` is a folder that all hosts share, or an address such as gs://BUCKET/RUN."""
         self.path, self.config = buckets.local(place), config
         self.manifest_path = self.path / "manifest.json"
         self.manifest: dict[str, Any] = {"stages": {}}
         self._used = self._claimed = False
-        self._lock: TextIOWrapper | buckets.Lease | None = None
+        self._lock: TextIOWrapper | buckets.Lock | None = None
 
     def __enter__(self) -> RunDir:
         """Open or create. Raises InputError when the directory belongs to another config, TransientError when it is in use."""
@@ -51,6 +51,8 @@ class RunDir:
                 self._make()
             self._check_shared()
             with together():
+                if bucket := buckets.of(self.path):
+                    bucket.pull(self.path)
                 self.manifest = read_manifest(self.path)
                 self._check_config()
                 self._check_files()
@@ -75,8 +77,8 @@ class RunDir:
             self._take_lock()
 
     def _take_lock(self) -> None:
-        if buckets.in_bucket(self.path):
-            self._lock = buckets.Lease(self.path, say)
+        if bucket := buckets.of(self.path):
+            self._lock = buckets.Lock(bucket, say)
             return
         lock = open(self.path / ".lock", "a+")  # noqa: SIM115  closed in __exit__, or by the end of the process
         try:
@@ -90,7 +92,7 @@ class RunDir:
 
     def _check_shared(self) -> None:
         """All processes must see one directory."""
-        if hosts.count == 1 or buckets.in_bucket(self.path):
+        if hosts.count == 1 or buckets.of(self.path):
             return
         token = hosts.share(int.from_bytes(os.urandom(4), "big") >> 1)
         if isinstance(self._lock, TextIOWrapper):
