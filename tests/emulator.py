@@ -44,7 +44,8 @@ class _Server(ThreadingHTTPServer):
 @contextmanager
 def emulator() -> Iterator[tuple[dict[str, str], Any]]:
     """An empty bucket called BUCKET; the environment in which gs:// leads there, and the emulator's storage."""
-    logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)
+    for name in ("gcp_storage_emulator", "api.object"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     handlers, http, normal = server.HANDLERS, server.server.HTTPServer, storage._FileStore._norm
     server.HANDLERS = tuple((route, {m: _guarded(h) for m, h in found.items()}) for route, found in handlers)
     server.server.HTTPServer = _Server
