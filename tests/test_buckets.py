@@ -22,7 +22,7 @@ from test_resume import files
 from esjax.cli import main
 from esjax.errors import InputError, TransientError
 from esjax.run import buckets
-from esjax.run.files import Journal
+from esjax.run.journal import Journal
 
 SOON = "import esjax.run.buckets as b; b.HEARTBEAT, b.DEAD_AFTER = 0.5, 2.0\n"
 

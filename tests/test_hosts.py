@@ -29,8 +29,11 @@ from test_resume import SIGNALLER, files, stages
 
 from esjax import rows
 from esjax.cli import main
+from esjax.errors import Stopped
 from esjax.model.weights import compute_dtype, load_backbone
-from esjax.runtime import processes
+from esjax.runtime.context import open_runtime
+from esjax.runtime.processes import Processes
+from esjax.runtime.stop import Stop
 from esjax.sample.score import Scorer
 
 Signal = tuple[str, str, str, str, int]  # what, module, class, function, call
@@ -293,10 +296,10 @@ def test_an_address_needs_all_three_options(capsys: pytest.CaptureFixture[str], 
 
 # stage in which SIGTERM comes -> where exactly, and what is said of it
 TERMS: dict[str, tuple[Signal, str]] = {
-    "sft": (("SIGTERM", "esjax.run.files", "Metrics", "log", 3), "sft: stopped by SIGTERM; step 4 of 8 is saved"),
-    "round1/replies": (("SIGTERM", "esjax.run.files", "Journal", "add", 9), ""),
+    "sft": (("SIGTERM", "esjax.run.metrics", "Metrics", "log", 3), "sft: stopped by SIGTERM; step 4 of 8 is saved"),
+    "round1/replies": (("SIGTERM", "esjax.run.journal", "Journal", "add", 9), ""),
     "round1/dpo": (
-        ("SIGTERM", "esjax.run.files", "Metrics", "log", 2),
+        ("SIGTERM", "esjax.run.metrics", "Metrics", "log", 2),
         "dpo: stopped by SIGTERM; step 3 of 5 is saved",
     ),
 }
@@ -346,7 +349,7 @@ def test_a_process_alone_among_several_is_stopped_as_any(tiny_folder: Path, tmp_
     """Every launcher passes --distributed; JAX's own handler of SIGTERM would swallow it."""
     join = ["--coordinator", free_address(), "--num-processes", "1", "--process-id", "0"]
     words = ["sft", "--run-dir", str(tmp_path / "run"), *tiny_overrides(tiny_folder), *join]
-    (ended,) = start(tmp_path, [words], 1, {0: ("SIGTERM", "esjax.run.files", "Metrics", "log", 3)})
+    (ended,) = start(tmp_path, [words], 1, {0: ("SIGTERM", "esjax.run.metrics", "Metrics", "log", 3)})
     assert ended.code == 143, ended.err[-2000:]
     assert "sft: stopped by SIGTERM; step 4 of 8 is saved" in ended.err
     assert ended.err.rstrip().endswith(STOPPED)
@@ -404,7 +407,7 @@ def test_sigterm_to_one_stops_both(
     step = ended[0].err.split("stopped by SIGTERM; step ")[1].split()[0]
     assert len((job.run / "sft" / "metrics.jsonl").read_text().splitlines()) == int(step)
 
-    ended = job.start(2, {told: ("SIGTERM", "esjax.run.files", "Journal", "add", 5)})
+    ended = job.start(2, {told: ("SIGTERM", "esjax.run.journal", "Journal", "add", 5)})
     assert f"sft: continuing after step {step} of 5" in ended[0].err
     assert [e.code for e in ended] == [143, 143], ended[0].err[-2000:] + ended[1].err[-2000:]
     assert "round1/replies" not in stages(job.run)
@@ -443,53 +446,48 @@ def test_a_failing_process_takes_the_other_along(tiny_folder: Path, tmp_path: Pa
 
 
 @pytest.fixture
-def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def watched() -> Iterator[Stop]:
     """SIGTERM is handled as in a command."""
-    fresh = processes.Stop(processes.hosts)
-    monkeypatch.setattr(processes, "stop", fresh)
-    before = signal.getsignal(signal.SIGTERM)
-    processes.watch()
-    signal.set_wakeup_fd(-1)  # the watching thread would end pytest
-    yield
-    signal.signal(signal.SIGTERM, before)
+    with open_runtime() as runtime:
+        yield runtime.stop
 
 
-def test_sigterm_is_deferred_within(watched: None) -> None:
+def test_sigterm_is_deferred_within(watched: Stop) -> None:
     def work() -> None:
-        with processes.deferred() as stops:
+        with watched.deferred() as stops:
             assert not stops()
-            with processes.deferred():
+            with watched.deferred():
                 signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGTERM)
             assert stops()
             done.append(1)
 
     done: list[int] = []
-    with pytest.raises(processes.Stopped):  # at the end, though nothing was left to stop: nothing else begins
+    with pytest.raises(Stopped):  # at the end, though nothing was left to stop: nothing else begins
         work()
     assert done == [1]
 
 
-def test_sigterm_raises_outside(watched: None) -> None:
-    with processes.deferred():
+def test_sigterm_raises_outside(watched: Stop) -> None:
+    with watched.deferred():
         pass
-    with pytest.raises(processes.Stopped):
+    with pytest.raises(Stopped):
         signal.raise_signal(signal.SIGTERM)
 
 
-def test_sigterm_raises_after_an_error_within(watched: None) -> None:
+def test_sigterm_raises_after_an_error_within(watched: Stop) -> None:
     """Leaving by an exception ends the deferral, too."""
-    with pytest.raises(ValueError, match="within"), processes.deferred():
+    with pytest.raises(ValueError, match="within"), watched.deferred():
         raise ValueError("within")
-    with pytest.raises(processes.Stopped):
+    with pytest.raises(Stopped):
         signal.raise_signal(signal.SIGTERM)
 
 
-def test_several_processes_stop_where_they_agree(watched: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_stop_where_they_agree(watched: Stop, monkeypatch: pytest.MonkeyPatch) -> None:
     """A signal of one's own is no reason to stop before the others do."""
     answers = iter([False, True])
-    monkeypatch.setattr(processes.stop, "here", lambda: next(answers))
-    with pytest.raises(processes.Stopped), processes.deferred() as stops:  # noqa: PT012
+    monkeypatch.setattr(watched, "here", lambda: next(answers))
+    with pytest.raises(Stopped), watched.deferred() as stops:  # noqa: PT012
         signal.raise_signal(signal.SIGTERM)
         assert [stops(), stops()] == [False, True]
 
@@ -518,7 +516,7 @@ def test_all_stop_at_one_point_wherever_the_notice_falls(
 ) -> None:
     """Processes that are up to some points apart, looking at the board and asking in any order: none misses the notice."""
     count, board = len(speeds), Notes()
-    made = [processes.Stop(processes.Hosts(i, count, board=board)) for i in range(count)]
+    made = [Stop(Processes(i, count, board=board)) for i in range(count)]
     stopped: dict[int, int] = {}
 
     def ask(i: int) -> None:
@@ -531,9 +529,9 @@ def test_all_stop_at_one_point_wherever_the_notice_falls(
             ask(i)
     for n, (looks, i) in enumerate(order):
         if n == when:
-            made[told % count].told = True
+            made[told % count].requested = True
         made[i % count].look(board) if looks else ask(i % count)
-    made[told % count].told = True
+    made[told % count].requested = True
     for _ in range(3):
         for i in range(count):
             made[i].look(board)
@@ -546,7 +544,7 @@ def test_all_stop_at_one_point_wherever_the_notice_falls(
 
 def test_the_end_of_one_is_known_to_the_others() -> None:
     board = Notes()
-    me = processes.Stop(processes.Hosts(1, 3, board=board))
+    me = Stop(Processes(1, 3, board=board))
     me.look(board)
     assert (me.ended, me.known) == (None, False)
     board.post("end/0", "143")
@@ -558,16 +556,16 @@ def test_the_end_of_one_is_known_to_the_others() -> None:
     assert me.ended == (2, 2)
 
 
-def test_work_within_other_work_does_not_stop_by_itself(watched: None) -> None:
+def test_work_within_other_work_does_not_stop_by_itself(watched: Stop) -> None:
     """A validation in the middle of training: training has a step to save."""
-    with pytest.raises(processes.Stopped), processes.deferred() as outer:  # noqa: PT012
-        with processes.deferred() as inner:
+    with pytest.raises(Stopped), watched.deferred() as outer:  # noqa: PT012
+        with watched.deferred() as inner:
             signal.raise_signal(signal.SIGTERM)
             assert not inner()
         assert outer()
 
 
-def test_scoring_stops_between_batches(watched: None, tiny_folder: Path) -> None:
+def test_scoring_stops_between_batches(watched: Stop, tiny_folder: Path) -> None:
     backbone = load_backbone(tiny_folder, None, compute_dtype("float32"))
     examples = [rows.prompt_with_replies([5, 6, 7], [[8, 9]])] * 4
     done: list[int] = []
@@ -578,6 +576,6 @@ def test_scoring_stops_between_batches(watched: None, tiny_folder: Path) -> None
             signal.raise_signal(signal.SIGTERM)
 
     scorer = Scorer(backbone, row_length=16, batch_rows=1)
-    with pytest.raises(processes.Stopped):
+    with pytest.raises(Stopped):
         scorer.score(nnx.State({}), [*examples * 8], advance)
     assert done == [0, 1, 2]  # three lie in a row, which is finished

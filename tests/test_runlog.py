@@ -23,8 +23,10 @@ from esjax.cli import main
 from esjax.errors import InputError, TransientError, is_full_disk
 from esjax.run import files
 from esjax.run.directory import RunDir, bundled_hash
-from esjax.run.files import Journal, Metrics, gather, replacing, sha256, write_jsonl, write_text
+from esjax.run.files import replacing, sha256, write_jsonl, write_text
+from esjax.run.journal import Journal, gather
 from esjax.run.jsonl import json_line, read_jsonl
+from esjax.run.metrics import Metrics
 from esjax.settings.files import load
 from esjax.settings.schema import Config
 

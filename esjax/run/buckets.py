@@ -19,7 +19,7 @@ from typing import Any
 import fsspec
 
 from esjax.errors import InputError, TransientError
-from esjax.runtime.processes import goodbyes, hosts
+from esjax.runtime.context import current
 
 UPLOAD_EVERY = 30.0  # seconds between two uploads of a file that grows
 HEARTBEAT = 15.0  # seconds between two signs of life of whoever holds a bucket's lock
@@ -36,7 +36,7 @@ class Bucket:
         with reaching(url):
             self.files, self.root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
         self._folder = tempfile.TemporaryDirectory(prefix="esjax-")  # deleted at the interpreter's end
-        goodbyes.append(self._folder.cleanup)
+        current().at_exit.append(self._folder.cleanup)
         self.local = Path(self._folder.name)
         self.copied = False
         self.lost = False  # to another run, see Lock
@@ -110,7 +110,7 @@ class Lock:
                     f"{bucket.url}: in use by another process; wait for it or choose another --run-dir"
                 )
         self._ended = threading.Event()
-        goodbyes.insert(0, self.close)
+        current().at_exit.insert(0, self.close)
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
 
@@ -202,10 +202,10 @@ def of(path: Path) -> Bucket | None:
 def publish(path: Path) -> None:
     """What the first process wrote is now for all to read; every process calls this."""
     bucket = of(path)
-    if bucket is not None and hosts.writer:
+    if bucket is not None and current().processes.writer:
         bucket.push(path)
-    hosts.wait(path.name)
-    if bucket is not None and not hosts.writer:
+    current().processes.wait(path.name)
+    if bucket is not None and not current().processes.writer:
         bucket.pull(path)
 
 

@@ -18,8 +18,8 @@ from esjax.model.cached import Cache, Chunk, empty_cache
 from esjax.model.lora import Adapter
 from esjax.model.weights import Backbone
 from esjax.rows import common_prefix
+from esjax.runtime.context import current
 from esjax.runtime.mesh import batch_groups, check_split, put_everywhere
-from esjax.runtime.processes import deferred
 from esjax.sample.compiled import sampling_programs, windows_of
 from esjax.sample.constrain import START, Constraint, free, narrowed
 from esjax.sample.decode import Draw, Lanes, Leaf, Log, idle_lanes
@@ -242,7 +242,7 @@ class _Session:
 
     def finish_all(self) -> None:
         """Until nothing is left to do. Raises Stopped on SIGTERM: replies that ended were handed on, others are lost."""
-        with deferred() as stops:
+        with current().stop.deferred() as stops:
             while not stops():
                 loads = self._hand_out()
                 self._compute(loads)
