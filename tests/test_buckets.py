@@ -61,9 +61,6 @@ def there(url: str) -> dict[str, bytes]:
     return {name.removeprefix(f"{root}/"): driver.cat_file(name) for name in driver.find(root)}
 
 
-def quiet(_: str) -> None: ...
-
-
 # --- whole runs ------------------------------------------------------------------------------------------------------
 
 
@@ -127,23 +124,24 @@ def test_a_model_of_a_run_in_a_bucket(url: str, bucket: buckets.Bucket, tiny_run
 # --- the lock --------------------------------------------------------------------------------------------------------
 
 
-def test_one_run_writes_a_bucket(url: str, bucket: buckets.Bucket, soon: None) -> None:
-    said: list[str] = []
-    first = buckets.Lock(bucket, said.append)
-    assert said == []
+def test_one_run_writes_a_bucket(
+    url: str, bucket: buckets.Bucket, soon: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = buckets.Lock(bucket)
+    assert capsys.readouterr().err == ""
     with pytest.raises(TransientError, match=rf"{url}: in use by another process; wait for it or choose another"):
-        buckets.Lock(bucket, said.append)
-    assert len(said) == 1
+        buckets.Lock(bucket)
+    assert "waiting 2 s to see whether it still goes on" in capsys.readouterr().err
     first.close()
     assert there(url) == {}
-    buckets.Lock(bucket, said.append).close()
-    assert len(said) == 1
+    buckets.Lock(bucket).close()
+    assert capsys.readouterr().err == ""
 
 
 def test_what_a_dead_run_held_is_taken(url: str, bucket: buckets.Bucket, soon: None) -> None:
     bucket.files.pipe_file(f"{bucket.root}/.lock", b"a process that was killed")
     began = time.monotonic()
-    lock = buckets.Lock(bucket, quiet)
+    lock = buckets.Lock(bucket)
     assert time.monotonic() - began > buckets.DEAD_AFTER
     before = lock._generation()
     time.sleep(3 * buckets.HEARTBEAT)
@@ -154,7 +152,7 @@ def test_what_a_dead_run_held_is_taken(url: str, bucket: buckets.Bucket, soon: N
 
 def test_a_run_that_lost_its_lock_sends_nothing_more(url: str, bucket: buckets.Bucket, soon: None) -> None:
     """It was silent for too long, and another one came."""
-    lock = buckets.Lock(bucket, quiet)
+    lock = buckets.Lock(bucket)
     (bucket.local / "a").write_text("a")
     buckets.keep(bucket.local / "a", now=True)
     bucket.files.pipe_file(f"{bucket.root}/.lock", b"another run")
@@ -167,7 +165,7 @@ def test_a_run_that_lost_its_lock_sends_nothing_more(url: str, bucket: buckets.B
 
 def test_an_answer_that_got_lost_does_not_lose_the_lock(bucket: buckets.Bucket, soon: None) -> None:
     """The object was written, nobody heard of it, and the client tries again: what is there is not what it saw, but its own."""
-    lock = buckets.Lock(bucket, quiet)
+    lock = buckets.Lock(bucket)
     lock._object.bucket.blob(lock._object.name).upload_from_string(lock._token)
     time.sleep(3 * buckets.HEARTBEAT)
     assert not bucket.lost
@@ -179,7 +177,7 @@ def test_of_many_that_come_at_once_one_has_it(bucket: buckets.Bucket, soon: None
 
     def take(_: int) -> buckets.Lock | None:
         try:
-            return buckets.Lock(bucket, quiet)
+            return buckets.Lock(bucket)
         except TransientError:
             return None
 
@@ -192,7 +190,7 @@ def test_of_many_that_come_at_once_one_has_it(bucket: buckets.Bucket, soon: None
 def test_the_command_says_that_a_bucket_is_in_use(
     url: str, bucket: buckets.Bucket, tiny_folder: Path, soon: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    held = buckets.Lock(bucket, quiet)
+    held = buckets.Lock(bucket)
     with pytest.raises(SystemExit) as ended:
         main(["sft", "--run-dir", url, *tiny_overrides(tiny_folder)])
     assert ended.value.code == 75

@@ -12,13 +12,14 @@ import secrets
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
 from esjax.errors import InputError, TransientError
+from esjax.run.progress import say
 from esjax.runtime.context import current
 
 UPLOAD_EVERY = 30.0  # seconds between two uploads of a file that grows
@@ -47,11 +48,11 @@ class Bucket:
 
         Raises TransientError where the lock is lost.
         """
+        if self.lost:
+            raise TransientError(f"{self.url}: another run writes here now; nothing more was sent")
         if time.monotonic() - self._sent.get(path, -every) < every:
             return
         self._sent[path] = time.monotonic()
-        if self.lost:
-            raise TransientError(f"{self.url}: another run writes here now; nothing more was sent")
         with reaching(self.url):
             for file in [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]:
                 if file.exists():
@@ -88,7 +89,7 @@ class Lock:
     processes succeeds. Clocks are not compared: whoever finds it there watches whether it still changes.
     """
 
-    def __init__(self, bucket: Bucket, say: Callable[[str], None]) -> None:
+    def __init__(self, bucket: Bucket) -> None:
         """Raises TransientError while another process has it."""
         self._bucket, self._token = bucket, secrets.token_hex(8)
         with reaching(bucket.url):

@@ -79,7 +79,7 @@ class RunDir:
 
     def _take_lock(self) -> None:
         if bucket := buckets.of(self.path):
-            self._lock = buckets.Lock(bucket, say)
+            self._lock = buckets.Lock(bucket)
             return
         lock = open(self.path / ".lock", "a+")  # noqa: SIM115  closed in __exit__, or by the end of the process
         try:
