@@ -18,25 +18,34 @@ _one_at_a_time = threading.Lock()
 
 
 def _guarded(handler: Callable[..., None]) -> Callable[..., None]:
-    """A handler that answers 412 where the request is bound to a generation that is not there (0: to no object)."""
+    """A handler that keeps to the preconditions of a request: which generation an object has (0: it is not there) or has not.
+
+    And tells the generation of what is read.
+    """
 
     def handle(request: Any, response: Any, objects: Any) -> None:
-        body, wanted = request.data, request.query.get("ifGenerationMatch")
+        query, body = request.query, request.data
         with _one_at_a_time:
-            if wanted:
-                name = request.params.get("object_id") or request.query.get("name", [None])[0] or body["meta"]["name"]
-                found = "0"
-                with suppress(NotFound):
-                    found = objects.get_file_obj(request.params["bucket_name"], name)["generation"]
-                if found != wanted[0]:
-                    response.status = HTTPStatus.PRECONDITION_FAILED
-                    return
-            handler(request, response, objects)
+            name = request.params.get("object_id") or query.get("name", [None])[0]
+            if name is None and isinstance(body, dict) and "meta" in body:
+                name = body["meta"]["name"]
+            found = "0"
+            with suppress(NotFound):
+                found = str(objects.get_file_obj(request.params.get("bucket_name"), name)["generation"])
+            if query.get("ifGenerationMatch", [found]) != [found]:
+                response.status = HTTPStatus.PRECONDITION_FAILED
+            elif query.get("ifGenerationNotMatch") == [found]:
+                response.status = HTTPStatus.NOT_MODIFIED
+            else:
+                response["x-goog-generation"] = found
+                handler(request, response, objects)
 
     return handle
 
 
 class _Server(ThreadingHTTPServer):
+    request_queue_size = 128
+
     def handle_error(self, request: object, client_address: object) -> None:
         """Nothing is said of clients that went away."""
 
