@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import os
 import re
 import sys
 import traceback
@@ -13,7 +14,7 @@ from typing import NoReturn
 
 from esjax.errors import InputError, RunError, is_full_disk, outcome
 from esjax.options import FIXED, READ, build, read_by
-from esjax.runtime import processes
+from esjax.runtime.context import current, open_runtime
 from esjax.settings.files import Given, keys, load, similar
 from esjax.settings.schema import Config
 
@@ -26,7 +27,7 @@ def evolve(args: argparse.Namespace, config: Config) -> None:
     from esjax.evolve import preflight, rounds
     from esjax.evolve.experiment import Experiment
     from esjax.run.directory import RunDir
-    from esjax.run.files import say
+    from esjax.run.progress import say
     from esjax.runtime.programs import summary
 
     with RunDir(args.run_dir, config) as run:
@@ -193,23 +194,23 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 1 the run failed, 2 bad input, 75 try again, 130 interrupted, 143 stopped by SIGTERM."""
     parser, commands = build((evolve, sft, dpo, sample, score, plan, bench, export))
     continues = True
-    try:
-        arguments = sys.argv[1:] if argv is None else argv
-        for option, word in pairwise([*arguments, "-"]):
-            if option.startswith("--") and (not word or option.endswith("=")):
-                raise InputError(f"{option.rstrip('=')} is empty; give a value")
-        args, overrides = parser.parse_known_args(arguments)
-        continues = args.command in CONTINUES
-        _check_names(args.command, commands[args.command], overrides)
-        processes.watch()
-        _join(args)
-        with processes.together():
-            config = _settings(args, overrides)
-            _prepare_jax()
-        with _devices(args, config):
-            args.function(args, config)
-    except BaseException as error:
-        _fail(error, continues)
+    with open_runtime():
+        try:
+            arguments = sys.argv[1:] if argv is None else argv
+            for option, word in pairwise([*arguments, "-"]):
+                if option.startswith("--") and (not word or option.endswith("=")):
+                    raise InputError(f"{option.rstrip('=')} is empty; give a value")
+            args, overrides = parser.parse_known_args(arguments)
+            continues = args.command in CONTINUES
+            _check_names(args.command, commands[args.command], overrides)
+            _join(args)
+            with current().processes.in_step():
+                config = _settings(args, overrides)
+                _prepare_jax()
+            with _devices(args, config):
+                args.function(args, config)
+        except BaseException as error:
+            _fail(error, continues)
 
 
 def _check_names(command: str, parser: argparse.ArgumentParser, overrides: list[str]) -> None:
@@ -258,18 +259,17 @@ def _settings(args: argparse.Namespace, overrides: list[str]) -> Config:
 
 def _fail(error: BaseException, continues: bool) -> NoReturn:
     """End the process: one line for what a person or time can mend, the traceback for what only we can."""
-    ended = outcome(error, continues)
-    if processes.hosts.joined and (ended is None or ended[0] in (1, 75)):
-        ended = processes.elsewhere() or ended  # what ended another process is the reason for what this one met
-    if processes.hosts.joined and ended is None:
+    runtime, ended = current(), outcome(error, continues)
+    if runtime.joining and (ended is None or ended[0] in (1, 75)):
+        ended = runtime.ended_elsewhere() or ended  # what ended another process is the reason for what this one met
+    if runtime.joining and ended is None:
         traceback.print_exception(error)
-        ended = 1, f"error: process {processes.hosts.index} of this run failed; see above"
+        ended = 1, f"error: process {runtime.processes.index} of this run failed; see above"
     if ended is None:
         raise error
-    if processes.hosts.joined or is_full_disk(error):
-        processes.leave(
-            *ended
-        )  # the libraries' exit handlers would wait for the others, or write to the full disk again
+    if runtime.joining or is_full_disk(error):
+        # The libraries' exit handlers would wait for the others, or write to the full disk again.
+        runtime.leave(*ended)
     print(f"esjax: {ended[1]}", file=sys.stderr)
     sys.exit(ended[0])
 
@@ -287,7 +287,7 @@ def _join(args: argparse.Namespace) -> None:
     if given or args.distributed:
         from esjax.runtime import distributed
 
-        distributed.start(*explicit, args.join_timeout)
+        current().join(distributed.start(*explicit, args.join_timeout))
 
 
 def _devices(args: argparse.Namespace, config: Config) -> contextlib.AbstractContextManager[object]:
@@ -296,7 +296,8 @@ def _devices(args: argparse.Namespace, config: Config) -> contextlib.AbstractCon
         return contextlib.nullcontext()
     from esjax.runtime.mesh import use_mesh
 
-    if not processes.hosts.all(processes.alike(config)):
+    processes = current().processes
+    if not processes.all(processes.same_in_all(config)):
         raise InputError("the processes of this run have different settings; start all with the same command")
     return use_mesh(config.mesh)
 
@@ -305,21 +306,22 @@ def _prepare_jax() -> None:
     import jax
 
     from esjax.hub.fetch import cache_root
-    from esjax.plan.chips import gpu_share
+    from esjax.plan.chips import GPU_SHARE, gpu_share
     from esjax.run.files import check_writable
 
     if not cache_root().exists():
         check_writable(cache_root() / "xla", "folder as $ESJAX_CACHE")
     elif not cache_root().is_dir():
         raise InputError(f"{cache_root()}: the cache is no folder; give another one as $ESJAX_CACHE")
-    gpu_share()  # JAX may take most of a GPU: nothing else runs there
+    os.environ.setdefault(GPU_SHARE, "0.9")  # JAX may take most of a GPU: nothing else runs there
+    gpu_share()
     jax.config.update("jax_compilation_cache_dir", str(cache_root() / "xla"))
 
 
 def _print(table: object) -> None:
     from rich.console import Console
 
-    if not processes.hosts.writer:
+    if not current().processes.writer:
         return
     wide = None if sys.stdout.isatty() else 100
     Console(width=wide).print(table)

@@ -21,7 +21,8 @@ from esjax.model.families import config_of
 from esjax.model.lora import Adapter, load_adapter, peft_tensors, save_adapter
 from esjax.model.weights import Backbone, bind, load_backbone, merged_tensors
 from esjax.rows import Rows
-from esjax.run.files import check_writable, replacing, say
+from esjax.run.files import check_writable, replacing
+from esjax.run.progress import say
 
 # What belongs to a tokenizer, beside the files that its own class names.
 COPIED = (

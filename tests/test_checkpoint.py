@@ -83,7 +83,7 @@ def undisturbed(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def killed(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run killed in its eighth step."""
     folder = tmp_path_factory.mktemp("killed")
-    kill = ("SIGKILL", "esjax.run.files", "Metrics", "log", 7)
+    kill = ("SIGKILL", "esjax.run.metrics", "Metrics", "log", 7)
     ended(start(folder, [sft(tiny_folder, folder / "run", (1, 8, 1))], 8, {0: kill}), -9)
     return folder / "run"
 
@@ -340,10 +340,11 @@ from pathlib import Path
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from esjax.runtime import distributed
-from esjax.runtime.processes import hosts
+from esjax.runtime.context import current
 from esjax.train.checkpoint import Checkpoints
 address, index, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
-distributed.start(address, 2, index, 120)
+current().join(distributed.start(address, 2, index, 120))
+processes = current().processes
 where = NamedSharding(jax.make_mesh((2,), ("fsdp",)), PartitionSpec("fsdp"))
 def state(step):
     whole = np.random.default_rng(step).normal(size=(64, 64)).astype(np.float32)
@@ -352,11 +353,11 @@ checkpoints = Checkpoints(folder, 2)
 for step in (1, 2):
     checkpoints.save(step, state(step))
 checkpoints.close()
-hosts.wait("saved")
-if hosts.writer:
+processes.wait("saved")
+if processes.writer:
     file = max((folder / "2" / "default" / "ocdbt.process_1" / "d").iterdir(), key=lambda f: f.stat().st_size)
     os.truncate(file, file.stat().st_size // 2)
-hosts.wait("damaged")
+processes.wait("damaged")
 checkpoints = Checkpoints(folder, 2)
 step, found = checkpoints.restore(state(0))
 pairs = zip(found["w"].addressable_shards, state(step)["w"].addressable_shards)

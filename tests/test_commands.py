@@ -99,7 +99,7 @@ def test_a_killed_command_goes_on_from_what_is_finished(
         words = ["score", "--data", str(tmp_path / "chats.jsonl"), "--data.window", "64", "--sft.micro_rows", "1"]
     words += ["--model", str(tiny_folder)]
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
-    killer = [sys.executable, "-c", SIGNALLER, what, "esjax.run.files", "Journal", "add", "36"]
+    killer = [sys.executable, "-c", SIGNALLER, what, "esjax.run.journal", "Journal", "add", "36"]
     killed = subprocess.run([*killer, *words, "--out", str(out)], capture_output=True, text=True, check=False)
     assert killed.returncode == (143 if what == "SIGTERM" else -signal.SIGKILL), killed.stderr[-2000:]
     assert "Traceback" not in killed.stderr

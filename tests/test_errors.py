@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from esjax.cli import main
 from esjax.corpus.sources import read_dialogues
-from esjax.errors import InputError, outcome
+from esjax.errors import InputError, is_full_disk, outcome
 from esjax.run.jsonl import read_jsonl
 from esjax.settings.files import bundled, load, read_text
 from esjax.tokens.encode import Encoder
@@ -250,8 +251,6 @@ def test_places_that_cannot_be_used(
     file.write_text("mine")
     for place in (file, file / "run", tmp_path / "a\\b"):
         assert str(place).split("/run")[0] in refused(*evolve(place, tiny_folder))
-    for place in ("memory://run", "abfs://c/run", "s3://b/run", "http://h/run"):
-        assert "gs://" in refused(*evolve(Path("x"), tiny_folder, "--run-dir", place))
     monkeypatch.setenv("ESJAX_CACHE", str(file))
     assert str(file) in refused(*evolve(tmp_path / "run", tiny_folder))
     assert file.read_text() == "mine"
@@ -287,3 +286,22 @@ def test_another_process_that_is_gone_passes() -> None:
 
 def test_a_refusal_is_one_line_whatever_it_names() -> None:
     assert str(InputError("unknown setting a\nb\u2028\ud800: é")) == "unknown setting a\\nb\\u2028\\ud800: é"
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(errno.ENOSPC, "x"), True),
+        (OSError(errno.EDQUOT, "x"), True),
+        (OSError(errno.EFBIG, "x"), True),
+        (RuntimeError("INTERNAL: write failed: No space left on device"), True),
+        (ValueError("Disk quota exceeded [ENOSPC]"), True),
+        (OSError(errno.ENOENT, "x"), False),
+        (RuntimeError("loss is nan"), False),
+    ],
+    ids=repr,
+)
+def test_a_full_disk_is_recognised_at_any_depth(error: Exception, full: bool) -> None:
+    because, meanwhile = RuntimeError("could not save"), RuntimeError("could not save")
+    because.__cause__, meanwhile.__context__ = error, error
+    assert [is_full_disk(e) for e in (error, because, meanwhile)] == [full] * 3

@@ -5,6 +5,7 @@ The processes join through jax.distributed and compute together through gloo, on
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -29,8 +30,11 @@ from test_resume import SIGNALLER, files, stages
 
 from esjax import rows
 from esjax.cli import main
+from esjax.errors import Stopped
 from esjax.model.weights import compute_dtype, load_backbone
-from esjax.runtime import processes
+from esjax.runtime.context import current, open_runtime
+from esjax.runtime.processes import Processes
+from esjax.runtime.stop import Stop
 from esjax.sample.score import Scorer
 
 Signal = tuple[str, str, str, str, int]  # what, module, class, function, call
@@ -55,9 +59,17 @@ def free_address() -> str:
 
 
 def start(
-    folder: Path, arguments: list[list[str]], devices: int, signals: dict[int, Signal] | None = None, limit: float = 300
+    folder: Path,
+    arguments: list[list[str]],
+    devices: int,
+    signals: dict[int, Signal] | None = None,
+    limit: float = 300,
+    prelude: str = "",
 ) -> list[Ended]:
-    """Run a command as one process for each list of arguments, with that many simulated devices in all, until all end."""
+    """Run a command as one process for each list of arguments, with that many simulated devices in all, until all end.
+
+    ``prelude`` is Python that each runs first.
+    """
     count, signals = len(arguments), signals or {}
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     if devices > 1:  # their programs are compiled fast rather than well
@@ -67,7 +79,8 @@ def start(
     processes: list[subprocess.Popen[bytes]] = []
     with ExitStack() as stack:
         for i, words in enumerate(arguments):
-            begin = ["-c", SIGNALLER, *map(str, signals[i])] if i in signals else ["-m", "esjax"]
+            code = SIGNALLER if i in signals else "from esjax.cli import main; main()"
+            begin = ["-c", prelude + code, *map(str, signals.get(i, ()))]
             join = (
                 ["--coordinator", address, "--num-processes", str(count), "--process-id", str(i)] if count > 1 else []
             )
@@ -221,52 +234,37 @@ def test_thirty_two_devices_do_what_one_does(tiny_folder: Path, tmp_path: Path) 
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
-def test_what_one_process_alone_refuses_ends_the_other_alike(tiny_folder: Path, tmp_path: Path) -> None:
-    """A config that is not on this host: the other process has begun to wait for it."""
+ONE_DEVICE = ("--mesh.data=1", "--mesh.fsdp=1", "--mesh.tensor=1")
+REFUSED = {  # what -> more words for each process, and what each says
+    "a config that is not on this host": (
+        ((), ("--config", "FOLDER/none.yaml")),
+        ("another process of this run has bad input", "none.yaml"),
+    ),
+    "a mesh that leaves a process idle": (
+        (ONE_DEVICE, ONE_DEVICE),
+        ("a mesh of 1 devices leaves 3 idle on other hosts: set mesh.fsdp=-1",) * 2,
+    ),
+    "a directory that is not shared": (
+        ((), ("--run-dir", "FOLDER/other")),
+        ("not the same folder on all hosts; choose a --run-dir on storage that they share",) * 2,
+    ),
+    "other settings": (
+        ((), ("--sft.learning_rate", "0.01")),
+        ("the processes of this run have different settings",) * 2,
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_one_process_refuses_ends_both(what: str, tiny_folder: Path, tmp_path: Path) -> None:
+    """Without a word, one would wait for the other, or each train its own model."""
     job = Job(tiny_folder, tmp_path, "sft")
-    ended = start(tmp_path, [job.words, [*job.words, "--config", str(tmp_path / "none.yaml")]], job.devices, limit=120)
+    more, said = REFUSED[what]
+    words = [[*job.words, *(word.replace("FOLDER", str(tmp_path)) for word in add)] for add in more]
+    ended = start(tmp_path, words, job.devices, limit=120)
     assert [e.code for e in ended] == [2, 2], [e.err[-1000:] for e in ended]
-    assert "none.yaml" in ended[1].err
-    assert "another process of this run has bad input" in ended[0].err
-
-
-def test_a_mesh_that_leaves_the_other_process_idle_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
-    """Each would train alone until the first checkpoint."""
-    job = Job(tiny_folder, tmp_path, "sft")
-    words = [*job.words, "--mesh.data=1", "--mesh.fsdp=1", "--mesh.tensor=1"]
-    ended = start(tmp_path, [words, words], job.devices, limit=120)
-    assert [e.code for e in ended] == [2, 2]
-    assert "a mesh of 1 devices leaves 3 idle on other hosts: set mesh.fsdp=-1" in ended[0].err
-
-
-def test_a_directory_that_is_not_shared_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
-    job = Job(tiny_folder, tmp_path, "sft")
-    other = [w if w != str(job.run) else str(tmp_path / "other") for w in job.words]
-    ended = start(tmp_path, [job.words, other], job.devices, limit=120)
-    assert [e.code for e in ended] == [2, 2]
-    for e in ended:
-        assert "not the same folder on all hosts; choose a --run-dir on storage that they share" in e.err
+    assert [line in e.err for line, e in zip(said, ended, strict=True)] == [True, True], [e.err for e in ended]
     assert not (job.run / "config.yaml").exists()
-
-
-def test_other_settings_in_one_process_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
-    """Without a word, each would train its own model."""
-    job = Job(tiny_folder, tmp_path, "sft")
-    ended = start(tmp_path, [job.words, [*job.words, "--sft.learning_rate", "0.01"]], job.devices, limit=120)
-    assert [e.code for e in ended] == [2, 2]
-    for e in ended:
-        assert "the processes of this run have different settings" in e.err
-    assert not (job.run / "config.yaml").exists()
-
-
-@pytest.mark.slow
-def test_what_one_process_refuses_ends_all(tiny_folder: Path, tmp_path: Path) -> None:
-    job = Job(tiny_folder, tmp_path, "sft")
-    (tmp_path / "file").touch()
-    other = [w if w != str(job.run) else str(tmp_path / "file") for w in job.words]
-    ended = start(tmp_path, [job.words, other], job.devices, limit=120)
-    assert [e.code for e in ended] == [2, 2]
-    assert "not a folder" in ended[1].err
 
 
 def test_an_address_needs_all_three_options(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -284,10 +282,10 @@ def test_an_address_needs_all_three_options(capsys: pytest.CaptureFixture[str], 
 
 # stage in which SIGTERM comes -> where exactly, and what is said of it
 TERMS: dict[str, tuple[Signal, str]] = {
-    "sft": (("SIGTERM", "esjax.run.files", "Metrics", "log", 3), "sft: stopped by SIGTERM; step 4 of 8 is saved"),
-    "round1/replies": (("SIGTERM", "esjax.run.files", "Journal", "add", 9), ""),
+    "sft": (("SIGTERM", "esjax.run.metrics", "Metrics", "log", 3), "sft: stopped by SIGTERM; step 4 of 8 is saved"),
+    "round1/replies": (("SIGTERM", "esjax.run.journal", "Journal", "add", 9), ""),
     "round1/dpo": (
-        ("SIGTERM", "esjax.run.files", "Metrics", "log", 2),
+        ("SIGTERM", "esjax.run.metrics", "Metrics", "log", 2),
         "dpo: stopped by SIGTERM; step 3 of 5 is saved",
     ),
 }
@@ -320,34 +318,31 @@ def test_a_stopped_run_equals_an_undisturbed_run(tiny_run: Path, stopped: tuple[
     assert [name for name in expected if found[name] != expected[name]] == []
 
 
-def test_no_step_is_lost(stopped: tuple[Path, dict[str, str]]) -> None:
-    """The step under way when SIGTERM came is the last one saved, and the next run begins after it."""
+def test_no_step_and_no_finished_reply_is_lost(stopped: tuple[Path, dict[str, str]]) -> None:
+    """The step under way when SIGTERM came is the last one saved; what is still to be made is what had not ended."""
     _, said = stopped
     assert "sft: continuing after step 4 of 8" in said["sft"]
     assert "dpo: continuing after step 3 of 5" in said["round1/dpo"]
+    assert int(said["round1/replies"].split("round 1 replies: ")[1].split()[0]) <= 48 - 9
 
 
-def test_no_finished_reply_is_lost(stopped: tuple[Path, dict[str, str]]) -> None:
-    """What the next run still had to make is what had not ended."""
-    made = int(stopped[1]["round1/replies"].split("round 1 replies: ")[1].split()[0])
-    assert made <= 48 - 9
+def join(index: int, count: int) -> list[str]:
+    return ["--coordinator", free_address(), "--num-processes", str(count), "--process-id", str(index)]
 
 
 def test_a_process_alone_among_several_is_stopped_as_any(tiny_folder: Path, tmp_path: Path) -> None:
     """Every launcher passes --distributed; JAX's own handler of SIGTERM would swallow it."""
-    join = ["--coordinator", free_address(), "--num-processes", "1", "--process-id", "0"]
-    words = ["sft", "--run-dir", str(tmp_path / "run"), *tiny_overrides(tiny_folder), *join]
-    (ended,) = start(tmp_path, [words], 1, {0: ("SIGTERM", "esjax.run.files", "Metrics", "log", 3)})
+    words = ["sft", "--run-dir", str(tmp_path / "run"), *tiny_overrides(tiny_folder), *join(0, 1)]
+    (ended,) = start(tmp_path, [words], 1, {0: ("SIGTERM", "esjax.run.metrics", "Metrics", "log", 3)})
     assert ended.code == 143, ended.err[-2000:]
     assert "sft: stopped by SIGTERM; step 4 of 8 is saved" in ended.err
     assert ended.err.rstrip().endswith(STOPPED)
 
 
-@pytest.mark.parametrize("index", ["0", "1"])
-def test_a_process_that_waits_for_others_can_be_stopped(tiny_folder: Path, tmp_path: Path, index: str) -> None:
-    join = ["--coordinator", free_address(), "--num-processes", "2", "--process-id", index]
-    command = [sys.executable, "-m", "esjax", "sft", "--run-dir", str(tmp_path / "run"), *tiny_overrides(tiny_folder)]
-    waiting = subprocess.Popen([*command, *join], stderr=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_process_that_waits_for_others_can_be_stopped(tiny_folder: Path, tmp_path: Path, index: int) -> None:
+    words = ["sft", "--run-dir", str(tmp_path / "run"), *tiny_overrides(tiny_folder), *join(index, 2)]
+    waiting = subprocess.Popen([sys.executable, "-m", "esjax", *words], stderr=subprocess.PIPE, text=True)
     try:
         while len(list(Path(f"/proc/{waiting.pid}/task").iterdir())) < 4:  # until the runtime has begun
             time.sleep(0.1)
@@ -362,9 +357,16 @@ def test_a_process_that_waits_for_others_can_be_stopped(tiny_folder: Path, tmp_p
 
 
 def test_others_that_never_come_end_the_wait(tiny_folder: Path, tmp_path: Path) -> None:
-    join = ["--coordinator", free_address(), "--num-processes", "2", "--process-id", "0", "--join-timeout", "2"]
-    command = [sys.executable, "-m", "esjax", "sft", "--run-dir", str(tmp_path / "run"), *tiny_overrides(tiny_folder)]
-    done = subprocess.run([*command, *join], capture_output=True, text=True, timeout=100)
+    words = [
+        "sft",
+        "--run-dir",
+        str(tmp_path / "run"),
+        *tiny_overrides(tiny_folder),
+        *join(0, 2),
+        "--join-timeout",
+        "2",
+    ]
+    done = subprocess.run([sys.executable, "-m", "esjax", *words], capture_output=True, text=True, timeout=100)
     assert done.returncode == 75
     (line,) = done.stderr.splitlines()
     assert line.startswith("esjax: error: not all processes of this run came within 2 s")
@@ -395,7 +397,7 @@ def test_sigterm_to_one_stops_both(
     step = ended[0].err.split("stopped by SIGTERM; step ")[1].split()[0]
     assert len((job.run / "sft" / "metrics.jsonl").read_text().splitlines()) == int(step)
 
-    ended = job.start(2, {told: ("SIGTERM", "esjax.run.files", "Journal", "add", 5)})
+    ended = job.start(2, {told: ("SIGTERM", "esjax.run.journal", "Journal", "add", 5)})
     assert f"sft: continuing after step {step} of 5" in ended[0].err
     assert [e.code for e in ended] == [143, 143], ended[0].err[-2000:] + ended[1].err[-2000:]
     assert "round1/replies" not in stages(job.run)
@@ -434,53 +436,52 @@ def test_a_failing_process_takes_the_other_along(tiny_folder: Path, tmp_path: Pa
 
 
 @pytest.fixture
-def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def watched() -> Iterator[Stop]:
     """SIGTERM is handled as in a command."""
-    fresh = processes.Stop(processes.hosts)
-    monkeypatch.setattr(processes, "stop", fresh)
-    before = signal.getsignal(signal.SIGTERM)
-    processes.watch()
-    signal.set_wakeup_fd(-1)  # the watching thread would end pytest
-    yield
-    signal.signal(signal.SIGTERM, before)
+    with open_runtime() as runtime:
+        yield runtime.stop
 
 
-def test_sigterm_is_deferred_within(watched: None) -> None:
+def test_sigterm_is_deferred_within(watched: Stop) -> None:
+    """Work within work never stops by itself: what it belongs to has a step to save."""
+
     def work() -> None:
-        with processes.deferred() as stops:
+        with watched.deferred() as stops:
             assert not stops()
-            with processes.deferred():
+            with watched.deferred() as inner:
                 signal.raise_signal(signal.SIGTERM)
-            signal.raise_signal(signal.SIGTERM)
+                assert not inner()
             assert stops()
             done.append(1)
 
     done: list[int] = []
-    with pytest.raises(processes.Stopped):  # at the end, though nothing was left to stop: nothing else begins
+    with pytest.raises(Stopped):  # at the end, though nothing was left to stop: nothing else begins
         work()
     assert done == [1]
 
 
-def test_sigterm_raises_outside(watched: None) -> None:
-    with processes.deferred():
-        pass
-    with pytest.raises(processes.Stopped):
+@pytest.mark.parametrize("error", [None, ValueError])
+def test_sigterm_raises_outside(watched: Stop, error: type[Exception] | None) -> None:
+    """Also after work that ended with an error."""
+    with contextlib.suppress(ValueError), watched.deferred():
+        if error is not None:
+            raise error
+    with pytest.raises(Stopped):
         signal.raise_signal(signal.SIGTERM)
 
 
-def test_sigterm_raises_after_an_error_within(watched: None) -> None:
-    """Leaving by an exception ends the deferral, too."""
-    with pytest.raises(ValueError, match="within"), processes.deferred():
-        raise ValueError("within")
-    with pytest.raises(processes.Stopped):
-        signal.raise_signal(signal.SIGTERM)
+def test_a_runtime_leaves_the_process_as_it_was() -> None:
+    before = signal.getsignal(signal.SIGTERM), current()
+    with open_runtime() as runtime:
+        assert current() is runtime
+    assert (signal.getsignal(signal.SIGTERM), current()) == before
 
 
-def test_several_processes_stop_where_they_agree(watched: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_stop_where_they_agree(watched: Stop, monkeypatch: pytest.MonkeyPatch) -> None:
     """A signal of one's own is no reason to stop before the others do."""
     answers = iter([False, True])
-    monkeypatch.setattr(processes.stop, "here", lambda: next(answers))
-    with pytest.raises(processes.Stopped), processes.deferred() as stops:  # noqa: PT012
+    monkeypatch.setattr(watched, "here", lambda: next(answers))
+    with pytest.raises(Stopped), watched.deferred() as stops:  # noqa: PT012
         signal.raise_signal(signal.SIGTERM)
         assert [stops(), stops()] == [False, True]
 
@@ -509,7 +510,7 @@ def test_all_stop_at_one_point_wherever_the_notice_falls(
 ) -> None:
     """Processes that are up to some points apart, looking at the board and asking in any order: none misses the notice."""
     count, board = len(speeds), Notes()
-    made = [processes.Stop(processes.Hosts(i, count, board=board)) for i in range(count)]
+    made = [Stop(Processes(i, count, board=board)) for i in range(count)]
     stopped: dict[int, int] = {}
 
     def ask(i: int) -> None:
@@ -522,9 +523,9 @@ def test_all_stop_at_one_point_wherever_the_notice_falls(
             ask(i)
     for n, (looks, i) in enumerate(order):
         if n == when:
-            made[told % count].told = True
+            made[told % count].requested = True
         made[i % count].look(board) if looks else ask(i % count)
-    made[told % count].told = True
+    made[told % count].requested = True
     for _ in range(3):
         for i in range(count):
             made[i].look(board)
@@ -537,7 +538,7 @@ def test_all_stop_at_one_point_wherever_the_notice_falls(
 
 def test_the_end_of_one_is_known_to_the_others() -> None:
     board = Notes()
-    me = processes.Stop(processes.Hosts(1, 3, board=board))
+    me = Stop(Processes(1, 3, board=board))
     me.look(board)
     assert (me.ended, me.known) == (None, False)
     board.post("end/0", "143")
@@ -549,16 +550,7 @@ def test_the_end_of_one_is_known_to_the_others() -> None:
     assert me.ended == (2, 2)
 
 
-def test_work_within_other_work_does_not_stop_by_itself(watched: None) -> None:
-    """A validation in the middle of training: training has a step to save."""
-    with pytest.raises(processes.Stopped), processes.deferred() as outer:  # noqa: PT012
-        with processes.deferred() as inner:
-            signal.raise_signal(signal.SIGTERM)
-            assert not inner()
-        assert outer()
-
-
-def test_scoring_stops_between_batches(watched: None, tiny_folder: Path) -> None:
+def test_scoring_stops_between_batches(watched: Stop, tiny_folder: Path) -> None:
     backbone = load_backbone(tiny_folder, None, compute_dtype("float32"))
     examples = [rows.prompt_with_replies([5, 6, 7], [[8, 9]])] * 4
     done: list[int] = []
@@ -569,6 +561,6 @@ def test_scoring_stops_between_batches(watched: None, tiny_folder: Path) -> None
             signal.raise_signal(signal.SIGTERM)
 
     scorer = Scorer(backbone, row_length=16, batch_rows=1)
-    with pytest.raises(processes.Stopped):
+    with pytest.raises(Stopped):
         scorer.score(nnx.State({}), [*examples * 8], advance)
     assert done == [0, 1, 2]  # three lie in a row, which is finished

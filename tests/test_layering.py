@@ -32,7 +32,18 @@ RANKS = {
     "cli": 12,
     "__main__": 13,
 }
-NO_JAX = ("errors", "rows", "settings", "run", "corpus", "hub", "tokens", "esjax.runtime.processes")
+NO_JAX = (
+    "errors",
+    "rows",
+    "settings",
+    "run",
+    "corpus",
+    "hub",
+    "tokens",
+    "esjax.runtime.processes",
+    "esjax.runtime.stop",
+    "esjax.runtime.context",
+)
 ORACLES = ("torch", "trl", "peft")
 MODULE_LINES, FUNCTION_LINES, PARAMETERS = 400, 100, 15
 

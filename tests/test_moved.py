@@ -698,7 +698,7 @@ def test_the_kinds_of_tpus_are_known() -> None:
 
 def test_the_part_of_a_gpu_that_programs_get(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
-    assert gpu_share() == 0.9
+    assert gpu_share() == 0.75
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
     assert gpu_share() == 0.5
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "most")

@@ -18,8 +18,10 @@ from esjax.evolve.experiment import Experiment
 from esjax.hub.identity import identity
 from esjax.hub.shards import INDEX, SINGLE, write_shards
 from esjax.run.directory import RunDir
-from esjax.run.files import Journal, Metrics, write_jsonl
+from esjax.run.files import write_jsonl
+from esjax.run.journal import Journal
 from esjax.run.jsonl import read_jsonl
+from esjax.run.metrics import Metrics
 from esjax.settings.files import bundled, load
 
 

@@ -32,14 +32,14 @@ main(arguments)
 """
 # stage in which the process dies -> (module, class, function, call). Calls count from the restart after the kill before.
 KILLS = {
-    "sft": ("esjax.run.files", "Metrics", "log", 4),
-    "round1/replies (at the start)": ("esjax.run.files", "Journal", "add", 3),
+    "sft": ("esjax.run.metrics", "Metrics", "log", 4),
+    "round1/replies (at the start)": ("esjax.run.journal", "Journal", "add", 3),
     "round1/replies (reflecting)": ("esjax.evolve.rounds", "", "parse", 7),
-    "round1/replies (refining)": ("esjax.run.files", "Journal", "add", 20),
-    "round1/replies (naming the files)": ("esjax.run.files", "Journal", "finish", 2),
-    "round1/pairs": ("esjax.run.files", "Journal", "add", 3),
-    "round1/dpo": ("esjax.run.files", "Metrics", "log", 3),
-    "round2/replies": ("esjax.run.files", "Journal", "add", 25),
+    "round1/replies (refining)": ("esjax.run.journal", "Journal", "add", 20),
+    "round1/replies (naming the files)": ("esjax.run.journal", "Journal", "finish", 2),
+    "round1/pairs": ("esjax.run.journal", "Journal", "add", 3),
+    "round1/dpo": ("esjax.run.metrics", "Metrics", "log", 3),
+    "round2/replies": ("esjax.run.journal", "Journal", "add", 25),
     "eval/m1": ("esjax.eval.compare", "", "distinct", 3),
 }
 

@@ -15,8 +15,10 @@ from esjax.eval.metrics import distinct, mean_words
 from esjax.evolve.experiment import Experiment, adapter_folder
 from esjax.evolve.filters import REPLY_REASONS, pattern_hashes
 from esjax.run.directory import RunDir, bundled_hash
-from esjax.run.files import gather, progress, publish_text, sha256
+from esjax.run.files import publish_text, sha256
+from esjax.run.journal import gather
 from esjax.run.jsonl import json_text
+from esjax.run.progress import progress
 from esjax.runtime.mesh import rows_at_once
 from esjax.sample.rowbook import Request, row_seed
 from esjax.sample.schedule import Completion

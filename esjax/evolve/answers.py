@@ -16,8 +16,10 @@ from esjax.corpus.sources import check_messages
 from esjax.errors import InputError, within
 from esjax.evolve.experiment import Experiment
 from esjax.model.lora import Adapter
-from esjax.run.files import gather, say, sha256
+from esjax.run.files import sha256
+from esjax.run.journal import gather
 from esjax.run.jsonl import read_jsonl
+from esjax.run.progress import say
 from esjax.runtime.mesh import batch_groups, rows_at_once
 from esjax.sample.constrain import LONGEST, START, Field, compile_template
 from esjax.sample.rowbook import Request, row_seed

@@ -27,7 +27,8 @@ from esjax.model.lora import Adapter, load_adapter, lora_from, read_lora
 from esjax.model.weights import Backbone, compute_dtype, load_backbone
 from esjax.rows import Rows
 from esjax.run.directory import check_base, check_made, read_manifest
-from esjax.run.files import say, sha256
+from esjax.run.files import sha256
+from esjax.run.progress import say
 from esjax.sample.constrain import Template, drawable
 from esjax.sample.generate import Generator
 from esjax.settings.files import Given, read_text

@@ -21,7 +21,7 @@ def run_model(spec: str) -> tuple[Path, int] | None:
     match = re.fullmatch(r"(.+):m(\d+)", spec)
     if match is None:
         return None
-    run, t = buckets.local(match[1]), int(match[2])
+    run, t = buckets.copied(match[1]), int(match[2])
     if not (run / "config.yaml").exists():
         raise InputError(f"{spec}: {run} is not a run directory (no config.yaml in it)")
     if not adapter_folder(run, t).exists():

@@ -15,9 +15,11 @@ from esjax.hub.fetch import public_name
 from esjax.hub.shards import INDEX, SINGLE
 from esjax.model.lora import Adapter, peft_tensors, save_adapter
 from esjax.run.directory import RunDir, bundled_hash
-from esjax.run.files import gather, replacing, say, sha256
+from esjax.run.files import replacing, sha256
+from esjax.run.journal import gather
+from esjax.run.progress import say
+from esjax.runtime.context import current
 from esjax.runtime.mesh import rows_at_once
-from esjax.runtime.processes import hosts
 from esjax.sample.rowbook import row_seed
 from esjax.sample.score import Scorer
 from esjax.tokens.batches import schedule
@@ -192,7 +194,7 @@ def _save(experiment: Experiment, folder: Path, adapter: Adapter) -> None:
     if experiment.backbone.lora is None:
         raise AssertionError("a bare backbone has no adapter to save")
     tensors = peft_tensors(adapter, experiment.backbone.arch)
-    if hosts.writer:
+    if current().processes.writer:
         with replacing(folder) as temporary:
             source = experiment.config.model.source
             base, revision = public_name(source, experiment.backbone.folder)

@@ -10,15 +10,15 @@ from esjax.evolve.pairs import trunks
 from esjax.evolve.rounds import lengths
 from esjax.run.directory import RunDir
 from esjax.run.jsonl import Line
+from esjax.runtime.context import current
 from esjax.runtime.mesh import check_split, rows_at_once
-from esjax.runtime.processes import together
 from esjax.settings.schema import DpoSettings
 
 
 def check_sft(experiment: Experiment, run: RunDir) -> None:
     """Phase 1's files are read and encoded, and fit. Raises InputError, in all processes of the run."""
     run.check_base(experiment.identity)
-    with together():
+    with current().processes.in_step():
         _check_sft(experiment, run)
 
 
@@ -26,7 +26,7 @@ def check_evolve(experiment: Experiment, run: RunDir) -> None:
     """The same for phase 1, all rounds and the closing table."""
     run.check_base(experiment.identity)
     c = experiment.config
-    with together():
+    with current().processes.in_step():
         rounds = [int(found[1]) for name in run.manifest["stages"] if (found := re.match(r"round(\d+)/", name))]
         begun = max((t for t in rounds if run.made(f"round{t}/replies")), default=0)
         if begun > c.evolve.rounds:
@@ -70,7 +70,7 @@ def check_dpo(experiment: Experiment, run: RunDir, pairs: list[Line]) -> None:
     """Each pair of a file is encoded, and fits a row and the model's positions. Raises InputError naming its line."""
     run.check_base(experiment.identity)
     c, most = experiment.config.dpo, experiment.backbone.arch.max_positions
-    with together():
+    with current().processes.in_step():
         rows_at_once("dpo", c)
         for pair in pairs:
             ((_, rows),) = trunks([pair], experiment.encoder, DpoSettings(trunk="prompt"))

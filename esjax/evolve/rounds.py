@@ -18,8 +18,10 @@ from esjax.evolve.reflect import parse
 from esjax.model.lora import Adapter
 from esjax.rows import prompt_with_replies
 from esjax.run.directory import RunDir, bundled_hash
-from esjax.run.files import Journal, progress, publish_jsonl, say, sha256
+from esjax.run.files import publish_jsonl, sha256
+from esjax.run.journal import Journal
 from esjax.run.jsonl import read_jsonl
+from esjax.run.progress import progress, say
 from esjax.sample.constrain import START, Template
 from esjax.sample.generate import Generator
 from esjax.sample.rowbook import Request, row_seed

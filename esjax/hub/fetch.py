@@ -14,7 +14,8 @@ from pathlib import Path
 
 from esjax.errors import InputError, TransientError
 from esjax.hub import gguf_import
-from esjax.run.files import replacing, say, sha256, write_text
+from esjax.run.files import replacing, sha256, write_text
+from esjax.run.progress import say
 
 RECORD = "esjax.json"  # in converted folders: the source, its hash, and the hash of the weights
 

@@ -19,7 +19,7 @@ from esjax.model.decoder import Decoder, Execution, Remat
 from esjax.model.families import Architecture, ignorable, key_table, read_architecture
 from esjax.model.layers import Lora
 from esjax.model.lora import Adapter, flatten, merge_kernel, unflatten
-from esjax.run.files import say
+from esjax.run.progress import say
 from esjax.runtime.mesh import gathered, homes, mesh_sizes, put
 
 

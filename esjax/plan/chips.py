@@ -8,6 +8,7 @@ from typing import NamedTuple
 from esjax.errors import InputError
 
 GIB = 2**30
+GPU_SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 
 class Chip(NamedTuple):
@@ -72,15 +73,13 @@ KINDS = {
 def gpu_share() -> float:
     """The part of a GPU's memory that JAX takes for programs; the rest is for what CUDA's libraries and NCCL want.
 
-    JAX's default is 0.75; asked for before JAX looks for GPUs, this makes it 0.9 where the user said nothing. Raises
-    InputError for what is no part.
+    Raises InputError for what is no part.
     """
-    name = "XLA_PYTHON_CLIENT_MEM_FRACTION"
-    given = os.environ.setdefault(name, "0.9")
+    given = os.environ.get(GPU_SHARE, "0.75")  # JAX's default
     try:
         return float(given)
     except ValueError as e:
-        raise InputError(f"{name}={given}: give a part of a GPU's memory, such as 0.9") from e
+        raise InputError(f"{GPU_SHARE}={given}: give a part of a GPU's memory, such as 0.9") from e
 
 
 def chip_of(device_kind: str) -> Chip:

@@ -21,7 +21,7 @@ from esjax.plan.chips import GIB, Chip, chip_of, gpu_share
 from esjax.plan.jobs import Name, jobs
 from esjax.plan.measure import Needs, measure
 from esjax.plan.topology import topology_devices
-from esjax.run.files import say
+from esjax.run.progress import say
 from esjax.runtime.mesh import check_batches, make_mesh, mesh_shape
 from esjax.settings.schema import Config
 

@@ -1,153 +1,149 @@
-"""Run directories in a bucket: each process works on a copy on its own disk, and the bucket holds what is done.
+"""Run directories in Google Cloud Storage: each process works on a copy on its own disk, and the bucket holds what is done.
 
-A URL such as gs://BUCKET/RUN names one; fsspec reads and writes it (gs:// needs gcsfs, esjax's gcs extra). Objects appear
-whole or not at all, as renamed files do. Checkpoints do not pass through here: orbax writes them into the bucket itself.
+gs://BUCKET/RUN names one (with esjax's gcs extra). Objects appear whole or not at all, as renamed files do. Checkpoints do
+not pass through here: orbax writes them into the bucket itself.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import hashlib
-import os
 import re
 import secrets
-import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
 from esjax.errors import InputError, TransientError
-from esjax.runtime.processes import goodbyes, hosts
+from esjax.run.progress import say
+from esjax.runtime.context import current
 
-EVERY = 30.0  # seconds between two uploads of a file that grows
-BEAT = 15.0  # seconds between two signs of life of whoever writes a bucket
-SILENCE = 60.0  # seconds without one after which it is taken for dead
-SCHEMES = ("gs://", "file://")  # what fsspec and orbax both write
-LEFT = ("checkpoint", "checkpoint.damaged", "tensorboard", ".lease")  # what nobody needs a copy of
+UPLOAD_EVERY = 30.0  # seconds between two uploads of a file that grows
+HEARTBEAT = 15.0  # seconds between two signs of life of whoever holds a bucket's lock
+DEAD_AFTER = 60.0  # seconds without one after which its holder is taken for dead
+NOT_COPIED = {"checkpoint", "checkpoint.damaged", "tensorboard", ".lock"}
 
 
 class Bucket:
-    """A run directory behind a URL, and this process' copy of it."""
+    """A run directory behind a gs:// address, and this process' copy of it."""
 
     def __init__(self, url: str) -> None:
-        """Copy what is there. Raises InputError where the URL cannot be used, TransientError where it cannot be reached."""
+        """Copies nothing yet. Raises InputError where the address cannot be used, TransientError where nothing answers."""
         self.url = url.rstrip("/")
-        self.local = (
-            Path(tempfile.gettempdir()) / "esjax" / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{os.getpid()}"
-        )
         with reaching(url):
-            options = {"auto_mkdir": True} if url.startswith("file://") else {}
-            self.files, self.root = fsspec.core.url_to_fs(self.url, **options)
-            found = self.files.find(self.root)
-        self.local.mkdir(parents=True, exist_ok=True)
-        self.lost = False  # to another run, see Lease
+            self.files, self.root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
+        self._folder = tempfile.TemporaryDirectory(prefix="esjax-")  # deleted at the interpreter's end
+        current().at_exit.append(self._folder.cleanup)
+        self.local = Path(self._folder.name)
+        self.copied = False
+        self.lost = False  # to another run, see Lock
         self._sent: dict[Path, float] = {}
-        for name in found:
-            path = self.local / Path(name).relative_to(self.root)
-            if not set(LEFT) & set(path.relative_to(self.local).parts):
-                self.pull(path)
 
-    def push(self, path: Path) -> None:
-        """Send a file or a folder; a file that is gone here goes there, too. Raises TransientError where the lease is lost."""
+    def push(self, path: Path, every: float = 0.0) -> None:
+        """Send a file or a folder, unless it was sent less than ``every`` seconds ago; a file that is gone here goes there, too.
+
+        Raises TransientError where the lock is lost.
+        """
         if self.lost:
             raise TransientError(f"{self.url}: another run writes here now; nothing more was sent")
-        where = self._there(path)
-        if path.is_dir():
-            for file in (p for p in path.rglob("*") if p.is_file()):
-                self.push(file)
+        if time.monotonic() - self._sent.get(path, -every) < every:
             return
+        self._sent[path] = time.monotonic()
         with reaching(self.url):
-            if path.exists():
-                self.files.put_file(str(path), where)
-            elif self.files.exists(where):
-                self.files.rm_file(where)
-
-    def push_now_and_then(self, path: Path) -> None:
-        """Send a file that grows, if it was not sent lately."""
-        if time.monotonic() - self._sent.get(path, 0.0) > EVERY:
-            self._sent[path] = time.monotonic()
-            self.push(path)
+            for file in [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]:
+                if file.exists():
+                    self.files.put_file(str(file), self._object(file))
+                elif self.files.exists(self._object(file)):
+                    self.files.rm_file(self._object(file))
 
     def pull(self, path: Path) -> None:
-        """Fetch a file or a folder."""
-        where = self._there(path)
+        """Fetch a file or a folder. Raises InputError, before anything is fetched, for an object that no file here can be."""
         with reaching(self.url):
-            for name in [where] if self.files.isfile(where) else self.files.find(where):
-                file = self.local / Path(name).relative_to(self.root)
-                file.parent.mkdir(parents=True, exist_ok=True)
-                self.files.get_file(name, str(file))
+            found = {name: self._file(name) for name in self.files.find(self._object(path)) if name[-1] != "/"}
+            for name, file in found.items():
+                if not NOT_COPIED & set(file.relative_to(self.local).parts):
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    self.files.get_file(name, str(file))
+        self.copied |= path == self.local
 
-    def _there(self, path: Path) -> str:
-        return f"{self.root}/{path.relative_to(self.local).as_posix()}"
+    def _object(self, path: Path) -> str:
+        return "/".join((self.root, *path.relative_to(self.local).parts))
+
+    def _file(self, name: str) -> Path:
+        parts = name.removeprefix(f"{self.root}/").split("/")
+        if {"", ".", ".."} & set(parts):
+            raise InputError(
+                f"{self.url}: the object {name} cannot be a file here; rename or delete it, or choose another --run-dir"
+            )
+        return self.local.joinpath(*parts)
 
 
-class Lease:
-    """The right to write a bucket, while this process lives: an object in it that changes again and again.
+class Lock:
+    """The right to write a bucket, while this process lives: one object, which its holder replaces again and again.
 
-    Clocks are not compared: whoever wants the lease watches whether the object still changes.
+    It is created only if it is absent, and replaced or deleted only in the generation that was seen, so that one of several
+    processes succeeds. Clocks are not compared: whoever finds it there watches whether it still changes.
     """
 
-    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
-        """Of the bucket behind a copy. Raises TransientError while another process has it."""
-        bucket = _of(path)
-        assert bucket is not None
-        self._bucket, self._where = bucket, f"{bucket.root}/.lease"
-        before = self._read()
-        if before is not None:
-            say(
-                f"{bucket.url}/.lease: a run was not ended here; waiting {SILENCE:.0f} s to see whether it is still under way"
-            )
-            end = time.monotonic() + SILENCE
-            while time.monotonic() < end and self._read() == before:
-                time.sleep(min(1.0, SILENCE / 4))
-        self._token = secrets.token_hex(8)
-        if self._read() == before:
-            self._write(self._token)
-            time.sleep(min(2.0, BEAT / 4))  # of two that come at once, the later stays
-        if not self._mine():
-            raise TransientError(f"{bucket.url}: in use by another process; wait for it or choose another --run-dir")
+    def __init__(self, bucket: Bucket) -> None:
+        """Raises TransientError while another process has it."""
+        self._bucket, self._token = bucket, secrets.token_hex(8)
+        with reaching(bucket.url):
+            from google.cloud import storage
+
+            name, _, folder = bucket.root.partition("/")
+            self._object = storage.Client().bucket(name).blob(f"{folder}/.lock".removeprefix("/"))
+            before = now = self._generation()
+            if before:
+                say(
+                    f"{bucket.url}/.lock: a run was not ended here; waiting {DEAD_AFTER:.0f} s to see whether it still goes on"
+                )
+            end = time.monotonic() + DEAD_AFTER
+            while now and now == before and time.monotonic() < end:
+                time.sleep(min(1.0, DEAD_AFTER / 8))
+                now = self._generation()
+            if now not in (0, before) or not self._replace(now):
+                raise TransientError(
+                    f"{bucket.url}: in use by another process; wait for it or choose another --run-dir"
+                )
         self._ended = threading.Event()
-        goodbyes.insert(0, self.close)
+        current().at_exit.insert(0, self.close)
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """Give it back."""
         self._ended.set()
-        self._thread.join(BEAT)  # else it may write once more, after the object is gone
+        self._thread.join(HEARTBEAT)  # else it may write once more, after the object is gone
         with contextlib.suppress(Exception):  # then the next run waits, no more
-            if self._mine():
-                self._bucket.files.rm_file(self._where)
+            self._object.delete(if_generation_match=self._object.generation)
 
     def _beat(self) -> None:
-        count = 0
-        while not self._ended.wait(BEAT) and not self._bucket.lost:
-            count += 1
-            with contextlib.suppress(Exception):  # a network's hiccup; several signs fit into the silence
-                if self._read() is not None and not self._mine():
-                    self._bucket.lost = True
-                else:
-                    self._write(f"{self._token} {count}")
+        while not self._ended.wait(HEARTBEAT) and not self._bucket.lost:
+            with contextlib.suppress(Exception):  # a network's hiccup; several beats fit into DEAD_AFTER
+                self._bucket.lost = not self._replace(self._object.generation)
 
-    def _mine(self) -> bool:
-        return (self._read() or "").startswith(self._token)
+    def _generation(self) -> int:
+        """Which version of the object is there; 0 for none."""
+        found = self._object.bucket.get_blob(self._object.name)
+        return found.generation if found else 0
 
-    def _read(self) -> str | None:
-        with reaching(self._bucket.url):
-            try:
-                return str(self._bucket.files.cat_file(self._where).decode())
-            except FileNotFoundError:
-                return None
+    def _replace(self, generation: int) -> bool:
+        """Write the object over one version of it, or over none (0). False where another process was faster."""
+        from google.api_core.exceptions import PreconditionFailed
 
-    def _write(self, text: str) -> None:
-        with reaching(self._bucket.url):
-            self._bucket.files.pipe_file(self._where, text.encode())
+        try:
+            self._object.upload_from_string(self._token, if_generation_match=generation)
+        except PreconditionFailed:
+            found = self._object.bucket.get_blob(self._object.name)
+            if found is None or found.download_as_text() != self._token:
+                return False
+            self._object = found  # written before by this process, whom only the answer did not reach
+        return True
 
 
 @contextlib.contextmanager
@@ -158,6 +154,8 @@ def reaching(url: str) -> Iterator[None]:
     """
     try:
         yield
+    except (InputError, TransientError):
+        raise
     except Exception as e:
         if isinstance(e, OSError) and e.errno is not None:
             raise
@@ -172,58 +170,57 @@ _buckets: dict[str, Bucket] = {}
 
 
 def local(place: str | Path) -> Path:
-    """Where this process finds a run directory: a path itself, or its copy of what lies behind a URL. Raises InputError."""
-    if "://" not in str(place):
-        if "\\" in str(place):
+    """Where this process finds a run directory: a path itself, or its copy of a bucket. Raises InputError."""
+    place = str(place).removeprefix("file://")
+    if "://" not in place:
+        if "\\" in place:
             raise InputError(
                 f"{place}: checkpoints cannot be read back where a name has a backslash; choose another name"
             )
         return Path(place)
-    if not str(place).startswith(SCHEMES):
-        raise InputError(
-            f"{place}: not a place for runs; give a folder or an address that begins with {' or '.join(SCHEMES)}"
-        )
-    if set("*?[]") & set(str(place)):
-        raise InputError(f"{place}: an address with one of * ? [ ] is a pattern to its driver; choose another name")
-    if str(place) not in _buckets:
-        _buckets[str(place)] = bucket = Bucket(str(place))
-        atexit.register(shutil.rmtree, bucket.local, ignore_errors=True)
-        goodbyes.append(lambda: shutil.rmtree(bucket.local, ignore_errors=True))
-    return _buckets[str(place)].local
+    if not place.startswith("gs://"):
+        raise InputError(f"{place}: not a place for runs; give a folder or an address that begins with gs://")
+    if set("*?[]#") & set(place) or {"", ".", ".."} & set(place.removeprefix("gs://").rstrip("/").split("/")):
+        raise InputError(f"{place}: an address with one of * ? [ ] # .. // names no one place; choose another name")
+    if place not in _buckets:
+        _buckets[place] = Bucket(place)
+    return _buckets[place].local
 
 
-def _of(path: Path) -> Bucket | None:
+def copied(place: str | Path) -> Path:
+    """The same, with what was in the bucket when this process first asked. Raises InputError, TransientError."""
+    bucket = of(path := local(place))
+    if bucket is not None and not bucket.copied:
+        bucket.pull(path)
+    return path
+
+
+def of(path: Path) -> Bucket | None:
+    """The bucket of whose copy a path is a part."""
     return next((b for b in _buckets.values() if path.is_relative_to(b.local)), None)
-
-
-def in_bucket(path: Path) -> bool:
-    """Whether a path is a copy of something in a bucket."""
-    return _of(path) is not None
 
 
 def publish(path: Path) -> None:
     """What the first process wrote is now for all to read; every process calls this."""
-    bucket = _of(path)
-    if bucket is not None and hosts.writer:
+    bucket = of(path)
+    if bucket is not None and current().processes.writer:
         bucket.push(path)
-    hosts.wait(path.name)
-    if bucket is not None and not hosts.writer:
+    current().processes.wait(path.name)
+    if bucket is not None and not current().processes.writer:
         bucket.pull(path)
 
 
 def keep(path: Path, now: bool = False) -> None:
     """Send a file that grows, now or if it was not sent lately; the first process calls this."""
-    bucket = _of(path)
-    if bucket is not None:
-        bucket.push(path) if now else bucket.push_now_and_then(path)
+    if bucket := of(path):
+        bucket.push(path, 0.0 if now else UPLOAD_EVERY)
 
 
 def checkpoints(folder: Path) -> Any:
     """Where orbax finds a folder: in the bucket itself, or on the disk."""
-    bucket = _of(folder)
+    bucket = of(folder)
     if bucket is None:
         return folder.absolute()
     from etils import epath
 
-    url = f"{bucket.url}/{folder.relative_to(bucket.local).as_posix()}"
-    return epath.Path(url.removeprefix("file://"))
+    return epath.Path(f"{bucket.url}/{folder.relative_to(bucket.local).as_posix()}")

@@ -22,9 +22,10 @@ from pydantic import BaseModel, Field, model_validator
 
 from esjax.errors import InputError, TransientError
 from esjax.run import buckets
-from esjax.run.files import publish_text, say, sha256, write_text
+from esjax.run.files import publish_text, sha256, write_text
 from esjax.run.jsonl import json_text
-from esjax.runtime.processes import alike, hosts, together
+from esjax.run.progress import say
+from esjax.runtime.context import current
 from esjax.settings.files import bundled, changes, differing, dump, load, marked
 from esjax.settings.schema import CONTENT, Config
 
@@ -37,27 +38,29 @@ class RunDir:
     """
 
     def __init__(self, place: str | Path, config: Config) -> None:
-        """``place`` is a folder that all hosts share, or a URL such as gs://BUCKET/RUN."""
+        """``place`` is a folder that all hosts share, or an address such as gs://BUCKET/RUN."""
         self.path, self.config = buckets.local(place), config
         self.manifest_path = self.path / "manifest.json"
         self.manifest: dict[str, Any] = {"stages": {}}
         self._used = self._claimed = False
-        self._lock: TextIOWrapper | buckets.Lease | None = None
+        self._lock: TextIOWrapper | buckets.Lock | None = None
 
     def __enter__(self) -> RunDir:
         """Open or create. Raises InputError when the directory belongs to another config, TransientError when it is in use."""
         try:
-            with together():
+            with current().processes.in_step():
                 self._make()
             self._check_shared()
-            with together():
+            with current().processes.in_step():
+                if bucket := buckets.of(self.path):
+                    bucket.pull(self.path)
                 self.manifest = read_manifest(self.path)
                 self._check_config()
                 self._check_files()
         except BaseException:
             self.__exit__()
             raise
-        hosts.wait("run directory read")
+        current().processes.wait("run directory read")
         return self
 
     def __exit__(self, error: object = None, *_: object) -> None:
@@ -71,12 +74,12 @@ class RunDir:
             self.path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as e:
             raise InputError(f"{self.path}: not a folder; choose another --run-dir") from e
-        if hosts.writer:
+        if current().processes.writer:
             self._take_lock()
 
     def _take_lock(self) -> None:
-        if buckets.in_bucket(self.path):
-            self._lock = buckets.Lease(self.path, say)
+        if bucket := buckets.of(self.path):
+            self._lock = buckets.Lock(bucket)
             return
         lock = open(self.path / ".lock", "a+")  # noqa: SIM115  closed in __exit__, or by the end of the process
         try:
@@ -90,18 +93,18 @@ class RunDir:
 
     def _check_shared(self) -> None:
         """All processes must see one directory."""
-        if hosts.count == 1 or buckets.in_bucket(self.path):
+        if current().processes.count == 1 or buckets.of(self.path):
             return
-        token = hosts.share(int.from_bytes(os.urandom(4), "big") >> 1)
+        token = current().processes.share(int.from_bytes(os.urandom(4), "big") >> 1)
         if isinstance(self._lock, TextIOWrapper):
             self._lock.truncate(0)
             self._lock.write(str(token))
             self._lock.flush()
             os.fsync(self._lock.fileno())
-        hosts.wait("lock written")
+        current().processes.wait("lock written")
         file = self.path / ".lock"
         seen = file.exists() and file.read_text() == str(token)
-        if not hosts.all(seen):
+        if not current().processes.all(seen):
             raise InputError(
                 f"{self.path}: not the same folder on all hosts; choose a --run-dir on storage that they share"
             )
@@ -154,8 +157,8 @@ class RunDir:
 
     def check_base(self, base: dict[str, str]) -> None:
         """Remember the backbone: the hashes of its files, by name. Raises InputError when something was made with another."""
-        same = alike(base)
-        with together():
+        same = current().processes.same_in_all(base)
+        with current().processes.in_step():
             if not same:
                 raise InputError("the backbone's files are not the same on all hosts")
             if any(map(self.made, self.manifest["stages"])):
@@ -178,8 +181,8 @@ class RunDir:
         the same on all hosts.
         """
         entry = self.manifest["stages"].get(name)
-        same = alike(inputs)
-        with together():
+        same = current().processes.same_in_all(inputs)
+        with current().processes.in_step():
             if not same:
                 raise InputError(f"stage {name}: not the same on all hosts: one of {', '.join(inputs)}")
             self._check_inputs(name, outputs, inputs)
@@ -206,7 +209,7 @@ class RunDir:
     def _claim(self) -> None:
         """Write down the config as it is now; later commands take the run's settings from there."""
         saved = self.path / "config.yaml"
-        if self._claimed or not hosts.writer:
+        if self._claimed or not current().processes.writer:
             return
         self._claimed = True
         text = dump(self.config)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from esjax.errors import InputError, TransientError
-from esjax.runtime.processes import hosts, together
+from esjax.runtime.context import current
 
 
 @contextmanager
@@ -22,8 +22,8 @@ def held(out: Path, kind: Literal["file", "folder"] = "file") -> Iterator[None]:
     """
     taken: BufferedRandom | None = None
     try:
-        with together():
-            if hosts.writer:
+        with current().processes.in_step():
+            if current().processes.writer:
                 taken = _take(out, kind)
         yield
     finally:

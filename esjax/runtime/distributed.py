@@ -12,11 +12,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from esjax.errors import InputError, TransientError
-from esjax.runtime.processes import hosts
+from esjax.runtime.context import current
+from esjax.runtime.processes import ALONE, Processes
 
-HEARTBEAT = 30  # seconds without a sign of life after which the others give up
-PARTING = 60  # seconds that a process which is done waits for the others
-PATIENCE = 1800  # seconds that a process waits for the slowest
+HEARTBEAT_TIMEOUT = 30  # seconds without a sign of life after which the others give up
+SHUTDOWN_TIMEOUT = 60  # seconds that a process which is done waits for the others
+BARRIER_TIMEOUT = 1800  # seconds that a process waits for the slowest
 
 
 class KeyValues:
@@ -34,9 +35,10 @@ class KeyValues:
         return {key.partition("esjax/")[2]: value for key, value in self.client.key_value_dir_get("esjax/")}
 
 
-def start(coordinator: str | None, processes: int | None, index: int | None, timeout: int) -> None:
-    """Join the other processes within so many seconds. Without an address, Cloud TPU's metadata, Slurm, GKE's JobSet or Open
-    MPI must tell it.
+def start(coordinator: str | None, processes: int | None, index: int | None, timeout: int) -> Processes:
+    """Join the other processes within so many seconds, and say who they are.
+
+    Without an address, Cloud TPU's metadata, Slurm, GKE's JobSet or Open MPI must tell it.
 
     Raises InputError where they do not, TransientError where not all processes come in time.
     """
@@ -48,15 +50,14 @@ def start(coordinator: str | None, processes: int | None, index: int | None, tim
     # Ours is the one handler of SIGTERM: JAX's would replace it, and orbax ask it with step numbers of its own.
     jax.config.update("jax_enable_preemption_service", False)
     _join(coordinator, processes, index, timeout)
-    hosts.index, hosts.count = jax.process_index(), jax.process_count()
-    if hosts.count == 1:
-        return
+    if jax.process_count() == 1:
+        return ALONE
     numbers = count()
     client: Any = jax._src.distributed.global_state.client
 
     def wait(name: str) -> None:
         try:
-            client.wait_at_barrier(f"esjax:{next(numbers)}:{name}", timeout_in_ms=PATIENCE * 1000)
+            client.wait_at_barrier(f"esjax:{next(numbers)}:{name}", timeout_in_ms=BARRIER_TIMEOUT * 1000)
         except jax.errors.JaxRuntimeError as e:
             raise TransientError(f"the processes of this run lost one another, waiting for: {name} ({_line(e)})") from e
 
@@ -66,7 +67,7 @@ def start(coordinator: str | None, processes: int | None, index: int | None, tim
     def all_of(value: bool) -> bool:
         return bool(np.all(multihost_utils.process_allgather(np.asarray(value))))
 
-    hosts.wait, hosts.share, hosts.all, hosts.board = wait, share, all_of, KeyValues(client)
+    return Processes(jax.process_index(), jax.process_count(), wait, share, all_of, KeyValues(client))
 
 
 def _join(coordinator: str | None, processes: int | None, index: int | None, timeout: int) -> None:
@@ -80,13 +81,13 @@ def _join(coordinator: str | None, processes: int | None, index: int | None, tim
                 processes,
                 index,
                 initialization_timeout=2 * timeout + 600,
-                heartbeat_timeout_seconds=HEARTBEAT,
-                shutdown_timeout_seconds=PARTING,
+                heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+                shutdown_timeout_seconds=SHUTDOWN_TIMEOUT,
             )
         except Exception as e:
             failed.append(e)
 
-    hosts.joined = True
+    current().joining = True
     thread = threading.Thread(target=join, daemon=True)
     thread.start()
     thread.join(timeout)

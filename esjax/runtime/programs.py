@@ -8,8 +8,7 @@ from typing import Any
 
 import jax
 
-_compiled: Counter[str] = Counter()
-_seconds: list[float] = []
+from esjax.runtime.context import current
 
 
 def program(name: str, function: Callable[..., Any], **how: Any) -> Any:
@@ -25,27 +24,26 @@ def program(name: str, function: Callable[..., Any], **how: Any) -> Any:
 
 
 def compiled() -> Counter[str]:
-    """How often each named program was compiled in this process (or fetched, compiled, from JAX's cache on disk)."""
-    return Counter(_compiled)
+    """How often each named program was compiled under this runtime (or fetched, compiled, from JAX's cache on disk)."""
+    return Counter(current().compiled)
 
 
 def seconds() -> float:
     """How long that took."""
-    return sum(_seconds)
+    return current().compile_seconds
 
 
 def summary() -> str:
     """The same in words."""
-    return f"{_compiled.total()} programs compiled: " + ", ".join(
-        f"{n} {name}" for name, n in sorted(_compiled.items())
-    )
+    found = current().compiled
+    return f"{found.total()} programs compiled: " + ", ".join(f"{n} {name}" for name, n in sorted(found.items()))
 
 
 def _count(event: str, duration_secs: float, **facts: Any) -> None:
     name = str(facts.get("fun_name", ""))
     if event == "/jax/core/compile/backend_compile_duration" and name.startswith("jit(esjax_"):
-        _compiled[name[len("jit(esjax_") : -1]] += 1
-        _seconds.append(duration_secs)
+        current().compiled[name[len("jit(esjax_") : -1]] += 1
+        current().compile_seconds += duration_secs
 
 
 jax.monitoring.register_event_duration_secs_listener(_count)

@@ -16,8 +16,8 @@ import numpy as np
 from esjax.errors import InputError, RunError, Stopped
 from esjax.model.cache import Cache, Chunk, empty_cache
 from esjax.model.families import Architecture
+from esjax.runtime.context import current
 from esjax.runtime.mesh import batch_groups, put_everywhere
-from esjax.runtime.processes import deferred
 from esjax.sample.compiled import SamplingPrograms
 from esjax.sample.constrain import Constraint
 from esjax.sample.decode import Asked, Draw, Lanes, Leaf, Log, idle_lanes
@@ -83,7 +83,7 @@ class Task:
     def finish(self, groups: Sequence[list[Request]]) -> None:
         """Answer all. Raises Stopped on SIGTERM: replies that ended were handed on, others are lost."""
         now: Scheduler | None = Scheduler(self, self.fit(groups), groups)
-        with deferred() as stops:
+        with current().stop.deferred() as stops:
             while now is not None:
                 if stops():
                     raise Stopped

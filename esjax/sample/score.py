@@ -13,8 +13,8 @@ from esjax.model.decoder import Decoder, Execution, token_logprobs
 from esjax.model.lora import Adapter
 from esjax.model.weights import Backbone, bind
 from esjax.rows import Rows, layout
+from esjax.runtime.context import current
 from esjax.runtime.mesh import check_split, everywhere, put_batch
-from esjax.runtime.processes import deferred
 from esjax.runtime.programs import program
 from esjax.tokens.batches import Row, batch, pack_in_order
 
@@ -61,7 +61,7 @@ class Scorer:
         """Batches packed as ``steps`` say, which name the examples of each row: the packing, the rows [B, T] and the
         log-probs of their targets, float32 [B, T]. Raises Stopped on SIGTERM."""
         execution = self.backbone.execution._replace(layout=layout(examples, packed=True), remat="none")
-        with deferred() as stops:
+        with current().stop.deferred() as stops:
             for members in steps:
                 if stops():
                     raise Stopped

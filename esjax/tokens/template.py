@@ -10,7 +10,7 @@ import jinja2
 from jinja2 import nodes
 
 from esjax.errors import InputError
-from esjax.run.files import say
+from esjax.run.progress import say
 
 TODAY = datetime(2025, 1, 1)  # what a template that prints the date or the time is told, in every phase of every run
 DIRECTIVES = [f"%{flag}{letter}" for flag in ("", "-") for letter in "aAbBcCdDeFfgGhHIjklmMnpPrRsStTuUVwWxXyYzZ"]

@@ -21,8 +21,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from esjax.errors import PASSING, InputError, TransientError
-from esjax.run.files import say
-from esjax.runtime.processes import hosts, together
+from esjax.run.progress import say
+from esjax.runtime.context import current
 
 T = TypeVar("T")
 GPath: Any = type(epath.Path("/"))
@@ -69,7 +69,7 @@ class Checkpoints:
         steps = sorted(self.manager.all_steps(), reverse=True)
         for number, step in enumerate(steps):
             state, reason = self._read(step, like)
-            if hosts.all(state is not None):
+            if current().processes.all(state is not None):
                 if number:
                     self._set_aside(steps[:number])
                 return step, state  # type: ignore[return-value]
@@ -95,14 +95,14 @@ class Checkpoints:
         except Exception as e:
             state, reason = None, " ".join(str(e).split())[:120]
             error = None if damaged(e) else e
-        with together():
+        with current().processes.in_step():
             if error is not None:
                 raise unreadable(folder, error) from error
         return state, reason
 
     def _set_aside(self, steps: list[int]) -> None:
         """Rename checkpoints, so that their numbers are free and nothing is lost."""
-        if hosts.writer:
+        if current().processes.writer:
             aside = self.manager.directory.parent / DAMAGED
             aside.mkdir(exist_ok=True)
             for step in steps:
@@ -110,7 +110,7 @@ class Checkpoints:
                 free = next(name for name in names if not (aside / name).exists())
                 (self.manager.directory / str(step)).rename(aside / free)
                 say(f"  it lies in {aside / free} now")
-        hosts.wait("damaged checkpoints set aside")
+        current().processes.wait("damaged checkpoints set aside")
         self.manager.reload()
 
     def close(self) -> None:

@@ -22,9 +22,10 @@ from esjax.model.lora import Adapter
 from esjax.model.weights import Backbone
 from esjax.rows import Rows, check, layout, stack
 from esjax.run import buckets
-from esjax.run.files import Metrics, progress, say
+from esjax.run.metrics import Metrics
+from esjax.run.progress import progress, say
+from esjax.runtime.context import current
 from esjax.runtime.mesh import batch_groups, put_batch, rows_at_once
-from esjax.runtime.processes import deferred
 from esjax.settings.schema import OptimSettings
 from esjax.tokens.batches import Row, batch, schedule
 from esjax.train.checkpoint import Checkpoints
@@ -91,7 +92,7 @@ def train(phase: Phase, backbone: Backbone, adapter: Adapter) -> Adapter:
         compiled = compile_step(phase.name, step_fn, adapter, opt_state, backbone.base, *feed(done))
     log = StepLog(phase, learning_rate(s, len(steps)), done)
     label = f"{phase.name} steps"
-    with closing(log.metrics), progress(label, len(steps), done) as advance, deferred() as stops:
+    with closing(log.metrics), progress(label, len(steps), done) as advance, current().stop.deferred() as stops:
         for number in range(done, len(steps)):
             adapter, opt_state, computed = compiled(adapter, opt_state, backbone.base, *feed(number))
             log.finish()  # the step before
