@@ -10,8 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from esjax import __version__
 from esjax.errors import InputError
-from esjax.settings.files import keys
+from esjax.evolve.models import EXPORT, SAMPLE, SCORE, uses
+from esjax.settings.files import Overrides, keys
 from esjax.settings.schema import Config
 
 Option = tuple[str, dict[str, Any]]
@@ -143,22 +145,12 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
 }
 # The settings (or whole sections) that a command makes use of, where those are not all. Any other may stand in the config
 # file, which is a whole experiment's, but is refused on the command line.
-MODEL_READ = ("model.sha256", "model.dtype", "model.attention")
-FIXED = ("model.source", "lora.rank", "lora.alpha", "lora.targets")  # the model's own: taken where they say what is so
-READ: dict[str, tuple[str, ...]] = {
-    "sample": (
-        *("seed", *MODEL_READ, "model.cache_dtype", "model.decoding_weights", "mesh", "prompts.system"),
-        *("reply.temperature", "reply.top_p", "reply.top_k", "reply.max_tokens", "reply.batch"),
-    ),
-    "score": (*MODEL_READ, "mesh", "data.window", "prompts.system", "sft.micro_rows"),
-    "bench": ("model.attention", "model.remat"),
-    "export": MODEL_READ,
-}
+READ = {"sample": SAMPLE, "score": SCORE, "export": EXPORT, "bench": ("model.attention", "model.remat")}
 
 
 def read_by(command: str) -> list[str]:
     """The settings that a command makes use of, by dotted name."""
-    return [key for key in keys(Config) if any(f"{key}.".startswith(f"{r}.") for r in READ.get(command, (key,)))]
+    return [key for key in keys(Config) if uses(READ.get(command, (key,)), key)]
 
 
 class Parser(argparse.ArgumentParser):
@@ -176,7 +168,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 def build(
-    functions: Sequence[Callable[[argparse.Namespace, Config], None]],
+    functions: Sequence[Callable[[argparse.Namespace, Overrides], None]],
 ) -> tuple[Parser, dict[str, Parser]]:
     """The parser of the commands, whose functions' docstrings are their help, and each command's own."""
     parser = Parser(
@@ -184,6 +176,7 @@ def build(
         description="Teaches language models personal emotional support by self-evolution.",
         formatter_class=_Help,
     )
+    parser.add_argument("--version", action="version", version=f"esjax {__version__}")
     sub = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     commands: dict[str, Parser] = {}
     for function in functions:

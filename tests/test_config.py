@@ -13,7 +13,8 @@ from conftest import REPOSITORY
 from esjax.cli import main
 from esjax.errors import InputError
 from esjax.settings import files
-from esjax.settings.files import Given, changes, differing, dump, keys, load, similar
+from esjax.settings.files import Overrides, dump, keys, load, similar
+from esjax.settings.identity import changes, differing
 from esjax.settings.schema import Config
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -442,14 +443,14 @@ def test_what_a_word_may_mean(word: str, names: list[str]) -> None:
     assert similar(word, keys(Config)) == names
 
 
-def test_what_was_told_is_told_apart_from_what_holds(minimal: str) -> None:
-    assert Given.of(None, []).settings == {}  # the quickstart's config is nobody's wish
-    told = Given.of(minimal, ["--seed=5", "--data.window", "600"])
-    assert told.typed == {"seed", "data.window"}
-    assert told.settings == leaves(MINIMAL) | {"seed": "5", "data.window": "600"}
+def test_what_was_asked_for_is_told_apart_from_what_holds(minimal: str) -> None:
+    assert Overrides.of(None).settings() == {}  # the quickstart's config is nobody's wish
+    given = Overrides.of(minimal, ["--seed=5", "--data.window", "600"])
+    assert given.single == {"seed": "5", "data.window": "600"}
+    assert given.settings() == leaves(MINIMAL) | given.single
     with pytest.raises(InputError, match=r"dpo\.row_length=100 is too small"):
-        load(minimal, [], {"dpo.row_length": 100})
-    assert load(minimal, [], {"dpo.row_length": 100}, together=False).dpo.row_length == 100
+        load(minimal, {"dpo.row_length": 100})
+    assert load(minimal, {"dpo.row_length": 100}, together=False).dpo.row_length == 100
 
 
 @pytest.mark.parametrize(

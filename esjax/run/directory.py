@@ -25,7 +25,8 @@ from esjax.run import buckets
 from esjax.run.files import publish_text, say, sha256, write_text
 from esjax.run.jsonl import json_text
 from esjax.runtime.processes import alike, hosts, together
-from esjax.settings.files import bundled, changes, differing, dump, load, marked
+from esjax.settings.files import bundled, dump, load
+from esjax.settings.identity import changes, differing, marked
 from esjax.settings.schema import CONTENT, Config
 
 

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -244,11 +245,13 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def progress(label: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
-    """A progress bar on stderr with count, rate and time left; yields ``advance(n, tokens=0)``. Without a terminal: lines.
+    """A progress bar on stderr with count, rate and time left; yields ``advance(n, tokens=0)``. Without a terminal or a notebook: lines.
 
     Where tokens are told, their rate is shown as well.
     """
     columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    # In a notebook rich draws a bar with ipywidgets, where they are installed.
+    live = console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
     start = time.monotonic()
     count = drawn = 0
     last = start
@@ -264,12 +267,12 @@ def progress(label: str, total: int, done: int = 0) -> Iterator[Callable[..., No
         bar.update(task, advance=n, tokens=drawn)
         now = time.monotonic()
         # A log file gets a line every 15 s instead of a bar.
-        if hosts.writer and not console.is_terminal and now - last > 15 and count:
+        if hosts.writer and not live and now - last > 15 and count:
             left = (total - done - count) * (now - start) / count
             say(f"  {label}: {done + count}/{total}, {rates(now - start)}, {left:.0f} s left")
             last = now
 
-    with Progress(*columns, console=console, transient=True, disable=not (hosts.writer and console.is_terminal)) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not (hosts.writer and live)) as bar:
         task = bar.add_task(label, total=total, completed=done, tokens=0)
         yield advance
     seconds = time.monotonic() - start
