@@ -245,7 +245,7 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def progress(label: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
-    """A progress bar on stderr with count, rate and time left; yields ``advance(n, tokens=0)``. Without a terminal or a notebook: lines.
+    """A progress bar with count, rate and time left, on stderr or in a notebook, else lines; yields ``advance(n, tokens=0)``.
 
     Where tokens are told, their rate is shown as well.
     """

@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from esjax.errors import InputError
 from esjax.settings.schema import Config, Settings
 
+DEFAULT = "bundled:configs/quickstart.yaml"  # the config of who names none
 BOM = "\ufeff"  # a byte order mark, which some editors write
 
 
@@ -84,7 +85,7 @@ def load(file: str | None, overrides: Sequence[str] | Mapping[str, Any] = (), to
 
     Raises InputError, one line, on any unknown key, wrong type or out-of-range value.
     """
-    where = file or "bundled:configs/quickstart.yaml"
+    where = file or DEFAULT
     tree = _tree(where)
     for key, value in _by_name(overrides).items():
         _put(tree, key, value)
