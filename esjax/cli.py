@@ -199,9 +199,8 @@ def _fail(error: BaseException, continues: bool) -> NoReturn:
     if ended is None:
         raise error
     if processes.hosts.joined or is_full_disk(error):
-        processes.leave(
-            *ended
-        )  # the libraries' exit handlers would wait for the others, or write to the full disk again
+        # The libraries' exit handlers would wait for the others, or write to the full disk again.
+        processes.leave(*ended)
     print(f"esjax: {ended[1]}", file=sys.stderr)
     sys.exit(ended[0])
 

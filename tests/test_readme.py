@@ -50,7 +50,7 @@ def folder(tiny_run: Path, tiny_config_file: Path, tmp_path: Path, monkeypatch: 
         shutil.copy(tiny_config_file, tmp_path / "configs" / f"{name}.yaml")
     shutil.copytree(tiny_run, tmp_path / "runs" / "quickstart")
     (tmp_path / "my").mkdir()
-    for name, count in (("train", 8), ("valid", 2), ("test", 2)):
+    for name, count in (("train", 3), ("valid", 1), ("test", 1)):
         rows = (REPOSITORY / "data" / "sample" / f"{name}.jsonl").read_text().splitlines(keepends=True)
         (tmp_path / "my" / f"{name}.jsonl").write_text("".join(rows[:count]))
     return tmp_path
