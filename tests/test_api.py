@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import tiny_overrides
-from oracles import torch_logits, torch_model, worst
-from transformers import AutoTokenizer
+from oracles import torch_model, torch_score, worst
 
 import esjax
 from esjax.cli import main
@@ -76,16 +74,9 @@ def test_replies_are_those_of_the_command(model: Model, tiny_run: Path, tmp_path
 
 def test_scores_are_transformers_log_softmax(tiny_folder: Path) -> None:
     """The oracle is transformers' own tokenizer and model; the bare backbone has no system message here either."""
-    backbone, tokenizer = esjax.open_model(tiny_folder), AutoTokenizer.from_pretrained(tiny_folder)
+    backbone = esjax.open_model(tiny_folder)
     for chat, score in zip(ANSWERED, backbone.score(ANSWERED), strict=True):
-        made: Any = [
-            tokenizer.apply_chat_template(m, add_generation_prompt=more, return_dict=True)["input_ids"]
-            for m, more in ((chat[:-1], True), (chat, False))
-        ]
-        prompt, whole = made
-        whole = whole[: len(prompt) + whole[len(prompt) :].index(tokenizer.eos_token_id) + 1]
-        logits = torch.log_softmax(torch.tensor(torch_logits(torch_model(tiny_folder), whole)), -1)
-        expected = [float(logits[i - 1, whole[i]]) for i in range(len(prompt), len(whole))]
+        expected, _ = torch_score(tiny_folder, chat)
         assert score.num_tokens == len(expected)
         assert worst(score.token_logprobs, expected) < 1e-4
         assert score.logprob == pytest.approx(sum(score.token_logprobs), abs=1e-6)

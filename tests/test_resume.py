@@ -34,7 +34,7 @@ main(arguments)
 KILLS = {
     "sft": ("esjax.run.files", "Metrics", "log", 4),
     "round1/replies (at the start)": ("esjax.run.files", "Journal", "add", 3),
-    "round1/replies (reflecting)": ("esjax.evolve.rounds", "", "parse", 7),
+    "round1/replies (reflecting)": ("esjax.evolve.experiment", "", "parse", 7),
     "round1/replies (refining)": ("esjax.run.files", "Journal", "add", 20),
     "round1/replies (naming the files)": ("esjax.run.files", "Journal", "finish", 2),
     "round1/pairs": ("esjax.run.files", "Journal", "add", 3),
