@@ -40,7 +40,7 @@ def user(text: str) -> dict[str, str]:
 
 
 def esjax(*words: object) -> None:
-    esjax(*words)
+    main([*map(str, words)])
 
 
 @pytest.fixture
