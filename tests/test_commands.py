@@ -22,6 +22,7 @@ from safetensors.numpy import load_file
 from test_resume import SIGNALLER
 
 from esjax import export
+from esjax.cli import main
 from esjax.evolve.experiment import Experiment, adapter_folder
 from esjax.hub.fetch import public_name
 from esjax.model.lora import peft_tensors, save_adapter
