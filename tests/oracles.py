@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import torch
 from flax import nnx
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from esjax.corpus.dialogue import Dialogue
 from esjax.corpus.sources import read_dialogues
@@ -40,6 +40,18 @@ def torch_logprobs(model: Any, prompt: Sequence[int], reply: Sequence[int]) -> n
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([[*prompt, *reply]])).logits[0, len(prompt) - 1 : -1]
         return np.asarray(torch.log_softmax(logits, -1).gather(-1, torch.tensor(list(reply))[:, None])[:, 0])
+
+
+def torch_score(folder: Path, chat: Sequence[dict[str, str]]) -> tuple[list[float], int]:
+    """Log-probs of the tokens of a chat's last message, its end among them, by transformers' own template and model; and
+    how many tokens the chat has, up to that end."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    prompt, whole = (
+        tokenizer.apply_chat_template(messages, add_generation_prompt=more, return_dict=True)["input_ids"]
+        for messages, more in ((chat[:-1], True), (chat, False))
+    )
+    whole = whole[: whole.index(tokenizer.eos_token_id, len(prompt)) + 1]
+    return torch_logprobs(torch_model(folder), prompt, whole[len(prompt) :]).tolist(), len(whole)
 
 
 class Ours:

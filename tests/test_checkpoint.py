@@ -26,7 +26,7 @@ from esjax.bench.workload import parts
 from esjax.cli import main
 from esjax.errors import InputError, Stopped, TransientError
 from esjax.model.families import architecture
-from esjax.settings.files import differing
+from esjax.settings.identity import differing
 from esjax.settings.schema import Config
 from esjax.train.checkpoint import Checkpoints
 

@@ -16,11 +16,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import save_tiny_model
-from oracles import torch_logits, torch_model, worst
+from oracles import torch_logits, torch_model, torch_score, worst
 from peft import AutoPeftModelForCausalLM
 from safetensors.numpy import load_file
 from test_resume import SIGNALLER
-from transformers import AutoTokenizer
 
 from esjax import export
 from esjax.cli import main
@@ -41,6 +40,10 @@ def user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
+def esjax(*words: object) -> None:
+    main([*map(str, words)])
+
+
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
     """Run a command that must be refused, by default as bad input; returns its one line."""
@@ -48,7 +51,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
     def run(*words: object, code: int = 2) -> str:
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
-            main([str(w) for w in words])
+            esjax(*words)
         lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("esjax:")]
         assert (stop.value.code, len(lines)) == (code, 1), lines
         return lines[0]
@@ -107,9 +110,9 @@ def test_a_killed_command_goes_on_from_what_is_finished(
     assert 35 <= done < 40
     if what == "SIGTERM":
         assert killed.stderr.splitlines()[-1] == "esjax: stopped by SIGTERM; the same command continues"
-    main([*words, "--out", str(whole)])
+    esjax(*words, "--out", whole)
     capsys.readouterr()
-    main([*words, "--out", str(out)])
+    esjax(*words, "--out", out)
     assert f"out.jsonl: {done} of 40 rows were finished before" in capsys.readouterr().err
     assert out.read_bytes() == whole.read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir() if "out" in p.name) == ["out.jsonl"]
@@ -130,7 +133,7 @@ def test_what_another_command_left_is_refused_by_name(
         assert str(part) in line
         assert part.read_bytes() == before
     part.unlink()
-    main([*map(str, words)])
+    esjax(*words)
     made = out.read_bytes()
     assert [r["id"] for r in read_jsonl(out)] == list(range(40))
     # What a kill between the name and the end leaves is done; what one before it leaves goes on.
@@ -138,7 +141,7 @@ def test_what_another_command_left_is_refused_by_name(
         patch.setattr("esjax.run.files.Journal.finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         out.unlink()
         with pytest.raises(SystemExit):
-            main([*map(str, words)])
+            esjax(*words)
     identity = json.loads(part.read_text().splitlines()[0])["of"]
     for change, named in (
         (["--seed", 1], "seed"),
@@ -152,7 +155,7 @@ def test_what_another_command_left_is_refused_by_name(
         assert f"40 rows of another command, which differs in {named}" in line
     assert set(identity) >= {"--model", "content of the file", "model.dtype"}
     out.write_bytes(made)
-    main([*map(str, words)])
+    esjax(*words)
     assert out.read_bytes() == made
     assert not part.exists()
     assert f"{out} exists; give a new file as --out" in refused(*words)
@@ -187,7 +190,7 @@ def test_a_second_command_on_one_out_is_told_to_wait(
     with held(out):
         line = refused(*words, "--out", out, code=75)
         assert line == f"esjax: error: {out}: another command is writing it; wait for it or give another --out"
-        main([*map(str, words), "--out", str(tmp_path / "another.jsonl")])  # control
+        esjax(*words, "--out", tmp_path / "another.jsonl")  # control
     with held(tmp_path / "hf", "folder"):
         words = ["export", "--run-dir", run, "--model", "m0", "--format", "peft", "--out", tmp_path / "hf"]
         assert "another command is writing it" in refused(*words, code=75)
@@ -233,7 +236,7 @@ def test_a_run_s_model_brings_its_settings_and_takes_what_it_is_told(
     def sampled(name: str, *words: object) -> tuple[list[dict[str, Any]], str]:
         capsys.readouterr()
         out = tmp_path / f"{name}.jsonl"
-        main([*map(str, ("sample", "--model", f"{run}:m0", "--prompts", prompts, "--out", out, *words))])
+        esjax("sample", "--model", f"{run}:m0", "--prompts", prompts, "--out", out, *words)
         return read_jsonl(out), capsys.readouterr().err
 
     short = ("--reply.max_tokens", 3)
@@ -260,11 +263,9 @@ def test_a_run_s_model_brings_its_settings_and_takes_what_it_is_told(
     save_tiny_model(other, seed=1)
     line = refused("sample", "--model", f"{run}:m0", *files, "--model.source", other)
     assert "was made with another backbone; differing: model.safetensors" in line
-    for setting in ("sft.learning_rate", "model.remat", "reply.max_contexts", "data.window", "filters.min_words"):
-        value = "full" if setting == "model.remat" else 1
-        assert f"--{setting}: esjax sample makes no use of it" in refused(
-            "sample", "--model", "x", *files, f"--{setting}", value
-        )
+    for word in ("sft.learning_rate=1", "model.remat=full", "reply.max_contexts=1", "data.window=16"):
+        line = refused("sample", "--model", "x", *files, f"--{word}")
+        assert f"--{word.partition('=')[0]}: esjax sample makes no use of it" in line
     assert "is a bare backbone" in refused("sample", "--model", other, *files, "--lora.rank", 4)
     assert not (tmp_path / "bad.jsonl.part").exists()
 
@@ -273,7 +274,7 @@ def test_export_writes_the_dtype_that_it_is_told(refused: Refused, run: Path, tm
     for dtype in ("float32", "bfloat16"):
         out = tmp_path / dtype
         words = ["export", "--run-dir", run, "--model", "m0", "--format", "merged", "--out", out]
-        main([*map(str, (*words, "--model.dtype", dtype))])
+        esjax(*words, "--model.dtype", dtype)
         assert json.loads((out / "config.json").read_text())["dtype"] == dtype
         assert {t.dtype.name for t in load_file(out / "model.safetensors").values()} == {dtype}
     words = ["export", "--run-dir", run, "--format", "peft", "--out", tmp_path / "no"]
@@ -289,10 +290,10 @@ def test_peft_opens_an_export_by_itself(
     if converted:
         monkeypatch.setattr(export, "public_name", lambda *_: (None, None))
     out = tmp_path / "hf"
-    main(["export", "--run-dir", str(run), "--model", "m0", "--format", "peft", "--out", str(out)])
+    esjax("export", "--run-dir", run, "--model", "m0", "--format", "peft", "--out", out)
     base = json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert base == str(out / "base" if converted else tiny_folder)
-    main(["export", "--run-dir", str(run), "--model", "m0", "--format", "merged", "--out", str(tmp_path / "merged")])
+    esjax("export", "--run-dir", run, "--model", "m0", "--format", "merged", "--out", tmp_path / "merged")
     tokens = list(range(5, 60))
     opened: Any = AutoPeftModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     ours = torch_logits(torch_model(tmp_path / "merged"), tokens)
@@ -321,21 +322,13 @@ def test_a_chat_longer_than_the_window_is_scored_whole(
     turns = [m for i in range(60) for m in (user(f"Day {i}: I am tired, and nobody calls me back."), ANSWER)]
     write_jsonl(tmp_path / "chats.jsonl", [{"id": "long", "messages": turns}, {"id": "b", "messages": turns[:4]}])
     words = ["score", "--model", str(tiny_folder), "--data", str(tmp_path / "chats.jsonl")]
-    main([*words, "--out", str(tmp_path / "whole.jsonl")])
+    esjax(*words, "--out", tmp_path / "whole.jsonl")
     assert "lost their oldest turns" not in capsys.readouterr().err
-    tokenizer: Any = AutoTokenizer.from_pretrained(tiny_folder)
-
-    def oracle(messages: list[dict[str, str]]) -> float:
-        prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
-        whole = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
-        whole = whole[: len(prompt) + whole[len(prompt) :].index(tokenizer.eos_token_id) + 1]
-        logits = torch.log_softmax(torch.tensor(torch_logits(torch_model(tiny_folder), whole)), -1)
-        return float(sum(logits[i - 1, whole[i]] for i in range(len(prompt), len(whole))))
-
     rows = read_jsonl(tmp_path / "whole.jsonl")
-    assert rows[0]["logprob"] == pytest.approx(oracle(turns), abs=1e-3)
-    assert len(tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]) > 1024  # the window of the config
-    main([*words, "--out", str(tmp_path / "cut.jsonl"), "--data.window", "600"])
+    expected, length = torch_score(tiny_folder, turns)
+    assert length > 1024  # the window of the config
+    assert rows[0]["logprob"] == pytest.approx(sum(expected), abs=1e-3)
+    esjax(*words, "--out", tmp_path / "cut.jsonl", "--data.window", 600)
     assert "1 of 2 chats lost their oldest turns to data.window=600; raise it" in capsys.readouterr().err
     cut = read_jsonl(tmp_path / "cut.jsonl")
     assert abs(cut[0]["logprob"] - rows[0]["logprob"]) > 1e-2
@@ -344,7 +337,7 @@ def test_a_chat_longer_than_the_window_is_scored_whole(
     (tmp_path / "chats.jsonl").write_text("\n" + json.dumps({"id": "far", "messages": turns * 4}) + "\n")
     line = refused(*words, "--out", tmp_path / "x.jsonl")
     assert f"{tmp_path}/chats.jsonl, line 2, id 'far': its " in line
-    main([*words, "--out", str(tmp_path / "x.jsonl"), "--data.window", "4096"])  # the remedy
+    esjax(*words, "--out", tmp_path / "x.jsonl", "--data.window", 4096)  # the remedy
     assert not list(tmp_path.glob("*.part"))
 
 
@@ -360,7 +353,7 @@ def test_a_prompt_beyond_the_positions_is_named_before_anything_is_drawn(
     room = int(line.split("lower reply.max_tokens to ")[1].split(",")[0])
     assert not list(tmp_path.glob("out*"))
     refused(*words, "--reply.max_tokens", room + 1)
-    main([*map(str, words), "--reply.max_tokens", str(room), "--reply.temperature", "0"])  # the remedy
+    esjax(*words, "--reply.max_tokens", room, "--reply.temperature", 0)  # the remedy
     assert len(read_jsonl(out)) == 2
 
 
@@ -374,11 +367,11 @@ def test_prompts_of_no_or_one_token(refused: Refused, tiny_folder: Path, tmp_pat
     )
     (folder / "chat_template.jinja").write_text(template)
     words = ["sample", "--model", folder, "--prompts", file, "--out", out, "--reply.max_tokens", 4]
-    main([*map(str, words)])
+    esjax(*words)
     assert [r["id"] for r in read_jsonl(out)] == ["short", "long"]
     only = tmp_path / "one.jsonl"
     write_jsonl(only, [{"id": "short", "messages": [user("a")]}])
-    main([*map(str, [*words[:4], only, "--out", tmp_path / "one.out", *words[7:]])])
+    esjax(*words[:4], only, "--out", tmp_path / "one.out", *words[7:])
     assert read_jsonl(tmp_path / "one.out")[0]["token_ids"] == read_jsonl(out)[0]["token_ids"]
     chats = tmp_path / "chats.jsonl"
     write_jsonl(chats, [{"id": "short", "messages": [user("a"), ANSWER]}])
@@ -386,13 +379,13 @@ def test_prompts_of_no_or_one_token(refused: Refused, tiny_folder: Path, tmp_pat
     line = refused(*scored)
     assert f"{chats}, line 1, id 'short': the chat template makes a single token of the prompt" in line
     system = ["--prompts.system", "bundled:prompts/system.txt"]
-    main([*map(str, scored + system)])  # the remedy
+    esjax(*scored, *system)  # the remedy
     (folder / "chat_template.jinja").write_text(
         template.replace("{{ m['content'] }}", "{% if m['role'] != 'user' %}{{ m['content'] }}{% endif %}")
     )
     out.unlink()
     assert f"{file}, line 1, id 'short': the chat template makes no token of a chat" in refused(*words)
-    main([*map(str, words + system)])
+    esjax(*words, *system)
     assert not list(tmp_path.glob("*.part"))
 
 
@@ -402,12 +395,6 @@ def test_an_id_is_a_text_or_a_whole_number(refused: Refused, tmp_path: Path, nam
     file.write_text("\n" + json.dumps({"id": name, "messages": [user("Hi")]}) + "\n")
     line = refused("sample", "--model", "/absent", "--prompts", file, "--out", tmp_path / "out.jsonl")
     assert f"{file}, line 2: the id is {json.dumps(name)}; give a text or a whole number" in line
-
-
-@pytest.mark.parametrize("count", [0, -1, 10**12])
-def test_a_count_that_cannot_be_made_is_refused(refused: Refused, prompts: Path, tmp_path: Path, count: int) -> None:
-    words = ["sample", "--model", "/absent", "--prompts", prompts, "--out", tmp_path / "out.jsonl"]
-    assert f"--num-samples {count}: at least 1" in refused(*words, "--num-samples", count)
 
 
 def test_a_file_of_somebody_else_is_not_taken_for_a_part(
@@ -430,13 +417,12 @@ def test_an_empty_value_is_refused_by_name(refused: Refused, tmp_path: Path, opt
 
 def test_what_is_no_size_is_refused(refused: Refused, run: Path, prompts: Path, tmp_path: Path) -> None:
     words = ("sample", "--model", f"{run}:m0", "--prompts", prompts, "--out", tmp_path / "o")
+    for count in (0, -1, 10**12):
+        assert f"--num-samples {count}: at least 1" in refused(*words, "--num-samples", count)
     assert "mesh.fsdp=0: give a number of devices, or -1" in refused(*words, "--mesh.fsdp", 0)
-    assert "--micro-rows 0: it must divide" in refused(
-        "bench", "--profile", "tiny", "--tasks", "sft", "--micro-rows", 0
-    )
-    assert "--micro-rows: only the tasks" in refused(
-        "bench", "--profile", "tiny", "--tasks", "sample", "--micro-rows", 3
-    )
+    bench = ("bench", "--profile", "tiny", "--micro-rows")
+    assert "--micro-rows 0: it must divide" in refused(*bench, 0, "--tasks", "sft")
+    assert "--micro-rows: only the tasks" in refused(*bench, 3, "--tasks", "sample")
     assert "is a run directory; name one of its models" in refused("sample", "--model", run, *words[3:])
     line = refused("sft", "--run-dir", tmp_path / "r", "--distributed", "--join-timeout", 10**15)
     assert "--join-timeout 1000000000000000: 1 to 1,000,000 seconds" in line

@@ -461,7 +461,7 @@ def test_accumulation_is_the_whole_batch(tiny: Tiny, phase: str) -> None:
 
 @pytest.fixture(scope="module")
 def second_round(tiny_run: Path) -> tuple[Experiment, Adapter, list[dict[str, Any]]]:
-    experiment, m1 = open_model(f"{tiny_run}:m1", load(None, []))
+    experiment, m1 = open_model(f"{tiny_run}:m1", load(str(tiny_run / "config.yaml")))
     return experiment, m1, read_jsonl(tiny_run / "round2" / "pairs.jsonl")
 
 
@@ -519,7 +519,7 @@ def test_long_replies_and_a_large_beta_start_at_the_reference(
 
     Control: of two pairs one side of the reference is moved, in opposite directions, so that the mean margin stays 0.
     """
-    experiment, m1 = open_model(f"{tiny_run}:m1", load(None, []))
+    experiment, m1 = open_model(f"{tiny_run}:m1", load(str(tiny_run / "config.yaml")))
     settings = experiment.config.dpo.model_copy(
         update={"beta": beta, "row_length": 2304, "trunk": "prompt", "batch_rows": 4}
     )

@@ -50,7 +50,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def run(tiny_run: Path) -> Run:
-    experiment, m1 = open_model(f"{tiny_run}:m1", load(None, []))
+    experiment, m1 = open_model(f"{tiny_run}:m1", load(str(tiny_run / "config.yaml")))
     pair = read_jsonl(tiny_run / "round2" / "pairs.jsonl")[0]
     tokens = experiment.tokenizer.prompt(pair["prompt"])[-LENGTH:]
     ours = Ours(experiment.backbone)

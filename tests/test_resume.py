@@ -34,7 +34,7 @@ main(arguments)
 KILLS = {
     "sft": ("esjax.run.metrics", "Metrics", "log", 4),
     "round1/replies (at the start)": ("esjax.run.journal", "Journal", "add", 3),
-    "round1/replies (reflecting)": ("esjax.evolve.rounds", "", "parse", 7),
+    "round1/replies (reflecting)": ("esjax.evolve.experiment", "", "parse", 7),
     "round1/replies (refining)": ("esjax.run.journal", "Journal", "add", 20),
     "round1/replies (naming the files)": ("esjax.run.journal", "Journal", "finish", 2),
     "round1/pairs": ("esjax.run.journal", "Journal", "add", 3),

@@ -1,10 +1,10 @@
-"""Answers of any model to any prompts, and scores of any answers: what ``esjax sample`` and ``esjax score`` do."""
+"""What any model is asked for: answers to prompts, scores of given answers, reflections on what a seeker wrote."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from esjax.model.lora import Adapter
 from esjax.run.files import sha256
 from esjax.run.journal import gather
 from esjax.run.jsonl import read_jsonl
-from esjax.run.progress import say
+from esjax.run.progress import progress, say
 from esjax.runtime.mesh import batch_groups, rows_at_once
 from esjax.sample.constrain import LONGEST, START, Field, compile_template
 from esjax.sample.rowbook import Request, row_seed
@@ -52,32 +52,64 @@ def read_chats(file: Path, last: str) -> list[Chat]:
                 f"{file}, lines {first[str(name)]} and {row.number}: both have the id {str(name)!r:.60}, and 1 is the same as "
                 "'1'; give each row an id of its own"
             )
-        messages = check_messages(row["messages"], where, last=last)
-        if all(m["role"] != "user" for m in messages):
-            raise InputError(f"{where}: there is no user message before the assistant's")
-        chats.append(Chat(name, messages, f"{where}, id {name!r:.60}"))
+        chats.append(Chat(name, _checked(row["messages"], where, last), f"{where}, id {name!r:.60}"))
     if not chats:
         raise InputError(f"{file}: empty; expected one JSON object a line with id and messages")
     return chats
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(repr(value).encode()).hexdigest()
+def given_chats(chats: Sequence[Any], last: str) -> list[Chat]:
+    """Chats that somebody has at hand, each a list of messages; they are numbered from 0. Raises InputError naming one."""
+    return [Chat(i, _checked(list(chat), f"chat {i}", last), f"chat {i}") for i, chat in enumerate(chats)]
 
 
-def answer(
-    experiment: Experiment,
-    adapter: Adapter,
-    chats: list[Chat],
-    out: Path,
-    of: dict[str, Any],
-    count: int,
-    pattern: str | None,
-) -> None:
-    """Write ``count`` answers to each chat, drawn as the settings' ``reply`` says; all match ``pattern``, if there is one.
+def _checked(messages: Any, where: str, last: str) -> list[Message]:
+    checked = check_messages(messages, where, last=last)
+    if all(m["role"] != "user" for m in checked):
+        raise InputError(f"{where}: there is no user message before the assistant's")
+    return checked
 
-    An answer hangs on the seed, its chat's id and its number alone; the first is that of a count of one. ``of`` is what
-    identifies the model and the chats, see Journal. Raises InputError, before anything is drawn, where a chat does not fit.
+
+class Work(NamedTuple):
+    """Rows that are to be made, each a JSON object, in any order."""
+
+    label: str
+    total: int
+    make: Callable[
+        [list[int], Callable[..., None]], None
+    ]  # given the missing rows' numbers and ``add(number, row, tokens)``
+    of: dict[str, Any]  # what the rows hang on, beside the model and the chats, see Journal
+
+    def to_file(self, out: Path, of: dict[str, Any]) -> None:
+        """Write JSON Lines; rows that a killed command left are kept if it was ``of`` the same."""
+        gather(out, self.total, self.label, self.make, of | self.of)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows, in memory."""
+        rows: dict[int, dict[str, Any]] = {}
+        with progress(self.label, self.total) as advance:
+
+            def add(number: int, row: dict[str, Any], tokens: int = 0) -> None:
+                rows[number] = row
+                advance(1, tokens)
+
+            self.make(list(range(self.total)), add)
+        return [rows[i] for i in range(self.total)]
+
+
+def check_count(name: str, count: int, chats: int) -> None:
+    """Raise InputError unless so many answers to each of so many chats can be made; ``name`` is what says the count."""
+    if not 1 <= count <= MOST // chats:
+        raise InputError(
+            f"{name} {count}: at least 1, and {MOST} answers at most: {MOST // chats} to each of {chats} prompts"
+        )
+
+
+def answering(experiment: Experiment, adapter: Adapter, chats: list[Chat], count: int, pattern: str | None) -> Work:
+    """``count`` answers to each chat, drawn as the settings' ``reply`` says; all match ``pattern``, if there is one.
+
+    An answer hangs on the seed, its chat's id and its number alone; the first is that of a count of one. Raises InputError,
+    before anything is drawn, where a chat does not fit.
     """
     seed, how, tokenizer = experiment.config.seed, experiment.config.reply, experiment.tokenizer
     most, positions = how.max_tokens, experiment.backbone.arch.max_positions
@@ -98,7 +130,8 @@ def answer(
                     f"{remedy}shorten or remove it"
                 )
     devices, total = batch_groups(), count * len(prompts)
-    generator = replace(experiment.generator, replies=min(how.batch, -(-total // devices) * devices))
+    replies = min(how.batch, -(-total // devices) * devices)
+    generator = replace(experiment.generator, replies=replies, lanes=0, slots=0, new=0)
 
     def requests(indices: range | list[int]) -> list[Request]:
         out = []
@@ -108,7 +141,7 @@ def answer(
             out.append(Request(i, prompts[n], number, how, most, START if form else 0, str(chats[n].id)))
         return out
 
-    def work(missing: list[int], add: Callable[..., None]) -> None:
+    def make(missing: list[int], add: Callable[..., None]) -> None:
         left = set(missing)
 
         def done(request: Request, made: Completion) -> tuple[()]:
@@ -132,17 +165,15 @@ def answer(
             block = range(start, min(total, start + BLOCK * generator.replies))
             if not left.isdisjoint(block):
                 generator.work(adapter, generator.grouped(requests(block)), done, form.automaton if form else None)
+        say(f"  {generator.usage}")
 
     drawn = {f"reply.{key}": getattr(how, key) for key in ("temperature", "top_p", "top_k", "max_tokens")}
-    of = of | {"--num-samples": count, "--regex or --json-schema": pattern, "seed": seed, **drawn}
-    gather(out, total, "replies", work, of | _read_as(experiment, prompts))
-    say(f"  {generator.usage}")
+    of = {"--num-samples": count, "--regex or --json-schema": pattern, "seed": seed, **drawn}
+    return Work("replies", total, make, of | _read_as(experiment, prompts))
 
 
-def score(
-    experiment: Experiment, adapter: Adapter, chats: list[Chat], out: Path, of: dict[str, Any], window: int | None
-) -> None:
-    """Write the log-probs of each chat's last message, given all before it.
+def scoring(experiment: Experiment, adapter: Adapter, chats: list[Chat], window: int | None) -> Work:
+    """The log-probs of each chat's last message, given all before it.
 
     A chat longer than ``window`` loses its oldest turns, counted and said; without one, none does, and the model's
     positions are the limit. Raises InputError, before anything is computed, where a chat does not fit.
@@ -164,7 +195,7 @@ def score(
     row_length = max(experiment.config.data.window if window is None else 0, *(len(e.tokens) for e in examples))
     scorer = Scorer(experiment.backbone, row_length, rows_at_once("sft", experiment.config.sft))
 
-    def work(missing: list[int], add: Callable[..., None]) -> None:
+    def make(missing: list[int], add: Callable[..., None]) -> None:
         def done(i: int, branches: list[np.ndarray]) -> None:
             values = [float(x) for x in branches[0]]
             row = {"id": chats[i].id, "logprob": sum(values), "num_tokens": len(values), "token_logprobs": values}
@@ -172,7 +203,26 @@ def score(
 
         scorer.score(adapter, examples, done, missing)
 
-    gather(out, len(chats), "scores", work, of | _read_as(experiment, [e.tokens.tolist() for e in examples]))
+    return Work("scores", len(chats), make, _read_as(experiment, [e.tokens.tolist() for e in examples]))
+
+
+def reflecting(experiment: Experiment, adapter: Adapter, chats: list[Chat]) -> Work:
+    """A reflection on each chat: what the model infers of the seeker, under the principles, as evolve.reflection says."""
+
+    def make(missing: list[int], add: Callable[..., None]) -> None:
+        def done(request: Request, made: Completion) -> tuple[()]:
+            add(request.key, experiment.reflection(made.token_ids), len(made.token_ids))
+            return ()
+
+        asked, seed = [experiment.encoder.with_system(chats[i].messages) for i in missing], experiment.config.seed
+        requests = [
+            experiment.reflection_request(i, chat, row_seed(seed, "reflect", chats[i].id), chats[i].where)
+            for i, chat in zip(missing, asked, strict=True)
+        ]
+        generator = experiment.generator
+        generator.work(adapter, generator.grouped(requests), done, experiment.form.automaton)
+
+    return Work("reflections", len(chats), make, {})
 
 
 def _read_as(experiment: Experiment, tokens: list[list[int]]) -> dict[str, Any]:
@@ -182,6 +232,10 @@ def _read_as(experiment: Experiment, tokens: list[list[int]]) -> dict[str, Any]:
         "prompts.system": _digest(experiment.encoder.system),
         "tokenizer, chat template or window": _digest(tokens),
     }
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
 def identity(model: str, file: Path) -> dict[str, Any]:

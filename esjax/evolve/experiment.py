@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from esjax.corpus.dialogue import Dialogue
+from esjax.corpus.dialogue import Dialogue, Message
 from esjax.corpus.sources import read_conversations, read_dialogues
 from esjax.errors import InputError, within
 from esjax.evolve.filters import Filters
-from esjax.evolve.models import adapter_folder, run_model, settings_of
+from esjax.evolve.models import adapter_folder, run_model
 from esjax.evolve.pairs import Context, contexts
-from esjax.evolve.reflect import Instructions, form
+from esjax.evolve.reflect import Instructions, form, parse
 from esjax.hub.fetch import resolve
 from esjax.hub.identity import identity
 from esjax.model.lora import Adapter, load_adapter, lora_from, read_lora
@@ -29,9 +29,10 @@ from esjax.rows import Rows
 from esjax.run.directory import check_base, check_made, read_manifest
 from esjax.run.files import sha256
 from esjax.run.progress import say
-from esjax.sample.constrain import Template, drawable
+from esjax.sample.constrain import START, Template, drawable
 from esjax.sample.generate import Generator
-from esjax.settings.files import Given, read_text
+from esjax.sample.rowbook import Request
+from esjax.settings.files import read_text
 from esjax.settings.schema import Config
 from esjax.tokens.encode import Encoder
 from esjax.tokens.tokenizer import ChatTokenizer
@@ -171,6 +172,15 @@ class Experiment:
         """The constraint under which reflections are sampled."""
         return form(self.tokenizer, self.config.evolve.reflection.field_tokens, self.backbone.arch.vocab)
 
+    def reflection_request(self, key: Any, context: list[Message], seed: int, name: str) -> Request:
+        """Asks for the reflection on a context, which holds its system message if it has one."""
+        prompt = [*self.tokenizer.prompt(self.instructions.reflection_prompt(context)), *self.form.opening]
+        return Request(key, prompt, seed, self.config.evolve.reflection, self.form.max_tokens, START, name)
+
+    def reflection(self, token_ids: list[int]) -> dict[str, str]:
+        """The fields of a reflection that was drawn: profile, emotional_state and situation."""
+        return parse(self.tokenizer.decode([*self.form.opening, *token_ids]))
+
     @cached_property
     def generator(self) -> Generator:
         """The one sampler of the run, so that all rounds and the closing table share its programs."""
@@ -193,26 +203,11 @@ class Experiment:
         return load_adapter(folder, self.backbone.adapter_shapes)
 
 
-def open_model(spec: str, config: Config, told: Given | None = None) -> tuple[Experiment, Adapter]:
-    """Open ``RUN_DIR:mT`` with the run's settings, or any backbone source, bare, with those of ``config``.
-
-    What the command was ``told`` counts over the run's settings. A run's model brings the run's system message; a bare
-    backbone has none unless the command was told one. Raises InputError.
-    """
-    told = told or Given()
-    named, settings = run_model(spec), settings_of(spec, told)
-    if named is not None and settings is not None:
-        experiment = Experiment.open(settings)
-        return experiment, _stored(experiment, *named)
-    if (Path(spec) / "manifest.json").exists():
-        raise InputError(f"{spec} is a run directory; name one of its models, such as {spec}:m0")
-    hashed = spec == config.model.source or "model.sha256" in told.settings
-    model = config.model.model_copy(update={"source": spec, "sha256": config.model.sha256 if hashed else None})
-    config = config.model_copy(update={"model": model})
-    if "prompts.system" not in told.settings:
-        none = config.prompts.model_copy(update={"system": "bundled:prompts/none.txt"})
-        config = config.model_copy(update={"prompts": none})
-    return Experiment.open(config, adapted=False), nnx.State({})
+def open_model(spec: str, config: Config) -> tuple[Experiment, Adapter]:
+    """Open ``RUN_DIR:mT``, or any backbone, bare, with the settings that ``model_settings`` makes. Raises InputError."""
+    named = run_model(spec)
+    experiment = Experiment.open(config, adapted=named is not None)
+    return experiment, _stored(experiment, *named) if named else nnx.State({})
 
 
 def _stored(experiment: Experiment, run: Path, t: int) -> Adapter:

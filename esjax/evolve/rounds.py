@@ -14,7 +14,6 @@ from esjax.evolve.experiment import Experiment, adapter_folder
 from esjax.evolve.filters import pattern_hashes
 from esjax.evolve.pairs import Context, draw, length_ratio, sift
 from esjax.evolve.phases import counted, dpo, sft, write_references
-from esjax.evolve.reflect import parse
 from esjax.model.lora import Adapter
 from esjax.rows import prompt_with_replies
 from esjax.run.directory import RunDir, bundled_hash
@@ -22,7 +21,7 @@ from esjax.run.files import publish_jsonl, sha256
 from esjax.run.journal import Journal
 from esjax.run.jsonl import read_jsonl
 from esjax.run.progress import progress, say
-from esjax.sample.constrain import START, Template
+from esjax.sample.constrain import Template
 from esjax.sample.generate import Generator
 from esjax.sample.rowbook import Request, row_seed
 from esjax.sample.schedule import Completion, Usage
@@ -199,8 +198,8 @@ class _Replies:
         kind, i = request.key
         row: Row = {"id": self.chosen[i].id}
         if kind == "reflection":
-            text = self.experiment.tokenizer.decode([*self.form.opening, *made.token_ids])
-            row |= {"reflection": parse(text), "num_tokens": len(made.token_ids), "seed": request.seed}
+            reflection = self.experiment.reflection(made.token_ids)
+            row |= {"reflection": reflection, "num_tokens": len(made.token_ids), "seed": request.seed}
             self.reflections.add(i, row)
         else:
             text = self.experiment.tokenizer.decode(made.token_ids).strip()
@@ -225,12 +224,8 @@ class _Replies:
         return self._request("draft", i, self.chosen[i].messages, self.settings.draft)
 
     def _reflection(self, i: int) -> Request:
-        prompt = self.experiment.tokenizer.prompt(
-            self.experiment.instructions.reflection_prompt(self.chosen[i].messages)
-        )
-        seed = self._seed("reflection", i)
-        most, how = self.form.max_tokens, self.settings.reflection
-        return Request(("reflection", i), [*prompt, *self.form.opening], seed, how, most, START, self.chosen[i].id)
+        context, seed = self.chosen[i], self._seed("reflection", i)
+        return self.experiment.reflection_request(("reflection", i), context.messages, seed, context.id)
 
     def _refinements(self, number: int) -> list[Request]:
         """The requests of a group of contexts whose drafts and reflections are there."""

@@ -26,7 +26,8 @@ from esjax.run.files import publish_text, sha256, write_text
 from esjax.run.jsonl import json_text
 from esjax.run.progress import say
 from esjax.runtime.context import current
-from esjax.settings.files import bundled, changes, differing, dump, load, marked
+from esjax.settings.files import bundled, dump, load
+from esjax.settings.identity import changes, differing, marked
 from esjax.settings.schema import CONTENT, Config
 
 

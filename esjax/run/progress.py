@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -30,11 +31,13 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def progress(label: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
-    """A progress bar on stderr with count, rate and time left; yields ``advance(n, tokens=0)``. Without a terminal: lines.
+    """A progress bar with count, rate and time left, on stderr or in a notebook, else lines; yields ``advance(n, tokens=0)``.
 
     Where tokens are told, their rate is shown as well.
     """
     columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    # In a notebook rich draws a bar with ipywidgets, where they are installed.
+    live = console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
     start = time.monotonic()
     count = drawn = 0
     last = start
@@ -50,12 +53,12 @@ def progress(label: str, total: int, done: int = 0) -> Iterator[Callable[..., No
         bar.update(task, advance=n, tokens=drawn)
         now = time.monotonic()
         # A log file gets a line every 15 s instead of a bar.
-        if current().processes.writer and not console.is_terminal and now - last > 15 and count:
+        if current().processes.writer and not live and now - last > 15 and count:
             left = (total - done - count) * (now - start) / count
             say(f"  {label}: {done + count}/{total}, {rates(now - start)}, {left:.0f} s left")
             last = now
 
-    shown = console.is_terminal and current().processes.writer
+    shown = live and current().processes.writer
     with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
         task = bar.add_task(label, total=total, completed=done, tokens=0)
         yield advance

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import difflib
 import types
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from esjax.errors import InputError
-from esjax.settings.schema import CONTENT, EXECUTION, Config, Settings
+from esjax.settings.schema import Config, Settings
 
+DEFAULT = "bundled:configs/quickstart.yaml"  # the config of who names none
 BOM = "\ufeff"  # a byte order mark, which some editors write
 
 
@@ -53,34 +55,55 @@ def read_whole(file: Path, kind: str) -> str:
 
 
 @dataclass(frozen=True)
-class Given:
-    """What a command was told in so many words: the settings of its ``--config FILE``, and the command line's over them."""
+class Overrides:
+    """What somebody asked for in so many words: a config file that was named, and single settings over it."""
 
-    settings: dict[str, Any] = field(default_factory=dict)  # dotted name -> value, not yet checked
-    typed: frozenset[str] = frozenset()  # those of the command line
+    file: str | None = None
+    single: Mapping[str, Any] = field(default_factory=dict)  # dotted name -> value, not yet checked
 
     @classmethod
-    def of(cls, file: str | None, overrides: list[str]) -> Given:
-        """Without a file only the overrides: the quickstart's config is nobody's wish. Raises InputError."""
-        typed = _parsed(overrides)
-        return cls((dict(_flat(_tree(file))) if file else {}) | typed, frozenset(typed))
+    def of(cls, file: str | Path | None, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Overrides:
+        """``overrides`` as for ``load``. Raises InputError for a name that is no setting."""
+        return cls(None if file is None else str(file), _by_name(overrides))
+
+    def load(self, together: bool = True) -> Config:
+        """The file's settings (the quickstart's without one), and the single ones over them; see ``load``."""
+        return load(self.file, self.single, together)
+
+    def settings(self) -> dict[str, Any]:
+        """All settings that were asked for, by dotted name; without a file nobody asked for the quickstart's."""
+        return (dict(flat(_tree(self.file))) if self.file else {}) | dict(self.single)
 
 
-def load(
-    file: str | None, overrides: list[str], over: Mapping[str, Any] | None = None, together: bool = True
-) -> Config:
-    """Read FILE (the quickstart's when None), apply ``--section.key value`` overrides, check everything.
+def load(file: str | None, overrides: Sequence[str] | Mapping[str, Any] = (), together: bool = True) -> Config:
+    """Read FILE (the quickstart's when None), put the overrides over it, check everything.
 
-    ``over`` holds further settings by dotted name, see Given; without ``together`` only each setting by itself is checked,
-    which is enough for what trains nothing. Raises InputError with one line on any unknown key, wrong type or out-of-range
-    value.
+    Args:
+        file: a YAML file; bundled:PATH is one that comes with esjax.
+        overrides: the words of a command line (``--section.key value``), or values by dotted name.
+        together: whether settings must also fit one another; what trains nothing does not need that.
+
+    Raises InputError, one line, on any unknown key, wrong type or out-of-range value.
     """
-    where = file or "bundled:configs/quickstart.yaml"
-    tree, known = _tree(where), keys(Config)
-    for key, value in {**_parsed(overrides), **(over or {})}.items():
+    where = file or DEFAULT
+    tree = _tree(where)
+    for key, value in _by_name(overrides).items():
         _put(tree, key, value)
+    return _checked(tree, together, f"(in {where}, or given over it)")
+
+
+def changed(config: Config, values: Mapping[str, Any]) -> Config:
+    """A config with other values, by dotted name, each checked by itself. Raises InputError."""
+    tree = config.model_dump(mode="json")
+    for key, value in _by_name(values).items():
+        _put(tree, key, value)
+    return _checked(tree, False, "")
+
+
+def _checked(tree: dict[str, Any], together: bool, where: str) -> Config:
+    known = keys(Config)
     try:
-        for key, value in _flat(tree):
+        for key, value in flat(tree):
             if key not in known and not any(k.startswith(key + ".") for k in known):
                 raise InputError(f"unknown setting {key}{nearest(key, known)}")
             if isinstance(value, bool) and "bool" not in known.get(key, ("bool",))[0]:  # pydantic takes true for 1
@@ -91,9 +114,9 @@ def load(
         first = e.errors()[0]
         key = ".".join(str(p) for p in first["loc"])
         value = "" if first["type"] == "missing" else f"={first['input']!r:.100}"
-        raise InputError(f"setting {key}{value}: {first['msg']} (in {where} or on the command line)") from e
+        raise InputError(f"setting {key}{value}: {first['msg']} {where}".rstrip()) from e
     except InputError as e:
-        raise InputError(f"{e} (in {where} or on the command line)") from e
+        raise InputError(f"{e} {where}".rstrip()) from e
 
 
 class _Loader(yaml.SafeLoader):
@@ -127,9 +150,16 @@ def _tree(where: str) -> dict[str, Any]:
     return tree
 
 
-def _parsed(overrides: list[str]) -> dict[str, Any]:
-    """``--section.key value`` or ``--section.key=value`` as dotted names and values; the last one of a name counts."""
-    left, known, out = list(overrides), keys(Config), {}
+def _by_name(overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """Overrides as dotted names and values: a mapping's, or those of words ``--section.key value`` and
+    ``--section.key=value``, of which the last one of a name counts."""
+    known, out = keys(Config), {}
+    if isinstance(overrides, Mapping):
+        for key in overrides:
+            if key not in known:
+                raise InputError(f"unknown setting {key}{nearest(str(key), known)}")
+        return {key: str(value) if isinstance(value, Path) else value for key, value in overrides.items()}
+    left = list(overrides)
     while left:
         word = left.pop(0)
         if not word.startswith("--"):
@@ -191,25 +221,28 @@ def similar(word: str, known: Collection[str]) -> list[str]:
     return [k for k, end in ends.items() if end == ending[0]][:4] if ending and "." not in word else near
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted names and values. No setting lies five sections deep; an alias within itself would go on for ever."""
     for key, value in tree.items():
         if isinstance(value, dict) and prefix.count(".") < 5:
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
-def keys(section: type[Settings], prefix: str = "") -> dict[str, tuple[str, Any, str]]:
-    """All settings below a section: dotted name -> (type, default, description)."""
-    out: dict[str, tuple[str, Any, str]] = {}
+def fields(section: type[Settings], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """All settings below a section, by dotted name."""
     for name, info in section.model_fields.items():
         kind = info.annotation
         if isinstance(kind, type) and issubclass(kind, Settings):
-            out |= keys(kind, f"{prefix}{name}.")
+            yield from fields(kind, f"{prefix}{name}.")
         else:
-            out[f"{prefix}{name}"] = (_type_name(kind), info.default, info.description or "")
-    return out
+            yield f"{prefix}{name}", info
+
+
+def keys(section: type[Settings]) -> dict[str, tuple[str, Any, str]]:
+    """All settings below a section: dotted name -> (type, default, description)."""
+    return {name: (_type_name(i.annotation), i.default, i.description or "") for name, i in fields(section)}
 
 
 def _type_name(kind: Any) -> str:
@@ -226,42 +259,3 @@ def dump(config: Config) -> str:
     """The resolved config as YAML, in the order of the fields."""
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=1000)
     return str(text)
-
-
-def differing(a: Config, b: Config) -> list[str]:
-    """Dotted names of the settings that define the result and in which two configs differ.
-
-    Left out are those that only say how to compute, with which a run may go on, and the spelling of files' places: what is
-    in them counts, and the stages of a run hash it.
-    """
-    execution, content = marked(Config, EXECUTION), marked(Config, CONTENT)
-    return [
-        key
-        for key, (old, new) in changes(a, b).items()
-        if key not in execution and (key not in content or (key != "model.sha256" and None in (old, new)))
-    ]
-
-
-def changes(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
-    """All settings in which two configs differ, by dotted name, with both values."""
-
-    def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        out: dict[str, Any] = {}
-        for key, value in tree.items():
-            out |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-        return out
-
-    left, right = leaves(a.model_dump(mode="json")), leaves(b.model_dump(mode="json"))
-    return {key: (left[key], right[key]) for key in left if left[key] != right[key]}
-
-
-def marked(section: type[Settings], mark: str, prefix: str = "") -> set[str]:
-    """Dotted names of the settings below a section that have this mark."""
-    out: set[str] = set()
-    for name, info in section.model_fields.items():
-        kind = info.annotation
-        if isinstance(kind, type) and issubclass(kind, Settings):
-            out |= marked(kind, mark, f"{prefix}{name}.")
-        elif mark in info.metadata:
-            out.add(f"{prefix}{name}")
-    return out

@@ -1,4 +1,4 @@
-"""Every setting of a run: frozen pydantic models, and what they must obey together; configfile.py reads them.
+"""Every setting of a run: frozen pydantic models, and what they must obey together; files.py reads them.
 
 The YAML file is the record of an experiment, so nothing is read from anywhere else, and every unknown key is refused.
 """

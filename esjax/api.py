@@ -1,0 +1,169 @@
+"""What ``import esjax`` offers: the method and its models, from Python. The command line calls nothing else.
+
+Everything here may be called from a script or a notebook: what cannot be done raises an error of ``esjax.errors``
+(``InputError``: no retry mends it; ``TransientError``: it may work later; ``RunError``: the run cannot go on), progress
+appears on stderr or in the notebook, and no signal is handled outside of ``stop_on_sigterm``. Interrupted, the same
+call with the same run directory or file continues. JAX is imported when something is computed, not before.
+
+A chat is a list of messages, {"role": "system" | "user" | "assistant", "content": TEXT}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from esjax.opened import devices, open_model
+from esjax.runtime.context import open_runtime
+from esjax.settings.files import load
+from esjax.settings.schema import Config
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from esjax.evolve.experiment import Experiment
+    from esjax.run.directory import RunDir
+
+__all__ = ["Run", "dpo", "evolve", "load_config", "open_model", "sft", "stop_on_sigterm"]
+
+
+def load_config(file: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read an experiment's settings and check them.
+
+    Args:
+        file: a YAML file; the quickstart's config when left out.
+        overrides: values to put over the file's, by dotted name.
+
+    Raises:
+        InputError: an unknown setting (with the nearest known one), a wrong type or value, settings that do not fit together.
+
+    Example:
+        >>> config = esjax.load_config("configs/llama3-8b.yaml", {"evolve.rounds": 1, "sft.learning_rate": 5e-5})
+        >>> config.evolve.rounds
+        1
+    """
+    return load(None if file is None else str(file), overrides or {})
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run of the method. Its models are ``open_model(f"{run.folder}:m0")``, ``m1``, ..."""
+
+    folder: Path
+    rows: list[dict[str, Any]]  # the closing comparison on held-out dialogues: one mapping a model, M_0 first
+
+    @property
+    def table(self) -> Table:
+        """The comparison as a table of ``rich``, which notebooks render."""
+        from esjax.eval.compare import table
+
+        return table(self.rows)
+
+
+def evolve(config: Config, run_dir: str | Path) -> Run:
+    """Run the whole method: phase 1 (M_0), all rounds of phase 2 (M_1, M_2, ...), and the comparison of the models.
+
+    Resumable: stages that the run directory holds are not made again, and a stage that was interrupted goes on.
+
+    Args:
+        config: the settings, as ``load_config`` gives them.
+        run_dir: a folder, made where it is not there, or a bucket's URL (gs://BUCKET/RUN).
+
+    Raises:
+        InputError: files, settings or a run directory that do not fit; nothing was trained then.
+        TransientError: a network, a lock; the same call may work later.
+        RunError: the run cannot go on, for example because the filters dropped every pair.
+
+    Example:
+        >>> run = esjax.evolve(config, "runs/a")
+        >>> [row["perplexity"] for row in run.rows]
+        >>> run.table
+    """
+    from esjax.eval.compare import compare
+    from esjax.evolve import preflight, rounds
+    from esjax.run.progress import say
+    from esjax.runtime.programs import summary
+
+    with _opened(config, run_dir) as (experiment, run):
+        preflight.check_evolve(experiment, run)
+        rounds.evolve(experiment, run)
+        rows = compare(experiment, run)
+        say(summary())
+        return Run(run.path, rows)
+
+
+def sft(config: Config, run_dir: str | Path) -> Path:
+    """Run phase 1 alone: supervised fine-tuning, which makes M_0; ``evolve`` continues from it.
+
+    Returns the folder of M_0's adapter (PEFT's format); the model is ``open_model("RUN_DIR:m0")``. Arguments and errors as
+    for ``evolve``.
+
+    Example:
+        >>> esjax.sft(config, "runs/a")
+        PosixPath('runs/a/sft/adapter')
+    """
+    from esjax.evolve import phases, preflight
+    from esjax.evolve.models import adapter_folder
+
+    with _opened(config, run_dir) as (experiment, run):
+        preflight.check_sft(experiment, run)
+        phases.sft(experiment, run)
+        return adapter_folder(run.path, 0)
+
+
+def dpo(config: Config, run_dir: str | Path, pairs: str | Path, model: str | None = None) -> Path:
+    """Run DPO alone on preference pairs; the model it starts from is also its reference.
+
+    Args:
+        config: the settings; to go on from a run's model, that run's (``load_config("RUN/config.yaml")``).
+        run_dir: where to write.
+        pairs: JSON Lines of {"prompt", "chosen", "rejected"}, each a list of messages (TRL's conversational format).
+        model: "RUN_DIR:m0", "RUN_DIR:m1", ... to start from; the backbone with a new adapter when left out.
+
+    Returns the folder of the adapter (PEFT's format). Errors as for ``evolve``; RunError also where training does not start
+    at its reference, that is with a loss of ln 2.
+
+    Example:
+        >>> esjax.dpo(esjax.load_config("runs/a/config.yaml"), "runs/b", "pairs.jsonl", "runs/a:m0")
+        PosixPath('runs/b/dpo/adapter')
+    """
+    from esjax.evolve import phases, preflight
+    from esjax.evolve.experiment import start_of_dpo
+    from esjax.evolve.filters import Filters
+    from esjax.evolve.pairs import read_pairs, without_crisis
+
+    file = Path(pairs)
+    read = without_crisis(read_pairs(file), Filters.load(config.filters))
+    with _opened(config, run_dir) as (experiment, run):
+        start, origin = start_of_dpo(model, experiment)
+        preflight.check_dpo(experiment, run, read)
+        scored = phases.score_pairs(experiment, run, file, start, origin)
+        phases.dpo(experiment, run, scored, "dpo", lambda: start)
+        return run.path / "dpo" / "adapter"
+
+
+@contextmanager
+def stop_on_sigterm() -> Iterator[None]:
+    """Within, SIGTERM (a preemption) makes what runs save and raise ``esjax.errors.Stopped``; the same call continues.
+
+    For jobs, and for their main thread: the process' signal handler is another one meanwhile.
+
+    Example:
+        >>> with esjax.stop_on_sigterm():
+        ...     esjax.evolve(config, "runs/a")
+    """
+    with open_runtime():
+        yield
+
+
+@contextmanager
+def _opened(config: Config, run_dir: str | Path) -> Iterator[tuple[Experiment, RunDir]]:
+    """An experiment and its run directory, on all devices. Raises InputError, TransientError."""
+    from esjax.evolve.experiment import Experiment
+    from esjax.run.directory import RunDir
+
+    with devices(config), RunDir(run_dir, config) as run:
+        yield Experiment.open(config), run
