@@ -27,6 +27,8 @@ from esjax.settings.files import bundled, load
 from esjax.settings.schema import Config, FilterSettings
 from esjax.tokens.tokenizer import ChatTokenizer
 
+Refused = Callable[..., str]  # see the fixture
+WithTemplate = Callable[[str], ChatTokenizer]
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -115,7 +117,7 @@ def tokenizer(tiny_folder: Path) -> ChatTokenizer:
 
 
 @pytest.fixture(scope="session")
-def with_template(tiny_folder: Path) -> Callable[[str], ChatTokenizer]:
+def with_template(tiny_folder: Path) -> WithTemplate:
     """The tiny tokenizer with another chat template."""
 
     def make(template: str) -> ChatTokenizer:
@@ -133,7 +135,7 @@ def filters() -> Filters:
 
 
 @pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
     """Run a command that must be refused as bad input; returns its one line."""
 
     def run(*arguments: object) -> str:
