@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from conftest import chat
+from conftest import Refused, chat
 
 from esjax.corpus.dialogue import Dialogue, Turn
 from esjax.corpus.sources import read_dialogues
@@ -60,9 +59,7 @@ def experiment(tiny_folder: Path, tiny_config: Config, tmp_path: Path) -> Experi
     return Experiment(config, cast(Any, None), tokenizer, Encoder(tokenizer, 768, ""))
 
 
-def test_no_answer_to_a_crisis_is_a_target_of_phase_1(
-    experiment: Experiment, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_answer_to_a_crisis_is_a_target_of_sft(experiment: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
     examples, facts = experiment.sft_rows
     said = {experiment.tokenizer.decode([int(t) for t in e.tokens[1:][e.weight[:-1] > 0]]) for e in examples}
     assert said == {"One", "Six", "Seven", "Nine"}
@@ -121,7 +118,7 @@ def test_foreign_pairs_of_a_crisis_are_dropped_and_counted(
 
 
 def test_nothing_but_crises_is_one_line_and_no_run_directory(
-    tiny_config_file: Path, tmp_path: Path, filters: Filters, refused: Callable[..., str]
+    tiny_config_file: Path, tmp_path: Path, filters: Filters, refused: Refused
 ) -> None:
     file = write(tmp_path / "pairs.jsonl", [pair(SIGN), pair("Hi", rejected=SIGN)])
     line = refused("dpo", "--config", tiny_config_file, "--run-dir", tmp_path / "run", "--pairs", file)

@@ -60,7 +60,7 @@ OTHER = "You remember her days and she forgets yours; what would you like to hea
         ("repetition", CONTEXT, "it is hard for you and it is hard for you and it is hard for you", "stop"),
     ],
 )
-def test_each_reason_fires_on_its_example(
+def test_each_reason_fires(
     filters: Filters, reason: str | None, context: list[Message], reply: str, finish: str
 ) -> None:
     assert filters.reply_fault(context, reply, finish) == reason
@@ -288,6 +288,8 @@ def shipped(request: pytest.FixtureRequest) -> Instructions:
 def test_shipped_prompts_append_their_request_to_the_seekers_last_message(shipped: Instructions) -> None:
     full = [*CONTEXT, {"role": "assistant", "content": "Oh."}, *chat("And you?")]
     draft = "a {{ draft }} <b>"
+    sentences = [x.strip() for x in re.split(r"[\n.;:]", shipped.principles) if len(x.split()) > 2]
+    assert len(sentences) > 2
     for context, system in ((full, "You are kind.\n\n"), (full[1:], "")):
         before = [dict(m) for m in context]
         reflect = shipped.reflection_prompt(context)
@@ -297,6 +299,7 @@ def test_shipped_prompts_append_their_request_to_the_seekers_last_message(shippe
             assert made[1:-1] == full[1:-1]
             assert made[-1]["role"] == "user"
             assert made[-1]["content"].startswith("And you?\n\n")
+            assert not any(x in made[-1]["content"] for x in sentences)  # the principles stand in the system message
         assert context == before
         assert draft in refine[-1]["content"]  # the model's words are data: not a template, not escaped
         assert all(value in refine[-1]["content"] for value in REFLECTION.values())
@@ -334,17 +337,6 @@ def test_a_dialogues_requests_share_their_tokens_up_to_the_seekers_words(
             assert not any(p[:words] == whole[:words] for earlier in prompts[:n] for p in earlier)
             draft = tokenizer.prompt([*given, *dialogue.messages(turn)])
             assert common_prefix(draft, prompts[n][0]) < common_prefix(*prompts[n][:2])
-
-
-def test_the_principles_stand_in_the_system_message_alone(shipped: Instructions) -> None:
-    sentences = [x.strip() for x in re.split(r"[\n.;:]", shipped.principles) if len(x.split()) > 2]
-    assert len(sentences) > 2
-    for context in (CONTEXT, chat(SEEKER), [*CONTEXT, {"role": "assistant", "content": "Oh."}, *chat("And you?")]):
-        for made in asked(shipped, context):
-            assert made[0]["role"] == "system"
-            assert made[0]["content"].count(shipped.principles) == 1
-            assert {m["role"] for m in made[1:]} <= {"user", "assistant"}
-            assert not any(x in m["content"] for x in sentences for m in made[1:])
 
 
 def test_edited_templates_are_what_is_asked(tmp_path: Path) -> None:
