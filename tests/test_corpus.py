@@ -237,7 +237,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_conversations(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
         {"id": 1, "messages": chat("2 + 2?", "4"), "topic": "sums"},
-        {"id": "b", "messages": [{"role": "system", "content": "s"}, *chat("u", "a")]},
+        {"id": "b", "messages": [{"role": "system", "content": "s"}, *chat("a", "u", "a", first=1)]},
     ]
     got = read_conversations(lines(tmp_path, rows))
     assert got == [("1", rows[0]["messages"]), ("b", rows[1]["messages"])]
