@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CHAT_TEMPLATE, chat, save_tokenizer
+from conftest import CHAT_TEMPLATE, WithTemplate, chat, save_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -16,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from esjax import rows
 from esjax.corpus.dialogue import Message
-from esjax.corpus.sources import read_conversations, read_dialogues
+from esjax.corpus.sources import read_dialogues
 from esjax.errors import InputError
 from esjax.evolve.pairs import contexts, read_pairs, trunks
 from esjax.sample.constrain import Field, compile_template
@@ -187,9 +186,11 @@ def test_private_characters_beside_a_control_token_are_refused(tokenizer: ChatTo
 # --- templates -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("format", ["%d %b %Y", "%B %-d, %Y", "%Y-%m-%d %H:%M:%S"])
+@pytest.mark.parametrize(
+    "format", ["%B %-d, %Y", "%Y-%m-%d %H:%M:%S", "%Y-%m-%dT%R", "100%% week %V", "%%d %Y", "%-d %C %l%P"]
+)
 def test_a_template_that_prints_the_date_prints_one_date(
-    with_template: Callable[[str], ChatTokenizer], format: str, capsys: pytest.CaptureFixture[str]
+    with_template: WithTemplate, format: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stable.cache_clear()
     shown = "{% set now = strftime_now('" + format + "') %}{{ '\\nToday: ' + now + '\\n' }}"
@@ -215,18 +216,11 @@ def test_a_template_that_prints_the_date_prints_one_date(
         "{{ ['01'] | map('random') | join }}",
     ],
 )
-def test_a_template_that_draws_lots_is_refused(with_template: Callable[[str], ChatTokenizer], chance: str) -> None:
+def test_a_template_that_draws_lots_is_refused(with_template: WithTemplate, chance: str) -> None:
     with pytest.raises(InputError, match=r"the chat template uses (random|lipsum)"):
         with_template(CHAT_TEMPLATE + chance).prompt(chat("Hi"))
     words = with_template("{# |random #}{{ 'a |random thing, lipsum' }}" + CHAT_TEMPLATE)  # about chance: no chance
     assert words.decode(words.prompt(chat("Hi"))).startswith("a |random thing, lipsum")
-
-
-@pytest.mark.parametrize("fault", ["{{ raise_exception('no') }}", "{{ messages[9]['content'] + 1 }}", "{{ 1 / 0 }}"])
-def test_whatever_a_template_raises_is_one_line(with_template: Callable[[str], ChatTokenizer], fault: str) -> None:
-    with pytest.raises(InputError, match="the model's chat template refuses a chat with the roles user: ") as e:
-        with_template(fault).prompt(chat("Hi"))
-    assert "\n" not in str(e.value)
 
 
 # --- who is named, and what is a target ------------------------------------------------------------------------------
@@ -267,15 +261,7 @@ def test_an_answer_that_opens_a_chat_is_context(tokenizer: ChatTokenizer, messag
     assert "Hello." not in tokenizer.decode(cut.tokens.tolist())
 
 
-def test_replay_chats_that_the_assistant_opens_are_read(tmp_path: Path) -> None:
-    file = tmp_path / "replay.jsonl"
-    file.write_text("".join(json.dumps({"id": k, "messages": m}) + "\n" for k, m in OPENINGS.items()))
-    assert read_conversations(str(file)) == list(OPENINGS.items())
-
-
-def test_a_chat_that_the_template_refuses_is_named(
-    with_template: Callable[[str], ChatTokenizer], tmp_path: Path
-) -> None:
+def test_a_chat_that_the_template_refuses_is_named(with_template: WithTemplate, tmp_path: Path) -> None:
     strict = with_template(STRICT)
     encoder = Encoder(strict, 512, "")
     turns = [{"role": r, "text": t} for r, t in (("seeker", "a"), ("supporter", "b"))]
@@ -300,16 +286,8 @@ def test_a_chat_that_the_template_refuses_is_named(
         trunks(read, encoder, DpoSettings())
 
 
-@pytest.mark.parametrize("format", ["%Y-%m-%dT%R", "100%% week %V", "%%d", "%-d %C %l%P"])
-def test_every_directive_of_a_date_is_that_of_the_fixed_day(
-    with_template: Callable[[str], ChatTokenizer], format: str
-) -> None:
-    tokenizer = with_template("{{ strftime_now('" + format + "') }}" + CHAT_TEMPLATE)
-    assert tokenizer.decode(tokenizer.prompt(chat("Hi"))).startswith(TODAY.strftime(format))
-
-
 @pytest.mark.parametrize("window", range(40, 120, 14))
-def test_no_row_is_longer_than_the_window(with_template: Callable[[str], ChatTokenizer], window: int) -> None:
+def test_no_row_is_longer_than_the_window(with_template: WithTemplate, window: int) -> None:
     """A template may write text of its own before an answer: it counts, too."""
     thinking = "('<think>' + ' no' * 9 + '</think>' if m['role'] == 'assistant' and loop.last else '') + m['content']"
     tokenizer = with_template(CHAT_TEMPLATE.replace("m['content']", thinking))
