@@ -170,8 +170,8 @@ def test_a_budget_that_cannot_hold_the_fewest_is_refused(tokenizer: ChatTokenize
 
 
 def test_a_pattern_that_is_too_large_is_refused_at_once(tokenizer: ChatTokenizer) -> None:
-    began = time.monotonic()
+    began = time.process_time()  # not of the clock: the machine may be busy
     for pattern in ("(a{1,1000}){1,1000}", "((a{1,100}b){1,100}c){1,100}x", r"(\w+ ?){1,2000}"):
         with pytest.raises(InputError, match="lower the bounds of its repetition"):
             compiled(pattern, tokenizer)
-    assert time.monotonic() - began < 120
+    assert time.process_time() - began < 120
