@@ -219,6 +219,8 @@ def test_a_config_of_an_unknown_family_or_without_sizes_is_refused() -> None:
     for family in ("gpt2", ["llama"]):
         with pytest.raises(InputError, match="model_type"):
             architecture(BASE | {"model_type": family}, "there")
+    with pytest.raises(InputError, match="num_hidden_layers"):
+        architecture(BASE | {"model_type": "llama", "num_hidden_layers": 10**9}, "there")
     with pytest.raises(InputError, match="vocab_size is missing"):
         architecture({"model_type": "llama"}, "there")
     assert architecture(LlamaConfig().to_dict(), "there").rope_theta == 10000.0
