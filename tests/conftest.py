@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 # Compiled programs, also those of an instant, are shared by all tests and the processes that they start. Set before jax comes.
@@ -18,11 +19,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from esjax.cli import main
+from esjax.corpus.dialogue import Message
 from esjax.errors import InputError
+from esjax.evolve.filters import Filters
 from esjax.hub.fetch import cache_root, resolve
 from esjax.settings.files import bundled, load
-from esjax.settings.schema import Config
+from esjax.settings.schema import Config, FilterSettings
+from esjax.tokens.tokenizer import ChatTokenizer
 
+Refused = Callable[..., str]  # see the fixture
+WithTemplate = Callable[[str], ChatTokenizer]
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -30,6 +36,11 @@ CHAT_TEMPLATE = (
 jax.config.update("jax_compilation_cache_dir", str(cache_root() / "xla"))
 REPOSITORY = Path(__file__).parent.parent
 ESCONV = Path(os.environ.get("ESJAX_ESCONV", REPOSITORY.parent / "shared" / "data" / "esconv"))
+
+
+def chat(*texts: str, first: int = 0) -> list[Message]:
+    """Messages by turns of the user and the assistant; ``first`` is 1 where the assistant begins."""
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts, first)]
 
 
 def sample_texts() -> list[str]:
@@ -98,6 +109,45 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     save_tiny_model(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_folder: Path) -> ChatTokenizer:
+    return ChatTokenizer(tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def with_template(tiny_folder: Path) -> WithTemplate:
+    """The tiny tokenizer with another chat template."""
+
+    def make(template: str) -> ChatTokenizer:
+        out = ChatTokenizer(tiny_folder)
+        out.hf.chat_template = template
+        return out
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def filters() -> Filters:
+    """The shipped patterns with the default limits."""
+    return Filters.load(FilterSettings())
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Run a command that must be refused as bad input; returns its one line."""
+
+    def run(*arguments: object) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([str(a) for a in arguments])
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("esjax: ")]
+        assert stop.value.code == 2, lines
+        assert len(lines) == 1
+        return lines[0].removeprefix("esjax: error: ")
+
+    return run
 
 
 def tiny_overrides(folder: Path) -> list[str]:

@@ -138,7 +138,7 @@ def test_what_another_command_left_is_refused_by_name(
     assert [r["id"] for r in read_jsonl(out)] == list(range(40))
     # What a kill between the name and the end leaves is done; what one before it leaves goes on.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("esjax.run.files.Journal.finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("esjax.run.journal.Journal.finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         out.unlink()
         with pytest.raises(SystemExit):
             esjax(*words)

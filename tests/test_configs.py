@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from oracles import worst
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
@@ -53,8 +50,7 @@ IGNORED: list[dict[str, Any]] = [
 ]
 # What may change the numbers: the same numbers, or a refusal.
 OTHERS: list[dict[str, Any]] = [
-    {"hidden_act": "gelu"},
-    {"hidden_act": "SiLU"},
+    *({"hidden_act": x} for x in ("gelu", "SiLU")),
     {"attention_bias": True},
     {"mlp_bias": True},
     {"is_causal": False},
@@ -65,40 +61,26 @@ OTHERS: list[dict[str, Any]] = [
     {"layer_types": ["full_attention"]},
     FULL,
     {"attention_chunk_size": 4},
-    {"rope_theta": 5000},
-    {"rope_theta": "5000"},
-    {"rope_theta": None},
+    *({"rope_theta": x} for x in (5000, "5000", None)),
     {"rope_parameters": PLAIN},
     {"rope_parameters": PLAIN, "rope_theta": 7.0},
     {"rope_parameters": PLAIN, "rope_scaling": SCALED},
     {"rope_parameters": PLAIN, "rope_scaling": LLAMA3, "rope_theta": 700.0, "original_max_position_embeddings": 32},
-    {"rope_parameters": SCALED},
-    {"rope_parameters": SCALED | {"factor": "8"}},
-    {"rope_parameters": SCALED | {"factor": None}},
+    *({"rope_parameters": SCALED | x} for x in ({}, {"factor": "8"}, {"factor": None})),
     {"rope_parameters": SCALED, "partial_rotary_factor": 0.5},
     {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
     {"rope_scaling": {"type": "linear", "factor": 2.0}},
     {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}},
-    {"rope_scaling": {"factor": 2.0}},
-    {"rope_scaling": []},
-    {"rope_scaling": "llama3"},
+    *({"rope_scaling": x} for x in ({"factor": 2.0}, [], "llama3")),
     {"rope_parameters": {"full_attention": SCALED}},
     {"per_layer_config": {"0": {"intermediate_size": 24}}},
-    {"num_hidden_layers": "2"},
-    {"num_hidden_layers": None},
-    {"num_hidden_layers": True},
-    {"num_hidden_layers": -1},
-    {"num_hidden_layers": 0},
-    {"rms_norm_eps": "1e-5"},
-    {"rms_norm_eps": None},
-    {"head_dim": 7},
-    {"head_dim": "8"},
-    {"num_key_value_heads": 3},
-    {"num_key_value_heads": 0},
+    *({"num_hidden_layers": x} for x in ("2", None, True, -1, 0)),
+    *({"rms_norm_eps": x} for x in ("1e-5", None)),
+    *({"head_dim": x} for x in (7, "8")),
+    *({"num_key_value_heads": x} for x in (3, 0)),
     {"hidden_size": 34},
     {"hidden_size": 34, "head_dim": None},
-    {"tie_word_embeddings": "false"},
-    {"tie_word_embeddings": 1},
+    *({"tie_word_embeddings": x} for x in ("false", 1)),
     {"max_position_embeddings": None},
     {"vocab_size": 1.5},
 ]
@@ -135,22 +117,15 @@ def numbers(model: Any) -> tuple[np.ndarray, np.ndarray]:
 def agrees(arch: Architecture, model: Any, plain: Architecture) -> bool:
     """Whether ours is transformers' model: its frequencies, and in all that is not a size the plain model's computation."""
     attention = model.model.layers[0].self_attn
-    assert (arch.qkv_bias, attention.head_dim, model.config.num_key_value_heads) == (
-        plain.qkv_bias,
-        arch.head_size,
-        arch.kv_heads,
-    )
-    assert (arch.layers, arch.width, arch.norm_eps) == (
-        len(model.model.layers),
-        model.config.hidden_size,
-        model.model.norm.variance_epsilon,
-    )
+    theirs = model.config
+    heads = (plain.qkv_bias, attention.head_dim, theirs.num_key_value_heads)
+    assert (arch.qkv_bias, arch.head_size, arch.kv_heads) == heads
+    norm = model.model.norm.variance_epsilon
+    assert (arch.layers, arch.width, arch.norm_eps) == (len(model.model.layers), theirs.hidden_size, norm)
     return bool(worst(np.asarray(rope_frequencies(arch)), model.model.rotary_emb.inv_freq.numpy()) <= 1e-6)
 
 
-def test_what_transformers_ignores_is_ignored_and_the_rest_computed_with_or_refused(
-    family: str, tmp_path: Path
-) -> None:
+def test_what_transformers_ignores_is_ignored_and_the_rest_used_or_refused(family: str, tmp_path: Path) -> None:
     base = BASE | {"model_type": family}
     plain = architecture(base, "plain")
     expected = numbers(torch_of(base, tmp_path))
@@ -196,9 +171,7 @@ def written(folder: Path, config: dict[str, Any]) -> Path:
     return folder
 
 
-def test_every_key_that_transformers_reads_is_known(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_key_transformers_reads_is_known(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The table is derived: a config that writes down what the model asks for, at construction, at once and in steps."""
     config = AutoConfig.from_pretrained(written(tmp_path, BASE | {"model_type": family}))
     asked: set[str] = set()
@@ -223,9 +196,7 @@ def test_every_key_that_transformers_reads_is_known(
 
 
 @pytest.mark.parametrize("rope", [PLAIN, SCALED | {"rope_theta": 700.0}], ids=["plain", "llama3"])
-def test_what_is_exported_is_read_alike_by_transformers_4_and_5(
-    family: str, rope: dict[str, Any], tmp_path: Path
-) -> None:
+def test_an_export_is_read_alike_by_transformers_4_and_5(family: str, rope: dict[str, Any], tmp_path: Path) -> None:
     for layout in (
         {"rope_parameters": rope},
         {"rope_theta": rope["rope_theta"], "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"}},
@@ -244,45 +215,12 @@ def test_what_is_exported_is_read_alike_by_transformers_4_and_5(
         assert five == rope
 
 
-VALUES = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(-3, 10**20),
-    st.floats(),
-    st.text(max_size=4),
-    st.just([]),
-    st.just({}),
-    st.just([1]),
-)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.sampled_from(list(QKV_BIAS)),
-    st.dictionaries(st.sampled_from([*READ, *FIXED, "x"]), VALUES, min_size=1, max_size=3),
-)
-def test_any_config_is_read_or_refused_in_one_line(family: str, change: dict[str, Any]) -> None:
-    config = BASE | {"model_type": family} | change
-    before = copy.deepcopy(config)
-    try:
-        arch = architecture(config, "there/config.json")
-    except InputError as e:
-        said = str(e)
-        assert said.startswith("there/config.json")
-        assert "\n" not in said
-    else:
-        assert min(arch.layers, arch.heads, arch.kv_heads, arch.head_size, arch.rope_theta, arch.norm_eps) > 0
-        rope_frequencies(arch)
-    assert repr(config) == repr(before)
-
-
 def test_a_config_of_an_unknown_family_or_without_sizes_is_refused() -> None:
-    for change, message in (
-        ({"model_type": "gpt2"}, "model_type='gpt2'.*llama"),
-        ({"model_type": ["llama"]}, "model_type"),
-    ):
-        with pytest.raises(InputError, match=message):
-            architecture(BASE | change, "there")
+    for family in ("gpt2", ["llama"]):
+        with pytest.raises(InputError, match="model_type"):
+            architecture(BASE | {"model_type": family}, "there")
+    with pytest.raises(InputError, match="num_hidden_layers"):
+        architecture(BASE | {"model_type": "llama", "num_hidden_layers": 10**9}, "there")
     with pytest.raises(InputError, match="vocab_size is missing"):
         architecture({"model_type": "llama"}, "there")
     assert architecture(LlamaConfig().to_dict(), "there").rope_theta == 10000.0

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import chat
 
 from esjax.corpus.dialogue import OPENING, Dialogue, Turn, normalise
 from esjax.corpus.sources import check_messages, read_conversations, read_dialogues
@@ -15,16 +16,10 @@ from esjax.errors import InputError
 from esjax.settings.files import bundled
 
 SAMPLE = {"train": 28, "valid": 4, "test": 8}
-STRATEGIES = {
-    "Question",
-    "Restatement or Paraphrasing",
-    "Reflection of feelings",
-    "Self-disclosure",
-    "Affirmation and Reassurance",
-    "Providing Suggestions",
-    "Information",
-    "Others",
-}
+STRATEGIES = set(
+    """Question|Restatement or Paraphrasing|Reflection of feelings|Self-disclosure|Affirmation and Reassurance
+|Providing Suggestions|Information|Others""".replace("\n", "").split("|")
+)
 
 
 def lines(tmp_path: Path, rows: Sequence[Any]) -> str:
@@ -51,22 +46,22 @@ def sample_row(**changes: Any) -> dict[str, Any]:
     return row | changes
 
 
-def esconv_row(*dialog: tuple[str, str, str | None], **changes: Any) -> dict[str, Any]:
-    """A row in ESConv's schema, with invented content."""
-    spoken = [{"text": t, "speaker": s} | ({"strategy": k} if k else {}) for s, t, k in dialog]
+def esconv_row(*dialog: tuple[str, ...], **changes: Any) -> dict[str, Any]:
+    """A row in ESConv's schema, with invented content: speaker, text and, where there is one, strategy."""
+    spoken = [dict(zip(("speaker", "text", "strategy"), turn, strict=False)) for turn in dialog]
     return {"emotion_type": "fear", "problem_type": "moving", "situation": "New town.", "dialog": spoken} | changes
 
 
 ESCONV_ROW = esconv_row(
     ("sys", "Hello there. ", "Question"),
     ("sys", " What brings you?", "Others"),
-    ("usr", "I moved", None),
-    ("usr", "  last \n week", None),
-    ("usr", "   ", None),
+    ("usr", "I moved"),
+    ("usr", "  last \n week"),
+    ("usr", "   "),
     ("sys", "A new town is a lot.", "Reflection of feelings"),
-    ("usr", "", None),
+    ("usr", ""),
     ("sys", "Where are you now?", "Question"),
-    ("usr", "The kitchen.", None),
+    ("usr", "The kitchen."),
 )
 
 
@@ -86,36 +81,22 @@ def test_normalise_strips_drops_and_merges() -> None:
         ]
     )
     assert got == (Turn("seeker", "a b c"), Turn("supporter", "d e f", "Question"), Turn("seeker", "g"))
+    assert normalise(got) == got  # what is clean stays
     assert normalise([]) == ()
     assert normalise([Turn("seeker", "  ")]) == ()
 
 
-def test_normalise_leaves_clean_turns_alone() -> None:
-    clean = (Turn("seeker", "a"), Turn("supporter", "b", "Question"), Turn("seeker", "c"))
-    assert normalise(clean) == clean
-    assert normalise((*clean, Turn("seeker", "d"))) != clean
-
-
-def test_messages_and_targets_of_a_dialogue_that_the_seeker_opens() -> None:
-    d = Dialogue("x", (Turn("seeker", "a"), Turn("supporter", "b"), Turn("seeker", "c"), Turn("supporter", "d")))
-    assert d.supporter_turns() == [1, 3]
-    assert d.messages(3) == [
-        {"role": "user", "content": "a"},
-        {"role": "assistant", "content": "b"},
-        {"role": "user", "content": "c"},
-    ]
-    assert len(d.messages(4)) == 4
-    assert OPENING not in str(d.messages(4))
-
-
-def test_an_opening_supporter_turn_is_context_only() -> None:
-    d = Dialogue("x", (Turn("supporter", "hello"), Turn("seeker", "a"), Turn("supporter", "b")))
-    assert d.supporter_turns() == [2]
-    assert d.messages(2) == [
-        {"role": "user", "content": OPENING},
-        {"role": "assistant", "content": "hello"},
-        {"role": "user", "content": "a"},
-    ]
+@pytest.mark.parametrize(
+    ("texts", "targets", "before_last"),
+    [
+        ({"a": "seeker", "b": "supporter", "c": "seeker", "d": "supporter"}, [1, 3], ["a", "b", "c"]),
+        ({"h": "supporter", "a": "seeker", "b": "supporter"}, [2], [OPENING, "h", "a"]),  # an opening is context only
+    ],
+)
+def test_messages_and_targets_of_a_dialogue(texts: Any, targets: list[int], before_last: list[str]) -> None:
+    d = Dialogue("x", tuple(Turn(role, text) for text, role in texts.items()))
+    assert d.supporter_turns() == targets
+    assert d.messages(targets[-1]) == chat(*before_last)
 
 
 # --- readers ---------------------------------------------------------------------------------------------------------
@@ -123,13 +104,8 @@ def test_an_opening_supporter_turn_is_context_only() -> None:
 
 def test_the_sample_reader(tmp_path: Path) -> None:
     (d,) = read_dialogues("sample", lines(tmp_path, [sample_row()]))
-    assert (d.id, d.profile, d.emotion, d.problem, d.situation) == (
-        "x-1",
-        "dry",
-        "worry",
-        "a move",
-        "Packing boxes alone.",
-    )
+    labels = (d.id, d.profile, d.emotion, d.problem, d.situation)
+    assert labels == ("x-1", "dry", "worry", "a move", "Packing boxes alone.")
     assert d.turns == (
         Turn("seeker", "The boxes win."),
         Turn("supporter", "Which box is winning?", "Question"),
@@ -139,7 +115,7 @@ def test_the_sample_reader(tmp_path: Path) -> None:
 
 
 def test_the_esconv_reader(tmp_path: Path) -> None:
-    rows = [esconv_row(("usr", "a", None), ("sys", "b", "Others")), "", ESCONV_ROW]
+    rows = [esconv_row(("usr", "a"), ("sys", "b", "Others")), "", ESCONV_ROW]
     first, second = read_dialogues("esconv", lines(tmp_path, rows))
     assert first.turns == (Turn("seeker", "a"), Turn("supporter", "b", "Others"))
     assert second.turns == (
@@ -155,10 +131,10 @@ def test_the_esconv_reader(tmp_path: Path) -> None:
 
 def test_dialogues_without_an_answer_are_left_out_and_order_is_kept(tmp_path: Path) -> None:
     rows = [
-        esconv_row(("usr", "one", None), ("sys", "1", None)),
-        esconv_row(("sys", "only an opening", None), ("usr", "two", None)),
-        esconv_row(("usr", "three", None)),
-        esconv_row(("usr", "four", None), ("sys", "4", None)),
+        esconv_row(("usr", "one"), ("sys", "1")),
+        esconv_row(("sys", "only an opening"), ("usr", "two")),
+        esconv_row(("usr", "three")),
+        esconv_row(("usr", "four"), ("sys", "4")),
     ]
     got = read_dialogues("esconv", lines(tmp_path, rows))
     assert [d.turns[0].text for d in got] == ["one", "four"]
@@ -196,56 +172,53 @@ def test_real_esconv(esconv: Path, name: str) -> None:
 
 # --- broken files ----------------------------------------------------------------------------------------------------
 
-BROKEN_SAMPLE = {
-    "not JSON": ("{", "not JSON"),
-    "no object": ([1], "expected a JSON object"),
-    "a field is missing": ({k: v for k, v in sample_row().items() if k != "profile"}, "'profile' is missing"),
-    "a turn without text": (sample_row(turns=[{"role": "seeker"}]), "'text' is missing"),
-    "a turn without role": (sample_row(turns=[{"text": "a"}]), "'role' is missing"),
-    "an unknown role": (sample_row(turns=[{"role": "user", "text": "a"}]), "role 'user'"),
-    "text that is no text": (sample_row(turns=[{"role": "seeker", "text": 5}]), "format sample"),
-    "turns that are no list": (sample_row(turns=None), "format sample"),
-    "a turn that is no object": (sample_row(turns=["a"]), "format sample"),
-}
-BROKEN_ESCONV = {
-    "not JSON": ("nothing", "not JSON"),
-    "a field is missing": ({"dialog": []}, "'emotion_type' is missing"),
-    "an unknown speaker": (esconv_row(("narrator", "a", None)), "speaker 'narrator'"),
-    "a turn without speaker": (esconv_row() | {"dialog": [{"text": "a"}]}, "'speaker' is missing"),
-    "a turn without text": (esconv_row() | {"dialog": [{"speaker": "usr", "annotation": {}}]}, "'text' is missing"),
-}
+ROLE = {"role": "seeker", "text": "a"}
+BROKEN: list[tuple[str, Any, str]] = [
+    ("sample", "{", "not JSON"),
+    ("sample", [1], "expected a JSON object"),
+    ("sample", {k: v for k, v in sample_row().items() if k != "profile"}, "'profile' is missing"),
+    ("sample", sample_row(turns=[{"role": "seeker"}]), "'text' is missing"),
+    ("sample", sample_row(turns=[{"text": "a"}]), "'role' is missing"),
+    ("sample", sample_row(turns=[ROLE | {"role": "user"}]), "role 'user'"),
+    ("sample", sample_row(turns=[ROLE | {"text": 5}]), "format sample"),
+    ("sample", sample_row(turns=None), "format sample"),
+    ("sample", sample_row(turns=["a"]), "format sample"),
+    ("sample", ESCONV_ROW, "is missing"),  # a file of the other format
+    ("esconv", "nothing", "not JSON"),
+    ("esconv", sample_row(), "'emotion_type' is missing"),
+    ("esconv", esconv_row(("narrator", "a")), "speaker 'narrator'"),
+    ("esconv", esconv_row(dialog=[{"text": "a"}]), "'speaker' is missing"),
+    ("esconv", esconv_row(dialog=[{"speaker": "usr", "annotation": {}}]), "'text' is missing"),
+]
+CONVERSATIONS: list[tuple[Any, str]] = [
+    ([], "non-empty list"),
+    (None, "non-empty list"),
+    ("hello", "non-empty list"),
+    (chat("u"), "the last message must be the assistant's"),
+    ([*chat("u"), {"role": "bot", "content": "a"}], "message 1 must have a role among system, user, assistant"),
+    ([{"role": "user", "content": None}, *chat("a", first=1)], "message 0"),
+    (["u", "a"], "message 0"),
+]
 
 
+@pytest.mark.parametrize(
+    ("format", "row", "message"),
+    [*BROKEN, *(("replay", {"id": "x", "messages": m}, message) for m, message in CONVERSATIONS)],
+)
 @pytest.mark.parametrize("position", [0, 2])
-@pytest.mark.parametrize(("row", "message"), BROKEN_SAMPLE.values(), ids=BROKEN_SAMPLE)
-def test_a_broken_sample_row_names_file_and_line(tmp_path: Path, row: Any, message: str, position: int) -> None:
-    rows: list[Any] = [sample_row(), "", sample_row()]
+def test_a_broken_row_names_file_and_line(tmp_path: Path, format: Any, row: Any, message: str, position: int) -> None:
+    good = {"sample": sample_row(), "esconv": ESCONV_ROW, "replay": {"id": "g", "messages": chat("u", "a")}}[format]
+    rows: list[Any] = [good, "", good]
     rows.insert(position, row)
     file = lines(tmp_path, rows)
     with pytest.raises(InputError) as e:
-        read_dialogues("sample", file)
+        read_conversations(file) if format == "replay" else read_dialogues(format, file)
     assert str(e.value).startswith(f"{file}, line {position + 1}: ")
     assert message in str(e.value)
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize(("row", "message"), BROKEN_ESCONV.values(), ids=BROKEN_ESCONV)
-def test_a_broken_esconv_row_names_file_and_line(tmp_path: Path, row: Any, message: str) -> None:
-    file = lines(tmp_path, [ESCONV_ROW, row])
-    with pytest.raises(InputError) as e:
-        read_dialogues("esconv", file)
-    assert str(e.value).startswith(f"{file}, line 2: ")
-    assert message in str(e.value)
-
-
-def test_a_file_of_the_other_format_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"'turns'|'id'"):
-        read_dialogues("sample", lines(tmp_path, [ESCONV_ROW]))
-    with pytest.raises(InputError, match="'emotion_type'"):
-        read_dialogues("esconv", lines(tmp_path, [sample_row()]))
-
-
-@pytest.mark.parametrize("rows", [[], ["", "  "], [esconv_row(("sys", "hello", None), ("usr", "a", None))]])
+@pytest.mark.parametrize("rows", [[], ["", "  "], [esconv_row(("sys", "hello"), ("usr", "a"))]])
 def test_a_corpus_without_an_answer_is_refused(tmp_path: Path, rows: list[Any]) -> None:
     file = lines(tmp_path, rows)
     with pytest.raises(InputError, match="no dialogue with a supporter's answer in it") as e:
@@ -261,48 +234,19 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         read_dialogues("sample", str(tmp_path / "latin.jsonl"))
 
 
-def chat(*messages: tuple[str, Any]) -> list[dict[str, Any]]:
-    return [{"role": r, "content": c} for r, c in messages]
-
-
 def test_conversations(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
-        {"id": 1, "messages": chat(("user", "2 + 2?"), ("assistant", "4")), "topic": "sums"},
-        {"id": "b", "messages": chat(("system", "s"), ("user", "u"), ("assistant", "a"))},
+        {"id": 1, "messages": chat("2 + 2?", "4"), "topic": "sums"},
+        {"id": "b", "messages": [{"role": "system", "content": "s"}, *chat("a", "u", "a", first=1)]},
     ]
     got = read_conversations(lines(tmp_path, rows))
     assert got == [("1", rows[0]["messages"]), ("b", rows[1]["messages"])]
-    assert got != [("1", rows[1]["messages"]), ("b", rows[0]["messages"])]
-
-
-@pytest.mark.parametrize(
-    ("messages", "message"),
-    [
-        ([], "non-empty list"),
-        (None, "non-empty list"),
-        ("hello", "non-empty list"),
-        (chat(("user", "u")), "the last message must be the assistant's"),
-        (chat(("user", "u"), ("bot", "a")), "message 1 must have a role among system, user, assistant"),
-        (chat(("user", None), ("assistant", "a")), "message 0"),
-        (["u", "a"], "message 0"),
-    ],
-)
-def test_broken_conversations_name_file_and_line(tmp_path: Path, messages: Any, message: str) -> None:
-    good = {"id": "g", "messages": chat(("user", "u"), ("assistant", "a"))}
-    file = lines(tmp_path, [good, {"id": "x", "messages": messages}])
-    with pytest.raises(InputError) as e:
-        read_conversations(file)
-    assert str(e.value).startswith(f"{file}, line 2: ")
-    assert message in str(e.value)
-
-
-def test_empty_conversations_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"rows\.jsonl: empty"):
         read_conversations(lines(tmp_path, []))
 
 
 def test_check_messages_asks_for_the_wanted_last_role() -> None:
-    asked = chat(("user", "u"))
+    asked = chat("u")
     assert check_messages(asked, "here", last="user") == asked
     with pytest.raises(InputError, match="here: the last message must be the assistant's, not the user's"):
         check_messages(asked, "here", last="assistant")
@@ -321,27 +265,18 @@ def sample() -> dict[str, list[dict[str, Any]]]:
 
 def card_faults(row: dict[str, Any]) -> list[str]:
     """What in a dialogue's row the data card does not allow."""
-    faults = []
-    if list(row) != ["id", "profile", "emotion", "problem", "situation", "turns"]:
-        faults.append("keys")
-    if not all(
-        isinstance(row[k], str) and row[k].strip() for k in ("id", "profile", "emotion", "problem", "situation")
-    ):
-        faults.append("labels")
-    turns = row["turns"]
-    if not 8 <= len(turns) <= 14:
-        faults.append("length")
-    if [t["role"] for t in turns] != ["seeker", "supporter"] * (len(turns) // 2):
-        faults.append("alternation")
-    for t in turns:
-        wanted = {"role", "text"} | ({"strategy"} if t["role"] == "supporter" else set())
-        if set(t) != wanted:
-            faults.append("turn keys")
-        if not t["text"].strip() or t["text"] != t["text"].strip():
-            faults.append("text")
-        if t["role"] == "supporter" and t.get("strategy") not in STRATEGIES:
-            faults.append("strategy")
-    return faults
+    turns, labels = row["turns"], ("id", "profile", "emotion", "problem", "situation")
+    supporter = [t for t in turns if t["role"] == "supporter"]
+    allowed = {
+        "keys": list(row) == [*labels, "turns"],
+        "labels": all(isinstance(row[k], str) and row[k].strip() for k in labels),
+        "length": 8 <= len(turns) <= 14,
+        "alternation": [t["role"] for t in turns] == ["seeker", "supporter"] * (len(turns) // 2),
+        "turn keys": all(("strategy" in t) == (t in supporter) and {"role", "text"} <= set(t) for t in turns),
+        "text": all(t["text"] and t["text"] == t["text"].strip() for t in turns),
+        "strategy": all(t.get("strategy") in STRATEGIES for t in supporter),
+    }
+    return [name for name, ok in allowed.items() if not ok]
 
 
 @pytest.mark.parametrize(("name", "count"), SAMPLE.items())
@@ -356,17 +291,19 @@ def test_the_sample_dialogues_obey_their_card(sample: dict[str, list[dict[str, A
 def test_the_card_is_enforced(sample: dict[str, list[dict[str, Any]]]) -> None:
     """Controls: each fault is found in a row that has it."""
     good = sample["test"][0]
-    turns = good["turns"]
-    first, second = turns[0], turns[1]
+    first, second, *rest = good["turns"]
     assert card_faults(good) == []
-    assert card_faults({**good, "note": ""}) == ["keys"]
-    assert card_faults({**good, "profile": " "}) == ["labels"]
-    assert card_faults({**good, "turns": turns[:6]}) == ["length"]
-    assert card_faults({**good, "turns": turns * 2}) == ["length"]
-    assert card_faults({**good, "turns": turns[:-1]}) == ["alternation"]
-    assert card_faults({**good, "turns": [{**first, "strategy": "Others"}, *turns[1:]]}) == ["turn keys"]
-    assert card_faults({**good, "turns": [{**first, "text": " a"}, *turns[1:]]}) == ["text"]
-    assert card_faults({**good, "turns": [first, {**second, "strategy": "Advice"}, *turns[2:]]}) == ["strategy"]
+    for change, fault in (
+        ({"note": ""}, "keys"),
+        ({"profile": " "}, "labels"),
+        ({"turns": [first, second, *rest[:4]]}, "length"),
+        ({"turns": good["turns"] * 2}, "length"),
+        ({"turns": [first, second, *rest[:-1]]}, "alternation"),
+        ({"turns": [{**first, "strategy": "Others"}, second, *rest]}, "turn keys"),
+        ({"turns": [{**first, "text": " a"}, second, *rest]}, "text"),
+        ({"turns": [first, {**second, "strategy": "Advice"}, *rest]}, "strategy"),
+    ):
+        assert card_faults({**good, **change}) == [fault]
 
 
 def test_the_sample_is_what_its_card_says_in_all(sample: dict[str, list[dict[str, Any]]]) -> None:

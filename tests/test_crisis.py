@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import pytest
+from conftest import Refused, chat
 
-from esjax.cli import main
-from esjax.corpus.dialogue import Dialogue, Message, Turn
+from esjax.corpus.dialogue import Dialogue, Turn
 from esjax.corpus.sources import read_dialogues
 from esjax.errors import InputError
 from esjax.evolve import phases
@@ -18,16 +17,11 @@ from esjax.evolve.experiment import Experiment
 from esjax.evolve.filters import Filters
 from esjax.evolve.pairs import contexts, read_pairs, without_crisis
 from esjax.run.directory import RunDir
-from esjax.settings.schema import Config, FilterSettings
+from esjax.settings.schema import Config
 from esjax.tokens.encode import Encoder
 from esjax.tokens.tokenizer import ChatTokenizer
 
 SIGN = "I want to die."
-
-
-@pytest.fixture(scope="module")
-def filters() -> Filters:
-    return Filters.load(FilterSettings())
 
 
 def dialogue(*texts: str, id: str = "d") -> Dialogue:
@@ -44,10 +38,6 @@ def row(id: str, *texts: str) -> dict[str, Any]:
     return {"id": id, "profile": "", "emotion": "", "problem": "", "situation": "", "turns": turns}
 
 
-def messages(*texts: str) -> list[Message]:
-    return [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(texts)]
-
-
 @pytest.fixture
 def experiment(tiny_folder: Path, tiny_config: Config, tmp_path: Path) -> Experiment:
     """A experiment without a model, whose corpus has a crisis in the middle of one dialogue and another's beginning."""
@@ -57,9 +47,9 @@ def experiment(tiny_folder: Path, tiny_config: Config, tmp_path: Path) -> Experi
         row("c", "Hm", "Six"),
     ]
     replay = [
-        {"id": "r", "messages": messages("Sum?", "Seven", SIGN, "Eight")},
-        {"id": "s", "messages": [{"role": "system", "content": "At suicide, call."}, *messages("Sum?", "Nine")]},
-        {"id": "t", "messages": messages(SIGN, "Ten")},
+        {"id": "r", "messages": chat("Sum?", "Seven", SIGN, "Eight")},
+        {"id": "s", "messages": [{"role": "system", "content": "At suicide, call."}, *chat("Sum?", "Nine")]},
+        {"id": "t", "messages": chat(SIGN, "Ten")},
     ]
     settings = {"train": write(tmp_path / "train.jsonl", data), "replay": write(tmp_path / "replay.jsonl", replay)}
     config = tiny_config.model_copy(
@@ -69,9 +59,7 @@ def experiment(tiny_folder: Path, tiny_config: Config, tmp_path: Path) -> Experi
     return Experiment(config, cast(Any, None), tokenizer, Encoder(tokenizer, 768, ""))
 
 
-def test_no_answer_to_a_crisis_is_a_target_of_phase_1(
-    experiment: Experiment, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_answer_to_a_crisis_is_a_target_of_sft(experiment: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
     examples, facts = experiment.sft_rows
     said = {experiment.tokenizer.decode([int(t) for t in e.tokens[1:][e.weight[:-1] > 0]]) for e in examples}
     assert said == {"One", "Six", "Seven", "Nine"}
@@ -103,7 +91,7 @@ def test_a_corpus_of_crises_alone_is_refused(experiment: Experiment) -> None:
 
 def pair(*texts: str, chosen: str = "Yes you", rejected: str = "No") -> dict[str, Any]:
     sides = {"chosen": chosen, "rejected": rejected}
-    return {"prompt": messages(*texts)} | {k: [{"role": "assistant", "content": v}] for k, v in sides.items()}
+    return {"prompt": chat(*texts)} | {k: [{"role": "assistant", "content": v}] for k, v in sides.items()}
 
 
 PAIRS = [pair("Hi"), pair(SIGN, "Oh", "Hi"), pair("Hi", SIGN, "Yes"), pair("Hi", chosen="End it all"), pair("Ho")]
@@ -130,58 +118,32 @@ def test_foreign_pairs_of_a_crisis_are_dropped_and_counted(
 
 
 def test_nothing_but_crises_is_one_line_and_no_run_directory(
-    tiny_config_file: Path, tmp_path: Path, filters: Filters, capsys: pytest.CaptureFixture[str]
+    tiny_config_file: Path, tmp_path: Path, filters: Filters, refused: Refused
 ) -> None:
     file = write(tmp_path / "pairs.jsonl", [pair(SIGN), pair("Hi", rejected=SIGN)])
-    with pytest.raises(SystemExit) as e:
-        main(["dpo", "--config", str(tiny_config_file), "--run-dir", str(tmp_path / "run"), "--pairs", file])
-    assert e.value.code == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert "pairs.jsonl" in err
-    assert "filters.crisis_patterns" in err
+    line = refused("dpo", "--config", tiny_config_file, "--run-dir", tmp_path / "run", "--pairs", file)
+    assert "pairs.jsonl" in line
+    assert "filters.crisis_patterns" in line
     assert not (tmp_path / "run").exists()
     assert len(without_crisis(read_pairs(Path(write(tmp_path / "p", PAIRS))), filters)) == 3
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        SIGN,
-        "I don’t want to live",
-        "I don't want to live",
-        "I donʼt want to live",
-        "I don`t want to live",
-        "I WANT  TO\nDIE",
-        "i want\u00a0to die",
-        "I wa\u200bnt to d\u00adie",
-        "Ｉ ｗａｎｔ ｔｏ ｄｉｅ",
-        "no reason\tto live",
-    ],
+SPELLINGS = """I am suicidal.|I could kill myself.|I WANT TO DIE|I want to end it all|no reason\tto live
+|they would be better off without me|I started cutting myself again|my husband hits, he hits me|I dont want to wake up
+|I don’t want to live|I don't want to live|I donʼt want to live|I don`t want to live|don\u02bbt want to live
+|I WANT  TO\nDIE|i want\u00a0to die|I wa\u200bnt to d\u00adie|Ｉ ｗａｎｔ ｔｏ ｄｉｅ|self\u2011harm|self\u2013harm
+|_I want to die_|I want\u2800to die|I want\x00 to die""".replace("\n|", "|").split("|")
+CALM = """I want to diet|I am dying to see her face.|I was killing time at the station.|The diet is over and I live again.
+|We beat them at chess; I was cutting bread.|Nobody wants the party to end.|self\u2011help|_I want to sing_""".split(
+    "|"
 )
+
+
+@pytest.mark.parametrize("text", SPELLINGS)
 def test_signs_are_found_in_every_spelling(filters: Filters, text: str) -> None:
     assert filters.calm(["Hi", text]) == 1
-    assert filters.calm(["Hi", "I want to diet"]) is None
 
 
-def test_the_sample_corpus_holds_no_crisis(filters: Filters) -> None:
-    for name in ("train", "valid", "test"):
-        read = read_dialogues("sample", f"bundled:data/sample/{name}.jsonl")
-        assert filters.before_crisis(read) == (read, 0)
-        assert np.sum([len(d.turns) for d in read]) > 20
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "self\u2011harm",
-        "self\u2013harm",
-        "_I want to die_",
-        "don\u02bbt want to live",
-        "I want\u2800to die",
-        "I want\x00 to die",
-    ],
-)
-def test_signs_in_other_typography(filters: Filters, text: str) -> None:
-    assert filters.calm([text]) == 0
-    assert filters.calm([text.replace("harm", "help").replace("die", "sing").replace("live", "sing")]) is None
+@pytest.mark.parametrize("text", CALM)
+def test_ordinary_words_are_no_crisis(filters: Filters, text: str) -> None:
+    assert filters.calm([text]) is None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import chat
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,29 +32,16 @@ GOOD = "A lemon cake, and then silence. That stings more than you let on, I thin
 OTHER = "You remember her days and she forgets yours; what would you like to hear from her now?"
 
 
-def chat(text: str) -> list[Message]:
-    return [{"role": "user", "content": text}]
-
-
-@pytest.fixture(scope="session")
-def filters() -> Filters:
-    """The shipped patterns with the default limits."""
-    return Filters.load(FilterSettings())
-
-
 # --- replies ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "reply", [GOOD, OTHER, "She forgot. You did not.", "Oh, that hurts.\n\nTell me more about the cake."]
-)
-def test_a_good_reply_has_no_fault(filters: Filters, reply: str) -> None:
-    assert filters.reply_fault(CONTEXT, reply, "stop") is None
 
 
 @pytest.mark.parametrize(
     ("reason", "context", "reply", "finish"),
     [
+        *(
+            (None, CONTEXT, reply, "stop")
+            for reply in (GOOD, OTHER, "She forgot. You did not.", "Oh.\n\nTell me more, dear.")
+        ),
         ("crisis", chat("Some days I want to die."), GOOD, "stop"),
         ("crisis", [*chat("I think of suicide"), *CONTEXT], GOOD, "stop"),
         ("crisis", CONTEXT, "It sounds like you want to kill yourself, and I hear that.", "stop"),
@@ -72,55 +60,19 @@ def test_a_good_reply_has_no_fault(filters: Filters, reply: str) -> None:
         ("repetition", CONTEXT, "it is hard for you and it is hard for you and it is hard for you", "stop"),
     ],
 )
-def test_each_reason_fires_on_its_example(
-    filters: Filters, reason: str, context: list[Message], reply: str, finish: str
+def test_each_reason_fires(
+    filters: Filters, reason: str | None, context: list[Message], reply: str, finish: str
 ) -> None:
     assert filters.reply_fault(context, reply, finish) == reason
-
-
-def test_every_reason_has_an_example_above() -> None:
-    (mark,) = test_each_reason_fires_on_its_example.pytestmark  # type: ignore[attr-defined]
-    assert {case[0] for case in mark.args[1]} == set(REPLY_REASONS)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "I am suicidal.",
-        "I could kill myself.",
-        "I WANT TO DIE",
-        "I want to end it all",
-        "they would be better off without me",
-        "I started cutting myself again",
-        "I don't want to live like this",
-        "I don’t want to be alive",  # the apostrophe that phones type
-        "I dont want to wake up",
-        "my husband hits, he hits me",
-    ],
-)
-def test_crisis_is_recognised(filters: Filters, text: str) -> None:
-    assert filters.reply_fault(chat(text), GOOD, "stop") == "crisis"
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "I am dying to see her face.",
-        "I was killing time at the station.",
-        "The diet is over and I live again.",
-        "We beat them at chess; I was cutting bread.",
-        "Nobody wants the party to end.",
-    ],
-)
-def test_ordinary_words_are_no_crisis(filters: Filters, text: str) -> None:
-    assert filters.reply_fault(chat(text), GOOD, "stop") is None
 
 
 def test_no_context_or_reply_of_the_sample_corpus_is_dropped_wrongly(filters: Filters) -> None:
     """Replies that people would keep: the corpus' own. Its card says that no crisis occurs in it on purpose."""
     counts: Counter[str | None] = Counter()
     for name in ("train", "valid", "test"):
-        for d in read_dialogues("sample", f"bundled:data/sample/{name}.jsonl"):
+        dialogues = read_dialogues("sample", f"bundled:data/sample/{name}.jsonl")
+        assert filters.before_crisis(dialogues) == (dialogues, 0)
+        for d in dialogues:
             for turn in d.supporter_turns():
                 counts[filters.reply_fault(d.messages(turn), d.turns[turn].text, "stop")] += 1
     assert counts["crisis"] == counts["scaffolding"] == counts["repetition"] == 0
@@ -167,12 +119,6 @@ def test_repetition_is_the_share_of_sequences_seen_before(words: list[str], n: i
         again += gram in before
         before.append(gram)
     assert repetition(words, n) == pytest.approx(again / len(before) if before else 0.0, abs=1e-12)
-
-
-def test_repetition_by_hand() -> None:
-    assert repetition("a b c d a b c d".split()) == pytest.approx(1 / 5, abs=1e-12)
-    assert repetition("a b c d e f g h".split()) == 0.0
-    assert repetition("a a a a a".split()) == 0.5
 
 
 def test_limits_are_the_settings() -> None:
@@ -235,9 +181,12 @@ def fits(prompt: list[Message], chosen: str, rejected: str) -> bool:
     return "does not fit" not in chosen
 
 
-def test_sift_counts_every_drop_under_its_first_reason(filters: Filters) -> None:
+ORIGIN = {"round": 1, "model": "m0"}
+
+
+def test_sift_counts_every_drop_under_its_first_reason_and_keeps_preference_rows(filters: Filters) -> None:
     drafts, reflections, refinements = (list(x) for x in zip(*ROWS, strict=True))
-    kept, dropped = sift(drafts, reflections, refinements, filters, fits, {"round": 1, "model": "m0"})
+    kept, dropped = sift(drafts, reflections, refinements, filters, fits, ORIGIN)
     assert [(d["id"], d["reason"], d["side"]) for d in dropped] == [
         ("d/1", "truncated", "draft"),
         ("d/2", "truncated", "refinement"),
@@ -247,27 +196,17 @@ def test_sift_counts_every_drop_under_its_first_reason(filters: Filters) -> None
         ("d/6", "crisis", "draft"),
         ("d/8", "row_too_long", "pair"),
     ]
+    assert (dropped[0]["draft"], dropped[0]["refinement"]) == (GOOD, OTHER)
     assert [k["id"] for k in kept] == ["d/0", "d/7"]
-    assert len(kept) + len(dropped) == len(ROWS)
-    assert dropped[0]["draft"] == GOOD
-    assert dropped[0]["refinement"] == OTHER
-
-
-def test_sift_keeps_preference_rows_with_where_they_come_from(filters: Filters) -> None:
-    drafts, reflections, refinements = (list(x) for x in zip(*ROWS[:1], strict=True))
-    (kept,), dropped = sift(drafts, reflections, refinements, filters, fits, {"round": 1, "model": "m0"})
-    assert dropped == []
-    assert kept == {
+    assert kept[0] == {
         "id": "d/0",
         "prompt": chat(SEEKER),
         "chosen": [{"role": "assistant", "content": OTHER}],
         "rejected": [{"role": "assistant", "content": GOOD}],
         "reflection": {"profile": "dry"},
         "seeds": {"draft": 10, "reflection": 20, "refinement": 30},
-        "round": 1,
-        "model": "m0",
+        **ORIGIN,
     }
-    assert kept["chosen"] != kept["rejected"]
 
 
 def test_sift_refuses_rows_out_of_step(filters: Filters) -> None:
@@ -296,18 +235,10 @@ def test_an_edited_pattern_file_is_what_counts(tmp_path: Path) -> None:
         assert mine.reply_fault(chat(text), GOOD, "stop") is None
 
 
-@pytest.mark.parametrize("lines", [[], ["", "  "], ["# only a comment"]])
-def test_a_pattern_file_without_patterns_matches_nothing(tmp_path: Path, lines: list[str]) -> None:
-    assert patterned(tmp_path, *lines).reply_fault(chat("I want to die."), GOOD, "stop") is None
-
-
 @pytest.mark.parametrize("broken", ["(unclosed", "*", "[a-", r"(?P<n>a)(?P<n>b)"])
 def test_a_broken_pattern_is_named_with_its_file(tmp_path: Path, broken: str) -> None:
-    with pytest.raises(InputError) as e:
+    with pytest.raises(InputError, match=rf"mine\.txt: {re.escape(repr(broken))} is not"):
         patterned(tmp_path, r"\bgood\b", broken)
-    assert str(tmp_path / "mine.txt") in str(e.value)
-    assert repr(broken) in str(e.value)
-    assert "good" not in str(e.value)
 
 
 @pytest.mark.parametrize(
@@ -316,9 +247,8 @@ def test_a_broken_pattern_is_named_with_its_file(tmp_path: Path, broken: str) ->
         (["sad", r"(?i)\bhelp\b"], "HELP", "halp"),  # a flag of its own
         (["(so )+sad", r"\b(\w+) \1\b"], "no no", "no yes"),  # a group number of its own
         (["(?P<x>sad)", "(?P<x>mad)"], "mad", "glad"),  # a group name of its own
-        (["sad|mad", "bad"], "mad", "m"),
+        (["# only a comment", " ", "mad"], "mad", "comment"),
     ],
-    ids=["flag", "number", "name", "alternatives"],
 )
 def test_lines_do_not_disturb_each_other(tmp_path: Path, lines: list[str], match: str, other: str) -> None:
     """Every line is a good expression alone, so the file is a good one."""
@@ -355,42 +285,25 @@ def shipped(request: pytest.FixtureRequest) -> Instructions:
     return Instructions.load(load(None, [word for name, path in files for word in (f"--prompts.{name}", path)]))
 
 
-@pytest.fixture(scope="session")
-def tokenizer(tiny_folder: Path) -> ChatTokenizer:
-    return ChatTokenizer(tiny_folder)
-
-
 def test_shipped_prompts_append_their_request_to_the_seekers_last_message(shipped: Instructions) -> None:
-    context = [*CONTEXT, {"role": "assistant", "content": "Oh."}, *chat("And you?")]
-    before = [dict(m) for m in context]
-    for made in (
-        shipped.reflection_prompt(context),
-        shipped.refinement_prompt(context, REFLECTION, "a {{ draft }} <b>"),
-    ):
-        assert made[0] == {"role": "system", "content": f"You are kind.\n\n{shipped.principles}"}
-        assert made[1:-1] == context[1:-1]
-        assert made[-1]["role"] == "user"
-        assert made[-1]["content"].startswith("And you?\n\n")
-        assert len(made[-1]["content"]) > len("And you?\n\n") + 20
-    assert context == before
-    refined = shipped.refinement_prompt(context, REFLECTION, "a {{ draft }} <b>")[-1]["content"]
-    assert "a {{ draft }} <b>" in refined  # the model's words are data: not a template, not escaped
-    assert all(value in refined for value in REFLECTION.values())
-    reflected = shipped.reflection_prompt(context)[-1]["content"]
-    assert not any(value in reflected for value in REFLECTION.values())
-
-
-def test_a_context_without_a_system_message_gets_one(shipped: Instructions) -> None:
-    for made in (
-        shipped.reflection_prompt(chat(SEEKER)),
-        shipped.refinement_prompt(chat(SEEKER), REFLECTION, "y"),
-    ):
-        assert made[0] == {"role": "system", "content": shipped.principles}
-        assert [m["role"] for m in made] == ["system", "user"]
-        assert made[-1]["content"].startswith(f"{SEEKER}\n\n")
-    with_one = shipped.reflection_prompt(CONTEXT)
-    assert [m["role"] for m in with_one] == ["system", "user"]  # control: there is never a second one
-    assert with_one[0] != shipped.reflection_prompt(chat(SEEKER))[0]
+    full = [*CONTEXT, {"role": "assistant", "content": "Oh."}, *chat("And you?")]
+    draft = "a {{ draft }} <b>"
+    sentences = [x.strip() for x in re.split(r"[\n.;:]", shipped.principles) if len(x.split()) > 2]
+    assert len(sentences) > 2
+    for context, system in ((full, "You are kind.\n\n"), (full[1:], "")):
+        before = [dict(m) for m in context]
+        reflect = shipped.reflection_prompt(context)
+        refine = shipped.refinement_prompt(context, REFLECTION, draft)
+        for made in (reflect, refine):
+            assert made[0] == {"role": "system", "content": f"{system}{shipped.principles}"}
+            assert made[1:-1] == full[1:-1]
+            assert made[-1]["role"] == "user"
+            assert made[-1]["content"].startswith("And you?\n\n")
+            assert not any(x in made[-1]["content"] for x in sentences)  # the principles stand in the system message
+        assert context == before
+        assert draft in refine[-1]["content"]  # the model's words are data: not a template, not escaped
+        assert all(value in refine[-1]["content"] for value in REFLECTION.values())
+        assert not any(value in reflect[-1]["content"] for value in REFLECTION.values())
 
 
 def asked(instructions: Instructions, context: list[Message]) -> list[list[Message]]:
@@ -426,17 +339,6 @@ def test_a_dialogues_requests_share_their_tokens_up_to_the_seekers_words(
             assert common_prefix(draft, prompts[n][0]) < common_prefix(*prompts[n][:2])
 
 
-def test_the_principles_stand_in_the_system_message_alone(shipped: Instructions) -> None:
-    sentences = [x.strip() for x in re.split(r"[\n.;:]", shipped.principles) if len(x.split()) > 2]
-    assert len(sentences) > 2
-    for context in (CONTEXT, chat(SEEKER), [*CONTEXT, {"role": "assistant", "content": "Oh."}, *chat("And you?")]):
-        for made in asked(shipped, context):
-            assert made[0]["role"] == "system"
-            assert made[0]["content"].count(shipped.principles) == 1
-            assert {m["role"] for m in made[1:]} <= {"user", "assistant"}
-            assert not any(x in m["content"] for x in sentences for m in made[1:])
-
-
 def test_edited_templates_are_what_is_asked(tmp_path: Path) -> None:
     mine = prompted(
         tmp_path,
@@ -470,10 +372,8 @@ def test_edited_templates_are_what_is_asked(tmp_path: Path) -> None:
     ],
 )
 def test_a_broken_template_is_named_before_anything_is_made(tmp_path: Path, name: str, known: str, text: str) -> None:
-    with pytest.raises(InputError) as e:
+    with pytest.raises(InputError, match=rf"{name}\.txt: .*; the variables are: {known}$"):
         prompted(tmp_path, **{name: text})
-    assert str(tmp_path / f"{name}.txt") in str(e.value)
-    assert str(e.value).endswith(f"the variables are: {known}")
     prompted(tmp_path, **{name: "{{ 'x' }}"})  # control: such a template is a good one
 
 
@@ -481,13 +381,6 @@ def test_a_broken_template_is_named_before_anything_is_made(tmp_path: Path, name
 def test_a_broken_use_of_a_known_variable_is_refused_too(tmp_path: Path, text: str) -> None:
     with pytest.raises(InputError, match=r"refine\.txt: broken template"):
         prompted(tmp_path, refine=text)
-    prompted(tmp_path, refine="{% if draft %}{{ draft|upper + '!' }}{% endif %}")
-
-
-@pytest.mark.parametrize("variable", ["draft", "profile"])
-def test_the_reflection_cannot_ask_for_what_comes_after_it(tmp_path: Path, variable: str) -> None:
-    """The reflection's prompt knows neither: this must be said when the run starts, not after all drafts are made."""
-    with pytest.raises(InputError) as e:
-        prompted(tmp_path, reflect=f"Think. {{{{ {variable} }}}}")
-    assert str(tmp_path / "reflect.txt") in str(e.value)
-    prompted(tmp_path, refine=f"Think. {{{{ {variable} }}}}")  # control: the refinement can
+    with pytest.raises(InputError, match=r"reflect\.txt: broken template"):  # which does not know it
+        prompted(tmp_path, reflect="Think. {{ draft }}")
+    prompted(tmp_path, refine="{% if draft %}{{ draft|upper + '!' }}{% endif %}{{ profile }}")

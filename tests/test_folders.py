@@ -12,9 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from conftest import CHAT_TEMPLATE, chat
 from oracles import Ours, torch_logits, torch_model, worst
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -63,7 +61,7 @@ def ours(folder: Path) -> np.ndarray:
     return Ours(load_backbone(folder, None, FLOAT32)).sequence(TOKENS, 16)
 
 
-def test_heads_and_names_as_transformers_reads_them(
+def test_heads_and_names_are_read_as_transformers(
     tied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain = ours(tied)
@@ -107,16 +105,11 @@ def test_types_names_and_shapes_of_tensors(tied: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        (
-            {"weight_map": {"a": "../secret.safetensors"}},
-            "'../secret.safetensors' is not the name of a safetensors file",
+        *(
+            ({"weight_map": {"b": "x.safetensors", "a": name}}, f"{name!r} is not the name of a safetensors file")
+            for name in ("../secret.safetensors", "/etc/passwd", 7, "..")
         ),
-        ({"weight_map": {"a": "/etc/passwd"}}, "'/etc/passwd' is not the name of a safetensors file"),
-        ({"weight_map": {"a": 7, "b": "x.safetensors"}}, "7 is not the name of a safetensors file"),
-        ({"weight_map": {"a": ["x"]}}, "damaged index"),
-        ({"weight_map": {"a": ".."}}, "'..' is not the name of a safetensors file"),
-        ({"weight_map": ["x"]}, "damaged index"),
-        ([], "damaged index"),
+        *((index, "damaged index") for index in ({"weight_map": {"a": ["x"]}}, {"weight_map": ["x"]}, [])),
         ({"weight_map": {"a": "gone.safetensors"}}, "gone.safetensors: missing or damaged"),
     ],
 )
@@ -135,28 +128,6 @@ def test_pickles_are_not_read(tmp_path: Path) -> None:
         ShardReader(tmp_path)
 
 
-@settings(max_examples=80, deadline=None)
-@given(st.data())
-def test_a_damaged_safetensors_file_is_refused_or_read(
-    tied: Path, tmp_path_factory: pytest.TempPathFactory, data: Any
-) -> None:
-    whole = bytearray((tied / SINGLE).read_bytes())
-    size = 8 + int.from_bytes(whole[:8], "little")
-    for _ in range(data.draw(st.integers(1, 4))):
-        where = data.draw(st.one_of(st.integers(0, 12), st.integers(0, size - 1)))
-        whole[where] = data.draw(st.one_of(st.sampled_from(b'0123456789"[]{},:-.eFI'), st.integers(0, 255)))
-    folder = tmp_path_factory.mktemp("damaged")
-    (folder / SINGLE).write_bytes(whole[: data.draw(st.sampled_from([len(whole), size, 7, size - 1]))])
-    try:
-        reader = ShardReader(folder)
-        for key in sorted(reader.keys()):
-            reader.check(key, (32,))
-    except InputError as e:
-        said = str(e)
-        assert "\n" not in said
-        assert str(folder) in said
-
-
 # --- tokenizers ------------------------------------------------------------------------------------------------------
 
 
@@ -173,7 +144,7 @@ def edit(file: Path, **values: Any) -> None:
     file.write_text(json.dumps({k: v for k, v in {**old, **values}.items() if v != "gone"}))
 
 
-CHAT: Any = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+CHAT = chat("a", "b")
 
 
 def test_all_ends_of_generation_config_end_a_reply(folder: Path) -> None:
@@ -238,19 +209,18 @@ def test_named_templates(folder: Path) -> None:
     "template",
     [
         "{{ 1 + 'a' }}",
-        "{{ messages[0]['content'].format(1, **2) }}",
+        "{{ 'a'.format(1, **2) }}",
         "{{ 1 / 0 }}",
         "{% if %}",
         "{{ raise_exception('no') }}",
-        "{{ messages[7].content.x }}",
-        "{{ 'a'.encode('nonsense') }}",
+        "{{ messages[7].x.y }}",
     ],
 )
 def test_a_template_may_raise_anything(folder: Path, template: str) -> None:
     (folder / "chat_template.jinja").write_text(template)
-    tokenizer = ChatTokenizer(folder)
-    with pytest.raises(InputError, match="chat template refuses a chat with the roles user"):
-        tokenizer.prompt(CHAT[:1])
+    with pytest.raises(InputError, match="chat template refuses a chat with the roles user: ") as e:
+        ChatTokenizer(folder).prompt(CHAT[:1])
+    assert "\n" not in str(e.value)
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(folder: Path) -> None:

@@ -25,7 +25,8 @@ from esjax.evolve.answers import read_chats
 from esjax.evolve.filters import Filters
 from esjax.evolve.pairs import read_pairs
 from esjax.hub.shards import ShardReader
-from esjax.model.families import read_architecture
+from esjax.model.families import FIXED, QKV_BIAS, READ, read_architecture
+from esjax.model.layers import rope_frequencies
 from esjax.settings.files import bundled, load
 from esjax.settings.schema import FilterSettings
 
@@ -38,6 +39,7 @@ ESCONV = {
     "situation": "",
     "dialog": [{"text": "Hi", "speaker": "usr"}, {"text": "Hello", "speaker": "sys", "strategy": "Question"}],
 }
+ROPE = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA = {
     "model_type": "llama",
     "vocab_size": 64,
@@ -48,14 +50,7 @@ LLAMA = {
     "intermediate_size": 24,
     "rms_norm_eps": 1e-5,
     "max_position_embeddings": 128,
-    "rope_parameters": {
-        "rope_type": "llama3",
-        "rope_theta": 10000.0,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    },
+    "rope_parameters": ROPE | {"original_max_position_embeddings": 64},
     "tie_word_embeddings": False,
     "eos_token_id": 1,
 }
@@ -110,9 +105,7 @@ def damaged_values(draw: st.DrawFn, whole: Any) -> Any:
         case "remove":
             del node[last]
         case "add" if isinstance(node, dict):
-            node[draw(st.text(max_size=8) | st.sampled_from(["weight", "auto_map", "rope_scaling", "head_dim"]))] = (
-                value
-            )
+            node[draw(st.text(max_size=8) | st.sampled_from(["weight", "auto_map", *READ, *FIXED]))] = value
         case _:
             node[last] = value
     return tree
@@ -184,14 +177,16 @@ def test_yaml(data: st.DataObject, tmp_path: Path) -> None:
 @given(data=st.data())
 def test_config_json(data: st.DataObject, tmp_path: Path) -> None:
     file = tmp_path / "config.json"
-    file.write_text(json.dumps(LLAMA))
+    whole = LLAMA | {"model_type": data.draw(st.sampled_from(list(QKV_BIAS)))}
+    file.write_text(json.dumps(whole))
     assert either(lambda: read_architecture(tmp_path), file)
     if data.draw(st.booleans()):
-        file.write_bytes(data.draw(damaged_bytes(json.dumps(LLAMA).encode())))
+        file.write_bytes(data.draw(damaged_bytes(json.dumps(whole).encode())))
     else:
-        file.write_text(json.dumps(data.draw(damaged_values(LLAMA))))
+        file.write_text(json.dumps(data.draw(damaged_values(whole))))
     arch = either(lambda: read_architecture(tmp_path), file)
     if arch is not None:  # numbers that a model can be made of
+        rope_frequencies(arch)
         sizes = (arch.vocab, arch.width, arch.layers, arch.heads, arch.kv_heads, arch.head_size, arch.hidden)
         assert all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in (*sizes, arch.max_positions))
         assert arch.heads % arch.kv_heads == 0

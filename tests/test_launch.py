@@ -25,64 +25,36 @@ WORK = ["evolve", "--config", "configs/llama3-8b.yaml", "--run-dir", "/mnt/runs/
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="the launchers need bash")
 
-# What each command takes, as its documentation says; `=` marks an option with a value, `[=]` one whose value can be left out.
-# Compared with the tools, too: `--help` of gcloud 528 and docker 28, the parsers of xpk 1.16 and skypilot 0.14, the manual pages
-# of Slurm 22.05.
-GCLOUD_WIDE = """--access-token-file= --account= --billing-project= --configuration= --flags-file= --flatten= --format= --help
-    --impersonate-service-account= --log-http --project= --quiet --trace-token= --user-output-enabled[=] --verbosity="""
-TPU_SSH = """--dry-run --force-key-file-overwrite --internal-ip --plain --ssh-key-file= --strict-host-key-checking= --worker=
-    --zone= --ssh-key-expiration= --ssh-key-expire-after="""
-XPK_SHARED = (
-    "--project= --project-number= --zone= --namespace= --dry-run --skip-validation --quiet --sandbox-kubeconfig"
-)
+# The options of each command that the launchers use or name, as its documentation has them (and `--help` of gcloud 528 and docker
+# 28, the parsers of xpk 1.16 and skypilot 0.14, the manual pages of Slurm 22.05); `=` marks an option with a value, `[=]` one
+# whose value can be left out.
+GCLOUD = "--zone= --project= --quiet"
 DOCUMENTED: dict[str, str] = {
-    # https://cloud.google.com/sdk/gcloud/reference/compute/tpus/queued-resources/create
-    "gcloud compute tpus queued-resources create": f"""--zone= --runtime-version= --accelerator-type= --topology= --type=
-        --node-id= --node-count= --node-prefix= --async --data-disk= --description= --guaranteed --internal-ips --labels=
-        --metadata= --metadata-from-file= --network= --range= --reserved --scopes= --service-account= --shielded-secure-boot
-        --spot --subnetwork= --tags= --valid-after-duration= --valid-after-time= --valid-until-duration= --valid-until-time=
-        --reservation-host-folder= --reservation-host-organization= --reservation-host-project= {GCLOUD_WIDE}""",
-    # https://cloud.google.com/sdk/gcloud/reference/compute/tpus/queued-resources/delete
-    "gcloud compute tpus queued-resources delete": f"--zone= --async --force {GCLOUD_WIDE}",
-    # https://cloud.google.com/sdk/gcloud/reference/compute/tpus/queued-resources/list
-    "gcloud compute tpus queued-resources list": f"""--zone= --filter= --limit= --page-size= --sort-by= --uri
-        {GCLOUD_WIDE}""",
-    # https://cloud.google.com/sdk/gcloud/reference/compute/tpus/tpu-vm/ssh
-    "gcloud compute tpus tpu-vm ssh": f"{TPU_SSH} --command= --output-directory= --ssh-flag= {GCLOUD_WIDE}",
-    # https://cloud.google.com/sdk/gcloud/reference/compute/tpus/tpu-vm/scp
-    "gcloud compute tpus tpu-vm scp": f"{TPU_SSH} --compress --recurse --scp-flag= {GCLOUD_WIDE}",
+    # https://cloud.google.com/sdk/gcloud/reference/compute/tpus/queued-resources
+    "gcloud compute tpus queued-resources create": f"""--runtime-version= --accelerator-type= --node-id= --node-count=
+        --node-prefix= --guaranteed --network= --reserved --spot {GCLOUD}""",
+    "gcloud compute tpus queued-resources delete": f"--force {GCLOUD}",
+    "gcloud compute tpus queued-resources list": f"--filter= --format= {GCLOUD}",
+    # https://cloud.google.com/sdk/gcloud/reference/compute/tpus/tpu-vm
+    "gcloud compute tpus tpu-vm ssh": f"--plain --worker= --command= {GCLOUD}",
+    "gcloud compute tpus tpu-vm scp": f"--worker= --recurse {GCLOUD}",
     # https://git-scm.com/docs/git and https://git-scm.com/docs/git-archive
-    "git": "-C= --format= --prefix= --output= --remote= --worktree-attributes --verbose",
-    # https://www.gnu.org/software/coreutils/manual/html_node/mkdir-invocation.html
+    "git": "-C= --format= --prefix= --output=",
     "mkdir": "-p",
     # https://github.com/AI-Hypercomputer/xpk/blob/main/docs/usage/workloads.md, src/xpk/parser/workload.py
-    "xpk workload create": f"""{XPK_SHARED} --workload= --cluster= --command= --tpu-type= --device-type= --num-slices=
-        --num-nodes= --storage= --scheduler= --ramdisk-directory= --mtc-enabled --debug-dump-gcs= --deploy-stacktrace-sidecar
-        --restart-on-exit-codes= --docker-name= --use-parallel-containers --output-manifest-file= --priority= --max-restarts=
-        --ttl-seconds-after-finished= --termination-grace-period-seconds= --enable-debug-logs --env-file= --env=
-        --base-docker-image= --script-dir= --docker-image= --docker-image-pull-secret= --use-vertex-tensorboard
-        --experiment-name= --on-demand --reservation= --spot --flex""",
-    # https://github.com/AI-Hypercomputer/xpk/blob/main/docs/usage/workloads.md, src/xpk/parser/workload.py
-    "xpk workload delete": f"""{XPK_SHARED} --cluster= --workload= --filter-by-job= --filter-by-status= --force""",
-    # https://slurm.schedmd.com/sbatch.html
-    "sbatch": """--account= --array= --constraint= --cpus-per-gpu= --cpus-per-task= --dependency= --error= --exclusive[=]
-        --export= --gpus= --gpus-per-node= --gpus-per-task= --gres= --job-name= --mem= --mem-per-gpu= --no-requeue --nodelist=
-        --nodes= --ntasks= --ntasks-per-gpu= --ntasks-per-node= --open-mode= --output= --partition= --qos= --requeue --signal=
-        --time= --time-min=""",
-    # https://slurm.schedmd.com/srun.html
-    "srun": """--cpu-bind= --cpus-per-gpu= --cpus-per-task= --error= --exact --exclusive[=] --export= --gpu-bind= --gpus=
-        --gpus-per-node= --gpus-per-task= --input= --kill-on-bad-exit[=] --label --mem= --mpi= --nodes= --ntasks=
-        --ntasks-per-gpu= --ntasks-per-node= --output= --overlap --time= --unbuffered --wait=""",
-    # https://slurm.schedmd.com/scontrol.html
+    "xpk workload create": """--project= --zone= --workload= --cluster= --command= --tpu-type= --num-slices= --storage=
+        --restart-on-exit-codes= --priority= --max-restarts= --termination-grace-period-seconds= --env= --docker-image=""",
+    "xpk workload delete": "--project= --zone= --cluster= --workload= --force",
+    # https://slurm.schedmd.com/sbatch.html, srun.html and scontrol.html
+    "sbatch": """--account= --cpus-per-task= --gpus-per-node= --job-name= --nodes= --ntasks-per-node= --open-mode= --output=
+        --partition= --requeue --signal= --time=""",
+    "srun": "--cpus-per-task= --gpu-bind= --kill-on-bad-exit[=] --label --wait=",
     "scontrol requeue": "",
     # https://docs.skypilot.co/en/latest/reference/cli.html#sky-jobs-launch
-    "sky jobs launch": """--name= --workdir= --infra= --num-nodes= --cpus= --memory= --disk-size= --disk-tier= --network-tier=
-        --use-spot --no-use-spot --image-id= --env-file= --env= --secret-file= --secret= --gpus= --instance-type= --ports=
-        --priority= --async --no-async --job-recovery= --detach-run --pool= --num-jobs= --git-url= --git-ref= --config= --yes""",
+    "sky jobs launch": """--name= --workdir= --infra= --num-nodes= --use-spot --no-use-spot --env= --secret= --gpus=
+        --detach-run --yes""",
     # https://docs.docker.com/reference/cli/docker/buildx/build/
-    "docker build": """--add-host= --build-arg= --cache-from= --file= --label= --network= --no-cache --platform= --pull --quiet
-        --shm-size= --tag= --target= --ulimit=""",
-    # https://www.gnu.org/software/coreutils/manual/html_node/env-invocation.html
+    "docker build": "--build-arg= --file= --platform= --tag=",
     "env": "",
 }
 RUNS_ANOTHER = ("srun", "env")  # what follows their options is another command
@@ -114,9 +86,8 @@ def faults(command: list[str]) -> list[str]:
 
 def run(script: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     command = ["bash", str(LAUNCH / script), *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=60, env={**os.environ, **environment}, stdin=subprocess.DEVNULL
-    )
+    given = os.environ | environment
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=given, stdin=subprocess.DEVNULL)
 
 
 def printed(script: str, *arguments: object, **environment: str) -> list[list[str]]:
@@ -185,22 +156,27 @@ def test_slurm() -> None:
     assert faults(["sbatch", *directives]) == []
     settings = dict(d.lstrip("-").partition("=")[::2] for d in directives)
     assert settings["ntasks-per-node"] == settings["gpus-per-node"]
-    assert settings["signal"] == "TERM@120"
-    assert "requeue" in settings
+    assert {"signal", "requeue"} < set(settings)
 
 
 def test_skypilot() -> None:
-    [command] = printed(
-        "skypilot.sh", "--gpus", "tpu-v6e-16", "--num-nodes=1", "--extra=tpu", "--nfs=h:/x", "--", *WORK
-    )
+    given = [
+        "--gpus",
+        "tpu-v6e-16",
+        "--num-nodes=1",
+        "--extra=tpu",
+        "--nfs=h:/x",
+        "--name",
+        "n",
+        "--no-use-spot",
+        "--yes",
+    ]
+    [command] = printed("skypilot.sh", *given, "--", *WORK)
     values = dict(command[i + 1].split("=", 1) for i, word in enumerate(command) if word == "--env")
     assert shlex.split(values["ESJAX_ARGS"]) == WORK
     assert (values["EXTRA"], values["NFS_EXPORT"]) == ("tpu", "h:/x")
     assert Path(command[-1]) == LAUNCH / "skypilot.yaml"
-    [command] = printed(
-        "skypilot.sh", "--name", "n", "--infra", "gcp", "--no-use-spot", "--yes", "--secret", "K", "--", *WORK
-    )
-    assert command[3:11] == ["--name", "n", "--infra", "gcp", "--no-use-spot", "--yes", "--secret", "K"]
+    assert {"--name", "n", "--no-use-spot", "--yes", "--num-nodes"} < set(command)
 
 
 @pytest.mark.parametrize("kind", ["gpu", "tpu"])
@@ -214,62 +190,63 @@ def test_build(kind: str) -> None:
 
 def test_local() -> None:
     commands = printed("local_multiprocess.sh", "--processes=3", "--port", "1234", "--", *WORK, XLA_FLAGS="--xla_a=b")
-    for i, command in enumerate(commands):
-        assert command == [
-            *(
-                "env",
-                "JAX_PLATFORMS=cpu",
-                "XLA_FLAGS=--xla_a=b --xla_force_host_platform_device_count=4",
-                "esjax",
-                *WORK,
-            ),
-            *("--coordinator", "127.0.0.1:1234", "--num-processes", "3", "--process-id", str(i)),
-        ]
-    assert len(commands) == 3
-
-
-def test_undocumented() -> None:
-    ssh = ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "n"]
-    assert faults([*ssh, "--worker=all", "--everywhere"]) == ["gcloud compute tpus tpu-vm ssh has no --everywhere"]
-    assert faults([*ssh, "--worker"]) == ["gcloud compute tpus tpu-vm ssh --worker lacks its value"]
-    assert faults([*ssh, "--plain=1"]) == ["gcloud compute tpus tpu-vm ssh --plain takes no value"]
-    assert faults(["gcloud", "compute", "tpus", "start"]) == ["unknown command gcloud compute tpus start"]
-    assert faults(["srun", "--retries=3", "esjax", "--run-dir", "x"]) == ["srun has no --retries"]
-    assert faults(["sky", "jobs", "launch", "--env", "--yes", "x"]) == ["sky jobs launch --env lacks its value"]
+    flags = "XLA_FLAGS=--xla_a=b --xla_force_host_platform_device_count=4"
+    start = ["env", "JAX_PLATFORMS=cpu", flags, "esjax", *WORK, "--coordinator", "127.0.0.1:1234"]
+    assert commands == [[*start, "--num-processes", "3", "--process-id", str(i)] for i in range(3)]
 
 
 @pytest.mark.parametrize(
-    ("script", "arguments", "says"),
+    ("command", "fault"),
     [
-        ("tpu_vm.sh", [*TPU, "--sopt", "--", *WORK], "unknown option --sopt"),
-        ("tpu_vm.sh", [*TPU[1:], "--", *WORK], "--name is missing"),
-        ("tpu_vm.sh", [*TPU, "--project"], "--project needs a value"),
-        ("tpu_vm.sh", [*TPU, "--project", "--spot", "--", *WORK], "--project needs a value"),
-        ("tpu_vm.sh", [*TPU, "--retries", "many", "--", *WORK], "--retries needs a number, not many"),
-        ("tpu_vm.sh", [*TPU, "--node-count=0", "--", *WORK], "--node-count needs at least 1"),
-        ("tpu_vm.sh", TPU, "the esjax command is missing"),
-        ("gke_xpk.sh", [*XPK, "--tpus=3", "--", *WORK], "unknown option --tpus"),
-        ("gke_xpk.sh", [*XPK[:3], "--", *WORK], "--docker-image is missing"),
-        ("gke_xpk.sh", [*XPK, "--storage="], "--storage needs a value"),
-        ("gke_xpk.sh", XPK, "the esjax command is missing"),
-        ("slurm.sbatch", ["--nodes=4", "--", *WORK], "unknown option --nodes=4"),
-        ("slurm.sbatch", [], "the esjax command is missing"),
-        ("skypilot.sh", ["--dryrun", "--", *WORK], "unknown option --dryrun"),
-        ("skypilot.sh", ["--extra", "rocm", "--", *WORK], "--extra is cuda or tpu, not rocm"),
-        ("skypilot.sh", ["--gpus"], "--gpus needs a value"),
-        ("skypilot.sh", ["--yes"], "the esjax command is missing"),
-        ("local_multiprocess.sh", ["--procs", "2", "--", *WORK], "unknown option --procs"),
-        ("local_multiprocess.sh", ["--processes", "two", "--", *WORK], "--processes needs a number"),
-        ("local_multiprocess.sh", ["--processes=0", "--", *WORK], "need at least 1"),
-        ("local_multiprocess.sh", ["--log-dir", "--", *WORK], "--log-dir needs a value"),
-        ("local_multiprocess.sh", ["--processes", "2"], "the esjax command is missing"),
-        ("build.sh", ["gpu"], "needs gpu or tpu, and the image's name"),
-        ("build.sh", ["cpu", "image"], "builds gpu or tpu, not cpu"),
-        ("build.sh", ["--push", "gpu", "image"], "unknown option --push"),
-        ("build.sh", ["gpu", "image", "--base"], "--base needs a value"),
+        (
+            "gcloud compute tpus tpu-vm ssh n --worker=all --everywhere",
+            "gcloud compute tpus tpu-vm ssh has no --everywhere",
+        ),
+        ("gcloud compute tpus tpu-vm ssh n --worker", "gcloud compute tpus tpu-vm ssh --worker lacks its value"),
+        ("gcloud compute tpus tpu-vm ssh n --plain=1", "gcloud compute tpus tpu-vm ssh --plain takes no value"),
+        ("gcloud compute tpus start", "unknown command gcloud compute tpus start"),
+        ("srun --retries=3 esjax --run-dir x", "srun has no --retries"),
+        ("sky jobs launch --env --yes x", "sky jobs launch --env lacks its value"),
     ],
 )
-def test_options(script: str, arguments: list[str], says: str) -> None:
+def test_undocumented(command: str, fault: str) -> None:
+    assert faults(command.split()) == [fault]
+
+
+REFUSED = f"""
+tpu_vm.sh {" ".join(TPU)} --sopt -- evolve: unknown option --sopt
+tpu_vm.sh {" ".join(TPU[1:])} -- evolve: --name is missing
+tpu_vm.sh {" ".join(TPU)} --project: --project needs a value
+tpu_vm.sh {" ".join(TPU)} --project --spot -- evolve: --project needs a value
+tpu_vm.sh {" ".join(TPU)} --retries many -- evolve: --retries needs a number, not many
+tpu_vm.sh {" ".join(TPU)} --node-count=0 -- evolve: --node-count needs at least 1
+tpu_vm.sh {" ".join(TPU)}: the esjax command is missing
+gke_xpk.sh --tpus=3 -- evolve: unknown option --tpus
+gke_xpk.sh --workload=w --cluster=c --tpu-type=t -- evolve: --docker-image is missing
+gke_xpk.sh --storage=: --storage needs a value
+gke_xpk.sh --workload=w --cluster=c --tpu-type=t --docker-image=i: the esjax command is missing
+slurm.sbatch --nodes=4 -- evolve: unknown option --nodes=4
+slurm.sbatch: the esjax command is missing
+skypilot.sh --dryrun -- evolve: unknown option --dryrun
+skypilot.sh --extra rocm -- evolve: --extra is cuda or tpu, not rocm
+skypilot.sh --gpus: --gpus needs a value
+skypilot.sh --yes: the esjax command is missing
+local_multiprocess.sh --procs 2 -- evolve: unknown option --procs
+local_multiprocess.sh --processes two -- evolve: --processes needs a number
+local_multiprocess.sh --processes=0 -- evolve: need at least 1
+local_multiprocess.sh --log-dir -- evolve: --log-dir needs a value
+local_multiprocess.sh --processes 2: the esjax command is missing
+build.sh gpu: needs gpu or tpu, and the image's name
+build.sh cpu image: builds gpu or tpu, not cpu
+build.sh --push gpu image: unknown option --push
+build.sh gpu image --base: --base needs a value
+"""
+
+
+@pytest.mark.parametrize("line", REFUSED.strip().splitlines())
+def test_options(line: str) -> None:
+    command, says = line.split(": ", 1)
+    script, *arguments = command.split()
     done = run(script, "--dry-run", *arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.splitlines()) == 1
@@ -302,36 +279,12 @@ def test_shellcheck() -> None:
         shellcheck("--shell=bash", "-", text=skypilot()[section])
 
 
-# https://docs.skypilot.co/en/latest/reference/yaml-spec.html
-TASK_KEYS = {
-    "name",
-    "workdir",
-    "num_nodes",
-    "resources",
-    "envs",
-    "secrets",
-    "volumes",
-    "file_mounts",
-    "setup",
-    "run",
-    "config",
-}
-RESOURCES_KEYS = set(
-    """infra accelerators accelerator_args cpus memory instance_type use_spot disk_size disk_tier network_tier ports image_id
-    labels any_of ordered job_recovery autostop priority local_disk""".split()
-)
-JOB_RECOVERY_KEYS = {"strategy", "max_restarts_on_errors", "recover_on_exit_codes"}
-
-
 def skypilot() -> dict[str, Any]:
     return yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
 
 
 def test_skypilot_keys() -> None:
     task = skypilot()
-    assert set(task) <= TASK_KEYS
-    assert set(task["resources"]) <= RESOURCES_KEYS
-    assert set(task["resources"]["job_recovery"]) <= JOB_RECOVERY_KEYS
     assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [143]
     assert task["envs"]["ESJAX_ARGS"] is None  # so that sky refuses a launch without it
     assert all(v is None or isinstance(v, str) for v in task["envs"].values())
@@ -366,11 +319,8 @@ def test_skypilot_run(extra: str, codes: tuple[int, ...], times: int, tmp_path: 
 def test_dockerfile(kind: str) -> None:
     text = (LAUNCH / f"Dockerfile.{kind}").read_text()
     steps = [line.split(maxsplit=1) for line in text.splitlines() if line and not line.startswith("#")]
-    # https://docs.docker.com/reference/dockerfile/
-    assert {step[0] for step in steps} <= {"ARG", "FROM", "ENV", "RUN", "WORKDIR", "COPY", "USER", "ENTRYPOINT"}
-    assert ["ARG", "BASE=python:3.11-slim"] in steps  # no registry of ours
     assert ["FROM", "${BASE}"] in steps
-    assert steps[-3:] == [["ARG", "RUN_AS=esjax"], ["USER", "${RUN_AS}"], ["ENTRYPOINT", '["esjax"]']]
+    assert steps[-2:] == [["USER", "${RUN_AS}"], ["ENTRYPOINT", '["esjax"]']]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     [extra] = re.findall(r'pip install --no-cache-dir "\.\[(\w+)\]"', text)
     assert extra == {"gpu": "cuda", "tpu": "tpu"}[kind]
@@ -439,36 +389,29 @@ class Tools:
         return run("tpu_vm.sh", *TPU, "--poll=0", "--log-dir", logs, *arguments, "--", *WORK, **self.environment)
 
 
-START = ["send", "install", "work"]
+START = "send install work"
 
 
-def test_tpu_vm_preempted(tools: Tools) -> None:
-    states = ["", "WAITING_FOR_RESOURCES", "ACTIVE", "SUSPENDING", "SUSPENDED", "", "ACTIVE"]
-    tools.answer("list", *((state, 0) for state in states))
-    tools.answer("flock", ("", 255), ("", 0))
-    done = tools.tpu_vm("--spot", "--delete")
-    assert done.returncode == 0
-    assert "cost" not in done.stderr
-    assert tools.steps() == [
-        *("list", "create", "list", "list", *START),
-        *("list", "list", "delete", "list", "create", "list", *START, "fetch", "delete"),
-    ]
+ACTIVE = ("ACTIVE", 0)
+QUEUED = [(x, 0) for x in ("", "WAITING_FOR_RESOURCES", "ACTIVE", "SUSPENDING", "SUSPENDED", "", "ACTIVE")]
+# How gcloud answers and with what codes the command ends; options; the exit code; what is done.
+ASKED_TWICE = f"list create list list {START} list list delete list create list {START} fetch delete"
+RESTARTED = f"list {START}{' list work' * 5} fetch"  # what is installed stays
+COURSES: list[tuple[list[tuple[str, int]], list[int], str, int, str]] = [
+    (QUEUED, [255, 0], "--spot --delete", 0, ASKED_TWICE),  # preempted
+    ([ACTIVE] * 9, [1, 75, 134, 143, 75, 1], "--retries=2", 1, RESTARTED),
+    ([ACTIVE], [2], "", 2, f"list {START} fetch"),  # bad input
+    ([("FAILED", 0), ("", 1), ("FAILED", 0)], [], "--retries=2", 1, "list delete list list"),
+]
 
 
-def test_tpu_vm_fails(tools: Tools) -> None:
-    tools.answer("list", *[("ACTIVE", 0)] * 9)
-    tools.answer("flock", ("", 1), ("", 75), ("", 134), ("", 143), ("", 75), ("", 1))
-    done = tools.tpu_vm("--retries", "2")
-    assert done.returncode == 1
-    assert tools.steps() == ["list", *START, *["list", "work"] * 5, "fetch"]  # what is installed stays
-    assert "go on, and cost" in done.stderr
-
-
-def test_tpu_vm_bad_input(tools: Tools) -> None:
-    tools.answer("list", ("ACTIVE", 0))
-    tools.answer("flock", ("", 2))
-    assert tools.tpu_vm().returncode == 2
-    assert tools.steps() == ["list", *START, "fetch"]
+@pytest.mark.parametrize(("states", "codes", "options", "code", "steps"), COURSES)
+def test_tpu_vm_course(states: Any, codes: list[int], options: str, code: int, steps: str, tools: Tools) -> None:
+    tools.answer("list", *states)
+    tools.answer("flock", *(("", c) for c in codes))
+    done = tools.tpu_vm(*options.split())
+    assert (done.returncode, tools.steps()) == (code, steps.split())
+    assert ("go on, and cost" in done.stderr) != ("--delete" in options)
 
 
 def test_tpu_vm_refused(tools: Tools) -> None:
@@ -477,30 +420,17 @@ def test_tpu_vm_refused(tools: Tools) -> None:
     assert tools.steps() == ["list", "create"]
 
 
-def test_tpu_vm_failed(tools: Tools) -> None:
-    tools.answer("list", ("FAILED", 0), ("", 1), ("FAILED", 0))
-    assert tools.tpu_vm("--retries=2").returncode == 1
-    assert tools.steps() == ["list", "delete", "list", "list"]
-
-
 def test_tpu_vm_slices_run(tools: Tools) -> None:
-    tools.answer("list", ("ACTIVE", 0))
+    tools.answer("list", ACTIVE)
     assert tools.tpu_vm("--node-count", "3").returncode == 0
-    assert sorted(tools.steps()) == sorted(["list", *START * 3, *["fetch"] * 3])
+    assert sorted(tools.steps()) == sorted(f"list {f'{START} fetch ' * 3}".split())
 
 
-@pytest.mark.parametrize(
-    ("codes", "restarts", "requeued"),
-    [
-        ([0], 0, False),
-        ([143], 0, True),
-        ([143], 7, False),
-        ([2], 0, False),
-        ([1, 137, 1, 1], 0, False),
-        ([1, 75, 75, 1, 75, 75, 1, 0], 0, False),
-        ([75, 143], 0, True),
-    ],
-)
+REQUEUES = [([0], 0, False), ([143], 0, True), ([143], 7, False), ([2], 0, False), ([75, 143], 0, True)]
+REQUEUES += [([1, 137, 1, 1], 0, False), ([1, 75, 75, 1, 75, 75, 1, 0], 0, False)]
+
+
+@pytest.mark.parametrize(("codes", "restarts", "requeued"), REQUEUES)
 def test_slurm_requeue(codes: list[int], restarts: int, requeued: bool, tools: Tools) -> None:
     tools.answer("evolve", *(("", code) for code in codes))
     job = {"SLURM_JOB_ID": "42", "SLURM_RESTART_COUNT": str(restarts), "MAX_REQUEUES": "7", "RETRY_SECONDS": "0"}
@@ -512,11 +442,7 @@ def test_slurm_requeue(codes: list[int], restarts: int, requeued: bool, tools: T
 
 @pytest.mark.parametrize(
     ("script", "arguments"),
-    [
-        ("gke_xpk.sh", [*XPK, "--", *WORK]),
-        ("skypilot.sh", ["--", *WORK]),
-        ("build.sh", ["gpu", "image"]),
-    ],
+    [("gke_xpk.sh", [*XPK, "--", *WORK]), ("skypilot.sh", ["--", *WORK]), ("build.sh", ["gpu", "image"])],
 )
 def test_runs_what_it_prints(script: str, arguments: list[str], tools: Tools) -> None:
     tools.answer("", ("", 7))
@@ -557,29 +483,15 @@ class Local:
         )
 
     def start(self, plan: list[list[int | str]], *options: object) -> subprocess.Popen[str]:
-        command = [
-            "bash",
-            LAUNCH / "local_multiprocess.sh",
-            "--processes",
-            len(plan[0]),
-            "--log-dir",
-            self.logs,
-            *options,
-        ]
-        environment = {
-            **os.environ,
-            "ESJAX": f"{sys.executable} {self.esjax}",
-            "PLAN": json.dumps(plan),
-            "XLA_FLAGS": "--a=b",
-        }
-        environment.setdefault("RETRY_SECONDS", "0")
+        script = ["bash", LAUNCH / "local_multiprocess.sh", "--processes", len(plan[0]), "--log-dir", self.logs]
+        command = [str(x) for x in [*script, *options, "--", *WORK]]
+        given = {"ESJAX": f"{sys.executable} {self.esjax}", "PLAN": json.dumps(plan), "XLA_FLAGS": "--a=b"}
+        environment = {"RETRY_SECONDS": "0", **os.environ, **given}
         pipe = subprocess.PIPE
         # A job in the background of a plain shell ignores SIGINT, and bash traps nothing that it was told to ignore.
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
-            return subprocess.Popen(
-                [*map(str, command), "--", *WORK], env=environment, stdout=pipe, stderr=pipe, text=True
-            )
+            return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
         finally:
             signal.signal(signal.SIGINT, before)
 
@@ -627,25 +539,20 @@ def test_local_again(local: Local) -> None:
     assert (local.logs / "process-1.log").read_text().count("out of 1") == 2
 
 
-def test_local_gives_up(local: Local) -> None:
-    code, _, _ = local.run([["wait", 3]] * 3, "--retries", "2")
-    assert code == 3
-    assert len(local.names("json")) == 6
-
-
-@pytest.mark.parametrize("plan", [[2, 2], ["wait", 2]])
-def test_local_bad_input(plan: list[int | str], local: Local) -> None:
-    code, _, _ = local.run([plan])
-    assert code == 2
-    assert local.names("json") == ["0-0", "0-1"]
-
-
-def test_local_what_passes_is_not_counted(local: Local) -> None:
-    code, _, err = local.run([[75, "wait"], [143, "wait"], [1, "wait"], [75, 75], [143, 143], [0, 0]], "--retries=1")
-    assert code == 0
-    assert len(local.names("json")) == 12
-    assert "this may pass" in err
-    assert "(1 of 1)" in err
+@pytest.mark.parametrize(
+    ("plan", "options", "code", "starts"),
+    [
+        ([["wait", 3]] * 3, ["--retries=2"], 3, 6),  # it gives up
+        ([[2, 2]], [], 2, 2),  # bad input
+        ([["wait", 2]], [], 2, 2),
+        ([[75, "wait"], [143, "wait"], [1, "wait"], [75, 75], [143, 143], [0, 0]], ["--retries=1"], 0, 12),
+        ([["stay", 1]], ["--retries=0", "--grace=1"], 1, 2),
+    ],
+)
+def test_local_course(plan: Any, options: list[str], code: int, starts: int, local: Local) -> None:
+    ended, _, err = local.run(plan, *options)
+    assert (ended, len(local.names("json"))) == (code, starts)
+    assert ("this may pass" in err and "(1 of 1)" in err) == (starts == 12)  # what passes is not counted
 
 
 def test_local_signal_in_a_pause(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -656,8 +563,7 @@ def test_local_signal_in_a_pause(local: Local, monkeypatch: pytest.MonkeyPatch) 
         assert line
     launcher.send_signal(signal.SIGTERM)
     launcher.communicate(timeout=30)
-    assert launcher.returncode == 143
-    assert local.names("json") == ["0-0", "0-1"]
+    assert (launcher.returncode, local.names("json")) == (143, ["0-0", "0-1"])
 
 
 def test_pauses_double(tools: Tools, tmp_path: Path) -> None:
@@ -669,11 +575,6 @@ def test_pauses_double(tools: Tools, tmp_path: Path) -> None:
     job = {"SLURM_JOB_ID": "42"}
     assert run("slurm.sbatch", "--", *WORK, **tools.environment, **job).returncode == 0
     assert (tmp_path / "slept").read_text().split() == ["10", "20", "40", "80", "160", "320", "600", "600"]
-
-
-def test_local_stubborn(local: Local) -> None:
-    code, _, _ = local.run([["stay", 1]], "--retries=0", "--grace=1")
-    assert code == 1
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])

@@ -30,12 +30,6 @@ def test_distinct_of_nothing_is_zero() -> None:
     assert distinct(["", "a b"], 2) == 1.0
 
 
-def test_distinct_falls_with_repetition() -> None:
-    varied, dull = ["you miss the dog", "the rota broke you"], ["i am sorry to hear", "i am sorry to hear"]
-    assert distinct(varied, 2) == 1.0
-    assert distinct(dull, 2) == 0.5
-
-
 def test_mean_words() -> None:
     assert mean_words(["one two three", "", "four\nfive  six seven"]) == pytest.approx(7 / 3, abs=1e-12)
     assert mean_words(["one two three", "four"]) == 2.0

@@ -37,51 +37,27 @@ def oracle(s: OptimSettings, steps: int) -> np.ndarray:
     return np.asarray(out)
 
 
-@pytest.mark.parametrize("steps", [10, 20, 25, 300])
-def test_warm_up_begins_at_zero_and_rises_linearly_to_the_peak(steps: int) -> None:
-    s = settings()
-    got = rates(s, steps)
-    warmup = int(steps * 0.2)
-    assert got[0] == 0.0
-    assert got[: warmup + 1] == pytest.approx([0.01 * i / warmup for i in range(warmup + 1)], abs=1e-9)
-    assert got.max() == got[warmup] == pytest.approx(0.01, abs=1e-9)
-    assert (np.diff(got[: warmup + 1]) > 0).all()
-    assert (np.diff(got[warmup:]) < 0).all()
+CASES = [(30, 0.1, 0.1), (30, 0.0, 0.0), (101, 0.25, 0.5), (7, 0.5, 1.0), (2, 0.0, 0.5), (9, 0.1, 0.0), (1, 0.0, 1.0)]
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 9])
-def test_without_warm_up_the_first_step_has_the_peak(steps: int) -> None:
-    assert rates(settings(warmup_fraction=0.0), steps)[0] == pytest.approx(0.01, abs=1e-9)
-    few = settings(warmup_fraction=0.1)  # a tenth of nine steps is none
-    assert rates(few, steps)[0] == pytest.approx(0.01, abs=1e-9)
-
-
-@pytest.mark.parametrize("final", [0.0, 0.1, 0.5, 1.0])
-@pytest.mark.parametrize(("steps", "warmup"), [(2, 0.0), (5, 0.0), (20, 0.1), (300, 0.2)])
-def test_the_last_step_has_the_final_fraction(steps: int, warmup: float, final: float) -> None:
-    """OptimSettings.final_fraction: "learning rate at the last step, as a share of the peak"."""
-    got = rates(settings(warmup_fraction=warmup, final_fraction=final), steps)
-    assert got[-1] == pytest.approx(0.01 * final, abs=1e-7)
-
-
-@pytest.mark.parametrize(
-    ("steps", "warmup", "final"), [(30, 0.1, 0.1), (30, 0.0, 0.0), (101, 0.25, 0.5), (7, 0.5, 1.0)]
-)
+@pytest.mark.parametrize(("steps", "warmup", "final"), CASES)
 def test_the_schedule_is_its_formula(steps: int, warmup: float, final: float) -> None:
     s = settings(warmup_fraction=warmup, final_fraction=final)
-    assert rates(s, steps) == pytest.approx(oracle(s, steps), abs=1e-7)
-    other = settings(warmup_fraction=warmup + 0.2, final_fraction=final)
-    assert np.abs(rates(s, steps) - oracle(other, steps)).max() > 1e-4
+    got = rates(s, steps)
+    assert got == pytest.approx(oracle(s, steps), abs=1e-7)
+    if steps > 1:  # OptimSettings.final_fraction: "learning rate at the last step, as a share of the peak"
+        assert got[-1] == pytest.approx(0.01 * final, abs=1e-7)
+    if steps > 6:
+        other = settings(warmup_fraction=warmup + 0.3, final_fraction=final)
+        assert np.abs(got - oracle(other, steps)).max() > 1e-4
 
 
 def test_few_steps_do_not_break_it() -> None:
     for steps in range(1, 12):
         for warmup in (0.0, 0.1, 0.5, 0.99):
             got = rates(settings(warmup_fraction=warmup), steps)
-            assert np.isfinite(got).all()
-            assert (got >= 0).all()
-            assert got.max() <= 0.01 * (1 + 1e-6)
-            assert got.max() > 0
+            assert (got >= 0).all()  # not NaN either
+            assert 0 < got.max() <= 0.01 * (1 + 1e-6)
 
 
 # --- against torch ---------------------------------------------------------------------------------------------------
@@ -149,19 +125,6 @@ def test_clipping_decay_and_gradients_matter() -> None:
     """Controls of the comparison above: each difference is seen at once."""
     s = settings(weight_decay=0.1, clip_norm=0.5)
     reference = ours(s, draws(0))
-    assert furthest(reference, torchs(settings(weight_decay=0.1, clip_norm=1e9), draws(0))) > 1e-3
-    assert furthest(reference, torchs(settings(weight_decay=0.0, clip_norm=0.5), draws(0))) > 1e-3
-    assert furthest(reference, torchs(settings(weight_decay=0.1, clip_norm=0.5, learning_rate=0.011), draws(0))) > 1e-3
+    for change in ({"clip_norm": 1e9}, {"weight_decay": 0.0}, {"learning_rate": 0.011}):
+        assert furthest(reference, torchs(s.model_copy(update=change), draws(0))) > 1e-3
     assert furthest(reference, torchs(s, draws(1))) > 1e-3
-
-
-def test_the_norm_is_that_of_all_gradients_together() -> None:
-    """Clipping scales every array by one factor: SGD-like first step of Adam has the size of the rate for every entry."""
-    s = settings(clip_norm=1.0, warmup_fraction=0.0)
-    gradients = [{"a": np.full((3, 4), 3.0, np.float32), "b": np.zeros(5, np.float32)}]
-    clip = optax.clip_by_global_norm(s.clip_norm)
-    scaled, _ = clip.update(gradients[0], clip.init(start()))
-    assert float(np.sqrt((np.asarray(scaled["a"]) ** 2).sum())) == pytest.approx(1.0, abs=1e-6)
-    (first,) = ours(s, gradients)
-    assert np.abs(first["a"] - start()["a"]) == pytest.approx(np.full((3, 4), 0.01), abs=1e-6)
-    assert (first["b"] == start()["b"]).all()

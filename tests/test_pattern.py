@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,11 +17,6 @@ from esjax.sample.pattern import parse
 from esjax.tokens.tokenizer import ChatTokenizer
 
 permitted = jax.jit(decode.permitted)
-
-
-@pytest.fixture(scope="session")
-def tokenizer(tiny_folder: Path) -> ChatTokenizer:
-    return ChatTokenizer(tiny_folder)
 
 
 def compiled(pattern: str, tokenizer: ChatTokenizer, most: int = 60) -> Template:
@@ -146,9 +140,7 @@ LONG = [
 
 
 @pytest.mark.parametrize(("pattern", "fewest", "most", "tokens"), LONG, ids=[x[0] for x in LONG])
-def test_long_repetitions_are_counted(
-    pattern: str, fewest: int, most: int, tokens: int, tokenizer: ChatTokenizer
-) -> None:
+def test_long_repetitions_count(pattern: str, fewest: int, most: int, tokens: int, tokenizer: ChatTokenizer) -> None:
     """Exactly, from the fewest characters to the most, in few states."""
     template = compiled(pattern, tokenizer, tokens)
     assert isinstance(template.automaton, Counted)
@@ -178,8 +170,8 @@ def test_a_budget_that_cannot_hold_the_fewest_is_refused(tokenizer: ChatTokenize
 
 
 def test_a_pattern_that_is_too_large_is_refused_at_once(tokenizer: ChatTokenizer) -> None:
-    began = time.monotonic()
+    began = time.process_time()  # not of the clock: the machine may be busy
     for pattern in ("(a{1,1000}){1,1000}", "((a{1,100}b){1,100}c){1,100}x", r"(\w+ ?){1,2000}"):
         with pytest.raises(InputError, match="lower the bounds of its repetition"):
             compiled(pattern, tokenizer)
-    assert time.monotonic() - began < 120
+    assert time.process_time() - began < 120

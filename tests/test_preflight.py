@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, tiny_overrides
+from conftest import REPOSITORY, Refused, chat, tiny_overrides
 from safetensors.numpy import load_file, save_file
 
 from esjax.cli import main
@@ -25,20 +26,16 @@ from esjax.run.metrics import Metrics
 from esjax.settings.files import bundled, load
 
 
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run a command that must be refused as bad input; returns its one line."""
+def double(file: Path, key: str = "") -> None:
+    """Multiply a safetensors file's tensors by two, or that one."""
+    tensors = load_file(file)
+    save_file(tensors | {k: v * 2 for k, v in tensors.items() if key in k}, file, metadata={"format": "pt"})
 
-    def run(*arguments: object) -> str:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main([str(a) for a in arguments])
-        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("esjax: ")]
-        assert stop.value.code == 2, lines
-        assert len(lines) == 1
-        return lines[0].removeprefix("esjax: error: ")
 
-    return run
+def asked(folder: Path) -> Path:
+    """A file with one prompt."""
+    write_jsonl(folder / "prompts.jsonl", [{"id": 1, "messages": chat("hi")}])
+    return folder / "prompts.jsonl"
 
 
 def untouched(run: Path) -> bool:
@@ -73,9 +70,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("setting", FILES)
-def test_a_bad_file_is_found_before_anything_is_written(
-    refused: Callable[..., str], tiny_folder: Path, tmp_path: Path, setting: str
-) -> None:
+def test_a_bad_file_is_found_before_writing(refused: Refused, tiny_folder: Path, tmp_path: Path, setting: str) -> None:
     text, expected = FILES[setting]
     file = tmp_path / "file.txt"
     if text is not None:
@@ -87,8 +82,8 @@ def test_a_bad_file_is_found_before_anything_is_written(
     assert untouched(run)
 
 
-def test_sizes_that_leave_no_room_are_found_before_anything_is_written(
-    refused: Callable[..., str], tiny_folder: Path, short_model: Path, tmp_path: Path
+def test_too_little_room_is_found_before_writing(
+    refused: Refused, tiny_folder: Path, short_model: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     evolve = ["evolve", "--run-dir", run, *tiny_overrides(tiny_folder)]
@@ -115,7 +110,7 @@ def test_sizes_that_leave_no_room_are_found_before_anything_is_written(
 # --- what may change at a restart ------------------------------------------------------------------------------------
 
 
-def test_how_to_compute_may_change_at_any_restart_and_changes_nothing(
+def test_execution_may_change_at_any_restart(
     tiny_run: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped in SFT and in the replies, each time continued otherwise, at last with one round more and a moved model."""
@@ -135,13 +130,9 @@ def test_how_to_compute_may_change_at_any_restart_and_changes_nothing(
                     return real(*args, **values)
 
                 patched.setattr(owner, name, counted)
-            words = ["evolve", "--run-dir", str(run), *tiny_overrides(tiny_folder), *more]
-            if stop is None:
-                main(words)
-            else:
-                with pytest.raises(SystemExit) as end:
-                    main(words)
-                assert end.value.code == 130
+            code: Any = contextlib.nullcontext() if stop is None else pytest.raises(SystemExit, match="130")
+            with code:
+                main(["evolve", "--run-dir", str(run), *tiny_overrides(tiny_folder), *more])
 
     less = ["--sft.micro_rows", "2", "--dpo.micro_rows", "1", "--model.remat", "none", "--sft.checkpoint_every", "1"]
     evolve("--evolve.rounds", "1", stop=(Metrics, "log", 3))
@@ -169,9 +160,7 @@ def test_how_to_compute_may_change_at_any_restart_and_changes_nothing(
     assert any(np.abs(first[key] - last[key]).max() > 2e-4 for key in first)  # control: training moves them more
 
 
-def test_fewer_rounds_than_were_begun_are_refused(
-    refused: Callable[..., str], tiny_run: Path, tiny_folder: Path
-) -> None:
+def test_fewer_rounds_than_were_begun_are_refused(refused: Refused, tiny_run: Path, tiny_folder: Path) -> None:
     line = refused("evolve", "--run-dir", tiny_run, *tiny_overrides(tiny_folder), "--evolve.rounds", 1)
     assert "evolve.rounds=1, but round 2 was begun; set it to 2 or more" in line
 
@@ -192,11 +181,7 @@ def test_a_backbone_is_its_weights_config_template_and_tokenizer(tiny_folder: Pa
     shutil.copytree(folder, tmp_path / "moved")
     (tmp_path / "moved" / "README.md").write_text("not read")
     assert identity(tmp_path / "moved") == before
-    index = (folder / INDEX).read_bytes()
-    part = load_file(folder / shards[1])
-    key = min(part)
-    save_file(part | {key: part[key] + 1}, folder / shards[1], metadata={"format": "pt"})
-    assert (folder / INDEX).read_bytes() == index
+    double(folder / shards[1])
     assert {name for name, digest in identity(folder).items() if before.get(name) != digest} == {shards[1]}
     template = next(p for p in folder.glob("chat_template*"))
     template.write_text(template.read_text().replace("user", "User") + " ")
@@ -219,23 +204,18 @@ def own(tiny_run: Path, tiny_folder: Path, tmp_path: Path) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("file", ["chat_template.jinja", "model.safetensors"])
-def test_no_command_goes_on_with_another_backbone(
-    refused: Callable[..., str], own: tuple[Path, Path], tmp_path: Path, file: str
-) -> None:
+def test_no_command_takes_another_backbone(refused: Refused, own: tuple[Path, Path], tmp_path: Path, file: str) -> None:
     run, model = own
-    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
-    write_jsonl(prompts, [{"id": 1, "messages": [{"role": "user", "content": "hi"}]}])
-    sample = ["sample", "--model", f"{run}:m1", "--prompts", prompts, "--reply.max_tokens", 2]
+    sample = ["sample", "--model", f"{run}:m1", "--prompts", asked(tmp_path), "--reply.max_tokens", 2]
     main([str(x) for x in [*sample, "--out", tmp_path / "before.jsonl"]])  # control
     if file == "model.safetensors":
-        tensors = load_file(model / file)
-        save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"] * 2}, model / file, {"format": "pt"})
+        double(model / file, "model.norm")
     else:
         (model / file).write_text((model / file).read_text().replace("assistant", "helper"))
     pairs = run / "round1" / "pairs.jsonl"
     for command in (
         ["evolve", "--run-dir", run, "--config", run / "config.yaml"],
-        [*sample, "--out", out],
+        [*sample, "--out", tmp_path / "out.jsonl"],
         ["export", "--run-dir", run, "--model", "m1", "--format", "peft", "--out", tmp_path / "hf"],
         ["dpo", "--run-dir", tmp_path / "d", "--config", run / "config.yaml", "--model", f"{run}:m0", "--pairs", pairs],
     ):
@@ -247,9 +227,7 @@ def test_no_command_goes_on_with_another_backbone(
 # --- what a stage made -----------------------------------------------------------------------------------------------
 
 
-def test_what_was_changed_after_it_was_made_is_not_used(
-    refused: Callable[..., str], own: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_what_was_changed_since_is_not_used(refused: Refused, own: tuple[Path, Path], tmp_path: Path) -> None:
     """Pairs whose reference was changed between their stage and DPO, and an adapter that no stage made."""
     run, _ = own
     manifest = json.loads((run / "manifest.json").read_text())
@@ -264,18 +242,16 @@ def test_what_was_changed_after_it_was_made_is_not_used(
     evolve = ["evolve", "--run-dir", run, "--config", run / "config.yaml"]
     assert f"{pairs}: changed since stage round2/pairs made it; restore it" in refused(*evolve)
     assert not (run / "round2" / "dpo").exists()
-    file = run / "round1" / "dpo" / "adapter" / "adapter_model.safetensors"
-    save_file({k: v * 2 for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
-    write_jsonl(tmp_path / "p.jsonl", [{"id": 1, "messages": [{"role": "user", "content": "hi"}]}])
-    line = refused("sample", "--model", f"{run}:m1", "--prompts", tmp_path / "p.jsonl", "--out", tmp_path / "o.jsonl")
+    double(run / "round1" / "dpo" / "adapter" / "adapter_model.safetensors")
+    line = refused("sample", "--model", f"{run}:m1", "--prompts", asked(tmp_path), "--out", tmp_path / "o.jsonl")
     assert "changed since stage round1/dpo made it" in line
 
 
 # --- dpo alone -------------------------------------------------------------------------------------------------------
 
 
-def test_dpo_from_the_backbone_by_its_name_and_a_pair_that_fits_no_row(
-    refused: Callable[..., str], tiny_run: Path, tiny_folder: Path, tmp_path: Path
+def test_dpo_from_the_backbone_and_a_long_pair(
+    refused: Refused, tiny_run: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
     run, pairs = tmp_path / "run", tmp_path / "pairs.jsonl"
     kept = [{k: r[k] for k in ("prompt", "chosen", "rejected")} for r in read_jsonl(tiny_run / "round1/pairs.jsonl")]
@@ -288,15 +264,12 @@ def test_dpo_from_the_backbone_by_its_name_and_a_pair_that_fits_no_row(
     assert "a row 640; set dpo.row_length to " in line
     other = tmp_path / "other"
     shutil.copytree(tiny_folder, other)
-    tensors = load_file(other / SINGLE)
-    save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"] * 2}, other / SINGLE, {"format": "pt"})
+    double(other / SINGLE, "model.norm")
     pairs.write_text(good)
     line = refused(*dpo, "--model", other)
     assert f"give --model.source {other}" in line
     assert untouched(run)
-    main(
-        [str(x) for x in [*dpo, "--model", f"{tiny_folder}/"]]
-    )  # the mended command, from the backbone by another name
+    main([str(x) for x in [*dpo, "--model", f"{tiny_folder}/"]])  # the mended command: the backbone by another name
     first = read_jsonl(run / "dpo" / "metrics.jsonl")[0]
     assert first["loss"] == pytest.approx(np.log(2), abs=1e-4)
     adapter = load_file(run / "dpo" / "adapter" / "adapter_model.safetensors")
@@ -306,8 +279,8 @@ def test_dpo_from_the_backbone_by_its_name_and_a_pair_that_fits_no_row(
     assert str(tiny_folder) not in json.dumps(manifest)
 
 
-def test_what_only_the_end_needs_is_compared_at_the_start(
-    refused: Callable[..., str], tiny_folder: Path, tiny_run: Path, tmp_path: Path
+def test_what_the_end_needs_is_compared_at_the_start(
+    refused: Refused, tiny_folder: Path, tiny_run: Path, tmp_path: Path
 ) -> None:
     """More rounds of a finished run, with another test file: refused before the first of them, not after the last."""
     run, file = tmp_path / "run", tmp_path / "test.jsonl"
@@ -319,7 +292,7 @@ def test_what_only_the_end_needs_is_compared_at_the_start(
     assert not (run / "round3").exists()
 
 
-def test_the_mended_corpus_is_taken(refused: Callable[..., str], tiny_folder: Path, tmp_path: Path) -> None:
+def test_the_mended_corpus_is_taken(refused: Refused, tiny_folder: Path, tmp_path: Path) -> None:
     run, file = tmp_path / "run", tmp_path / "train.jsonl"
     lines = bundled("bundled:data/sample/train.jsonl").read_text().splitlines()[:4]
     file.write_text("\n".join([lines[0], "", lines[1][:-2], *lines[2:]]))
@@ -333,8 +306,8 @@ def test_the_mended_corpus_is_taken(refused: Callable[..., str], tiny_folder: Pa
     assert "stage sft is done, but data.train changed since" in refused(*sft)  # control
 
 
-def test_a_lost_config_and_a_damaged_manifest_are_refused(
-    refused: Callable[..., str], tiny_folder: Path, tiny_run: Path, tmp_path: Path
+def test_a_lost_config_or_broken_manifest_is_refused(
+    refused: Refused, tiny_folder: Path, tiny_run: Path, tmp_path: Path
 ) -> None:
     """Else another setting would be taken for the one that a stage was made with, or a traceback would end the command."""
     run = tmp_path / "run"
@@ -342,7 +315,8 @@ def test_a_lost_config_and_a_damaged_manifest_are_refused(
     sft = ["sft", "--run-dir", run, *tiny_overrides(tiny_folder)]
     whole = json.loads((run / "manifest.json").read_text())
     stage = whole["stages"]["sft"]
-    for damage in (
+    manifest = run / "manifest.json"
+    damages: list[Any] = [
         {k: v for k, v in stage.items() if k != "seconds"},
         stage | {"seconds": None},
         stage | {"inputs": []},
@@ -350,12 +324,11 @@ def test_a_lost_config_and_a_damaged_manifest_are_refused(
         stage | {"status": "started", "makes": []},
         stage | {"settings": 5},
         {"status": "gone", "inputs": {}},
-    ):
-        (run / "manifest.json").write_text(json.dumps(whole | {"stages": whole["stages"] | {"sft": damage}}))
+    ]
+    for damaged in ({"base": []}, *({"stages": whole["stages"] | {"sft": d}} for d in damages)):
+        manifest.write_text(json.dumps(whole | damaged))
         assert "manifest.json: not a manifest; restore it" in refused(*sft)
-    (run / "manifest.json").write_text(json.dumps(whole | {"base": []}))
-    assert "manifest.json: not a manifest; restore it" in refused(*sft)
-    (run / "manifest.json").write_text(json.dumps(whole))
+    manifest.write_text(json.dumps(whole))
     saved = (run / "config.yaml").read_text()
     (run / "config.yaml").unlink()
     assert "config.yaml is gone, but stage sft was begun" in refused(*sft, "--sft.learning_rate", 0.5)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import sample_texts
+from conftest import chat, sample_texts
 
-from esjax.corpus.dialogue import Message, Turn, normalise
+from esjax.corpus.dialogue import Turn, normalise
 from esjax.corpus.sources import check_messages, read_conversations, read_dialogues
 from esjax.corpus.text import is_empty, spaced, words
 from esjax.errors import InputError
@@ -25,15 +25,6 @@ from esjax.settings.schema import FilterSettings
 CHINESE = "我明白你的感受，这确实很难，我们一起想想办法。"
 
 
-@pytest.fixture(scope="module")
-def filters() -> Filters:
-    return Filters.load(FilterSettings())
-
-
-def chat(text: str) -> list[Message]:
-    return [{"role": "user", "content": text}]
-
-
 # --- scripts without spaces ------------------------------------------------------------------------------------------
 
 
@@ -41,17 +32,10 @@ def asked(file: Path) -> Any:
     return read_chats(file, "user")
 
 
-@pytest.mark.parametrize(
-    ("text", "count"),
-    [
-        (CHINESE, 20),
-        ("カーテンを閉めました。", 10),
-        ("I know 北京 well.", 5),
-        ("네, 정말 힘드셨겠어요.", 3),
-        ("नमस्ते दुनिया", 2),
-        ("ไม่เป็นไร", 7),
-    ],
-)
+COUNTS = {CHINESE: 20, "カーテンを閉めました。": 10, "I know 北京 well.": 5, "네, 정말 힘드셨겠어요.": 3, "ไม่เป็นไร": 7}
+
+
+@pytest.mark.parametrize(("text", "count"), COUNTS.items())
 def test_words_of_every_script(text: str, count: int) -> None:
     assert len(words(text)) == len(spaced(text)) == count
 
@@ -263,21 +247,16 @@ def test_the_real_failed_set(esconv: Path) -> None:
     got = read_dialogues("esconv", str(esconv / "raw_failed_sample.json"))
     assert len(got) == len(raw)
     for d, row in zip(got, raw, strict=True):
-        spoken = {
-            t["speaker"]: " ".join(
-                " ".join(x["content"] for x in row["dialog"] if x["speaker"] == t["speaker"]).split()
-            )
-            for t in row["dialog"]
-        }
         for role, name in (("seeker", "speaker"), ("supporter", "listener")):
-            assert " ".join(t.text for t in d.turns if t.role == role) == spoken[name]
+            spoken = " ".join(x["content"] for x in row["dialog"] if x["speaker"] == name)
+            assert " ".join(t.text for t in d.turns if t.role == role) == " ".join(spoken.split())
 
 
 @pytest.mark.parametrize("answer", ["", " \n", "\u200b\u2060", "\u3164"])
 def test_an_answer_in_which_nothing_can_be_seen_is_refused(tmp_path: Path, answer: str) -> None:
     file = tmp_path / "rows.jsonl"
-    file.write_text("\n" + json.dumps({"id": 1, "messages": [*chat("u"), {"role": "assistant", "content": answer}]}))
+    file.write_text("\n" + json.dumps({"id": 1, "messages": chat("u", answer)}))
     with pytest.raises(InputError, match=r"line 2: message 1 is an answer in which nothing can be seen"):
         read_conversations(str(file))
-    file.write_text("\n" + json.dumps({"id": 1, "messages": [*chat("u"), {"role": "assistant", "content": "."}]}))
+    file.write_text("\n" + json.dumps({"id": 1, "messages": chat("u", ".")}))
     assert len(read_conversations(str(file))) == 1

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CHAT_TEMPLATE, sample_texts
+from conftest import CHAT_TEMPLATE, WithTemplate, sample_texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
+from esjax import rows
 from esjax.corpus.dialogue import OPENING, Dialogue, Message, Turn
 from esjax.corpus.sources import read_dialogues
 from esjax.errors import InputError
 from esjax.rows import Rows
-from esjax.tokens import batches, rows
+from esjax.tokens import batches
 from esjax.tokens.encode import Encoder
 from esjax.tokens.tokenizer import ChatTokenizer
 
@@ -33,35 +33,13 @@ NO_PREFIX = "{{ messages | length }}" + CHAT_TEMPLATE  # the answered chat begin
 NO_END = CHAT_TEMPLATE.replace("<|im_end|>", "")
 
 
-def seeker(text: str) -> Turn:
-    return Turn("seeker", text)
+def dialogue(*texts: str, first: int = 0) -> Dialogue:
+    """Turns of the seeker and the supporter; ``first`` is 1 where the supporter begins."""
+    return Dialogue("d", tuple(Turn(("seeker", "supporter")[i % 2], text) for i, text in enumerate(texts, first)))
 
 
-def supporter(text: str) -> Turn:
-    return Turn("supporter", text)
-
-
-SHORT = Dialogue(
-    "d", (seeker("The boxes win."), supporter("Which box?"), seeker("The one marked misc."), supporter("Ah."))
-)
-OPENED = Dialogue("o", (supporter("Hello you."), seeker("I moved."), supporter("Where to?"), seeker("A kitchen.")))
-
-
-@pytest.fixture(scope="session")
-def tokenizer(tiny_folder: Path) -> ChatTokenizer:
-    return ChatTokenizer(tiny_folder)
-
-
-@pytest.fixture(scope="session")
-def with_template(tiny_folder: Path) -> Callable[[str], ChatTokenizer]:
-    """The tiny tokenizer with another chat template."""
-
-    def make(template: str) -> ChatTokenizer:
-        out = ChatTokenizer(tiny_folder)
-        out.hf.chat_template = template
-        return out
-
-    return make
+SHORT = dialogue("The boxes win.", "Which box?", "The one marked misc.", "Ah.")
+OPENED = dialogue("Hello you.", "I moved.", "Where to?", "A kitchen.", first=1)
 
 
 @pytest.fixture(scope="session")
@@ -94,9 +72,7 @@ def answers_in(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("system", ["", SYSTEM])
-def test_exactly_the_supporters_turns_are_targets(
-    tokenizer: ChatTokenizer, dialogues: list[Dialogue], system: str
-) -> None:
+def test_exactly_supporters_turns_are_targets(tokenizer: ChatTokenizer, dialogues: list[Dialogue], system: str) -> None:
     encoder = Encoder(tokenizer, 4096, system)
     for dialogue in [SHORT, *dialogues]:
         (row,) = encoder.dialogue(dialogue)
@@ -110,12 +86,11 @@ def test_exactly_the_supporters_turns_are_targets(
 
 
 def test_the_row_is_the_templates_text(tokenizer: ChatTokenizer) -> None:
-    (row,) = Encoder(tokenizer, 4096, SYSTEM).dialogue(SHORT)
-    assert shown(tokenizer, list(row.tokens)) == (
-        "<|im_start|>system\nYou are kind.<|im_end|>\n<|im_start|>user\nThe boxes win.<|im_end|>\n"
-        "<|im_start|>assistant\nWhich box?<|im_end|>\n<|im_start|>user\nThe one marked misc.<|im_end|>\n"
-        "<|im_start|>assistant\nAh.<|im_end|>"
-    )
+    """Oracle: what transformers makes of the chat, up to the last end of turn."""
+    encoder = Encoder(tokenizer, 4096, SYSTEM)
+    (row,) = encoder.dialogue(SHORT)
+    text = tokenizer.hf.apply_chat_template(encoder.context(SHORT, 4), tokenize=False)
+    assert shown(tokenizer, list(row.tokens)) == text.removesuffix("\n") != text
 
 
 def test_an_opening_turn_is_no_target_and_a_closing_seeker_turn_is_left_out(tokenizer: ChatTokenizer) -> None:
@@ -127,31 +102,14 @@ def test_an_opening_turn_is_no_target_and_a_closing_seeker_turn_is_left_out(toke
     assert "A kitchen." not in text
 
 
-def test_when_the_opening_is_cut_off_the_next_turn_stays_a_target(tokenizer: ChatTokenizer) -> None:
-    d = Dialogue(
-        "o", (supporter("Hello you. " * 20), seeker("I moved."), supporter("Where?"), seeker("Far."), supporter("Ah."))
-    )
-    encoder = Encoder(tokenizer, 60, "")
-    (row,) = encoder.dialogue(d)
-    assert targets(tokenizer, row) == ["Where?<|im_end|>", "Ah.<|im_end|>"]
-    assert encoder.counts["cut"] == 1
-    (whole,) = Encoder(tokenizer, 4096, "").dialogue(d)
-    assert targets(tokenizer, whole) == targets(tokenizer, row)
-    assert len(whole.tokens) > len(row.tokens)
-
-
-def test_a_chat_with_its_own_system_message_keeps_it(tokenizer: ChatTokenizer) -> None:
+def test_a_turns_context_has_the_system_message_or_its_own(tokenizer: ChatTokenizer) -> None:
     encoder = Encoder(tokenizer, 4096, SYSTEM)
-    own: list[Message] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    own: list[Message] = [{"role": "system", "content": "Be brief."}, *SHORT.messages(3)]
     assert encoder.with_system(own) == own
-    assert encoder.with_system(own[1:]) == [{"role": "system", "content": SYSTEM}, *own[1:]]
+    assert (
+        encoder.context(SHORT, 3) == encoder.with_system(own[1:]) == [{"role": "system", "content": SYSTEM}, *own[1:]]
+    )
     assert Encoder(tokenizer, 4096, "").with_system(own[1:]) == own[1:]
-
-
-def test_the_context_of_a_turn(tokenizer: ChatTokenizer) -> None:
-    got = Encoder(tokenizer, 4096, SYSTEM).context(SHORT, 3)
-    assert [m["content"] for m in got] == [SYSTEM, "The boxes win.", "Which box?", "The one marked misc."]
-    assert [m["role"] for m in got] == ["system", "user", "assistant", "user"]
 
 
 def test_scoring_rows_have_the_last_message_as_their_only_target(tokenizer: ChatTokenizer) -> None:
@@ -180,7 +138,7 @@ def longest_that_fits(tokenizer: ChatTokenizer, chat: list[Message], room: int) 
 
 
 @pytest.mark.parametrize("system", ["", SYSTEM])
-def test_histories_are_cut_at_turns_oldest_first_and_counted(
+def test_histories_are_cut_at_turns_and_counted(
     tokenizer: ChatTokenizer, dialogues: list[Dialogue], system: str
 ) -> None:
     seen: Counter[str] = Counter()
@@ -202,9 +160,7 @@ def test_histories_are_cut_at_turns_oldest_first_and_counted(
     assert min(seen["whole"], seen["cut"], seen["too_long"]) > 3  # all three cases occurred
 
 
-def test_training_rows_are_cut_too_and_keep_the_newest_answer(
-    tokenizer: ChatTokenizer, dialogues: list[Dialogue]
-) -> None:
+def test_training_rows_are_cut_and_keep_the_newest_answer(tokenizer: ChatTokenizer, dialogues: list[Dialogue]) -> None:
     encoder = Encoder(tokenizer, 200, SYSTEM)
     kept = 0
     for dialogue in dialogues:
@@ -234,7 +190,7 @@ def test_a_row_fills_the_window_to_the_token(tokenizer: ChatTokenizer) -> None:
 
 
 def test_what_is_too_long_even_alone_is_left_out_and_counted(tokenizer: ChatTokenizer) -> None:
-    long = Dialogue("l", (seeker("a b c"), supporter("d"), seeker("word " * 80), supporter("e")))
+    long = dialogue("a b c", "d", "word " * 80, "e")
     encoder = Encoder(tokenizer, 64, SYSTEM)
     assert encoder.dialogue(long) == []
     assert encoder.counts["too_long"] == 1
@@ -246,8 +202,8 @@ def test_what_is_too_long_even_alone_is_left_out_and_counted(tokenizer: ChatToke
 # --- templates -------------------------------------------------------------------------------------------------------
 
 
-def test_a_template_that_is_not_prefix_stable_gets_a_row_a_turn(
-    tokenizer: ChatTokenizer, with_template: Callable[[str], ChatTokenizer], dialogues: list[Dialogue]
+def test_an_unstable_template_gets_a_row_a_turn(
+    tokenizer: ChatTokenizer, with_template: WithTemplate, dialogues: list[Dialogue]
 ) -> None:
     other = with_template(UNSHARED)
     encoder = Encoder(other, 4096, "")
@@ -261,29 +217,24 @@ def test_a_template_that_is_not_prefix_stable_gets_a_row_a_turn(
         assert text.startswith(f"{n} asked<|im_end|>\n")
         assert targets(other, row) == [dialogue.turns[turn].text + "<|im_end|>"]
         assert len(answers_in(text)) == n
+    (opened,) = encoder.dialogue(OPENED)  # an opening turn is no target under such a template either
+    assert targets(other, opened) == ["Where to?<|im_end|>"]
     (shared,) = Encoder(tokenizer, 4096, "").dialogue(dialogue)
     assert sum(int(row.weight.sum()) for row in got) == int(shared.weight.sum())
 
 
-def test_an_opening_turn_is_no_target_under_such_a_template_either(
-    with_template: Callable[[str], ChatTokenizer],
-) -> None:
-    other = with_template(UNSHARED)
-    (row,) = Encoder(other, 4096, "").dialogue(OPENED)
-    assert targets(other, row) == ["Where to?<|im_end|>"]
-
-
-def test_a_template_whose_prompt_is_no_prefix_is_refused(with_template: Callable[[str], ChatTokenizer]) -> None:
-    with pytest.raises(InputError, match="does not keep a prompt as a prefix"):
-        Encoder(with_template(NO_PREFIX), 4096, "").dialogue(SHORT)
-    with pytest.raises(InputError, match="does not keep a prompt as a prefix"):
-        Encoder(with_template(NO_PREFIX), 4096, "").pair(SHORT.messages(3), "a", "b")
-    assert len(Encoder(with_template(CHAT_TEMPLATE), 4096, "").dialogue(SHORT)) == 1
-
-
-def test_a_template_that_does_not_end_an_answer_is_refused(with_template: Callable[[str], ChatTokenizer]) -> None:
+def test_a_template_whose_prompt_is_no_prefix_is_refused(with_template: WithTemplate) -> None:
+    encoder = Encoder(with_template(NO_PREFIX), 4096, "")
+    for encode in (
+        lambda: encoder.dialogue(SHORT),
+        lambda: encoder.pair(SHORT.messages(3), "a", "b"),
+        lambda: encoder.target(SHORT.messages(4)),
+    ):
+        with pytest.raises(InputError, match="does not keep a prompt as a prefix"):
+            encode()
     with pytest.raises(InputError, match=r"does not end an answer with the eos token '<\|im_end\|>'"):
         Encoder(with_template(NO_END), 4096, "").dialogue(SHORT)
+    assert len(Encoder(with_template(CHAT_TEMPLATE), 4096, "").dialogue(SHORT)) == 1
 
 
 def test_folders_without_a_usable_tokenizer_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
@@ -339,11 +290,8 @@ def test_every_epoch_sees_every_example_once_within_the_rows(
     assert len(flat) == epochs * n
     for epoch in range(epochs):
         assert sorted(flat[epoch * n : (epoch + 1) * n]) == list(range(n))
-    for step in steps:
-        assert 1 <= len(step) <= batch_rows
-        for row in step:
-            assert row
-            assert sum(lengths[i] for i in row) <= row_length
+    assert all(1 <= len(step) <= batch_rows for step in steps)
+    assert all(row and sum(lengths[i] for i in row) <= row_length for step in steps for row in step)
     assert flat[:-1] != flat  # and steps do not straddle epochs:
     done = np.cumsum([sum(map(len, step)) for step in steps])
     assert {n * e for e in range(1, epochs + 1)} <= set(done.tolist())
@@ -371,29 +319,21 @@ def test_packing_is_first_fit(lengths: list[int], row_length: int) -> None:
     assert [row[0] for row in packed] == sorted(row[0] for row in packed)
 
 
-def test_a_last_step_is_filled_with_empty_rows() -> None:
-    examples = [rows.trunk([i] * n, [1.0] * (n - 1) + [0.0]) for i, n in enumerate((5, 6, 7), start=1)]
-    got = batches.batch(examples, [[2, 0], [1]], row_length=13, batch_rows=4)
-    assert got.tokens.shape == (4, 13)
-    assert got.tokens[0].tolist() == [3] * 7 + [1] * 5 + [0]
-    assert got.tokens[1].tolist() == [2] * 6 + [0] * 7
-    assert got.segment[0].tolist() == [1] * 7 + [2] * 5 + [0]
-    for filling in (2, 3):
-        assert not got.segment[filling].any()
-        assert not got.weight[filling].any()
-    assert got.weight[:2].any(axis=1).all()
-
-
 def test_batches_hold_every_example_where_the_packing_says() -> None:
-    examples = [rows.trunk([100 + i] * n) for i, n in enumerate((5, 9, 4, 4, 9, 1))]
+    examples = [rows.trunk([100 + i] * n, [1.0] * (n - 1) + [0.0]) for i, n in enumerate((5, 9, 4, 4, 9, 2))]
     found: dict[int, list[int]] = {}
     packed = batches.pack_in_order([len(e.tokens) for e in examples], range(len(examples)), row_length=10)
     for start in range(0, len(packed), 2):
-        made = batches.batch(examples, packed[start : start + 2], row_length=10, batch_rows=2)
-        assert made.tokens.shape == (2, 10)
-        for r, members in enumerate(packed[start : start + 2]):
+        now = packed[start : start + 2]
+        made = batches.batch(examples, now, row_length=10, batch_rows=3)
+        assert made.tokens.shape == (3, 10)
+        for r, members in enumerate(now):
             for segment, i in enumerate(members, start=1):
                 found[i] = made.tokens[r][made.segment[r] == segment].tolist()
+        for filling in range(len(now), 3):  # a step is filled up with empty rows
+            assert not made.segment[filling].any()
+            assert not made.weight[filling].any()
+        assert made.weight[: len(now)].any(axis=1).all()
     assert found == {i: e.tokens.tolist() for i, e in enumerate(examples)}
     assert found != {i: e.tokens.tolist() for i, e in enumerate(examples[::-1])}
 
@@ -415,17 +355,15 @@ TEXTS = [" a b", "naïve café — “quotes” 👋🏽", "tab\tand\nnewline  t
 def save_sentencepiece(folder: Path) -> None:
     """A character-level vocabulary with byte fallback, and a space put before every text, as Llama 2 and Mistral have."""
     names = ["<unk>", "<s>", "</s>", *[f"<0x{b:02X}>" for b in range(256)], "▁", *map(chr, range(33, 127))]
-    core = Tokenizer(
-        models.BPE(vocab={n: i for i, n in enumerate(names)}, merges=[], byte_fallback=True, unk_token="<unk>")
-    )
+    vocab = {n: i for i, n in enumerate(names)}
+    core = Tokenizer(models.BPE(vocab, [], byte_fallback=True, unk_token="<unk>"))
     core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     core.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     template = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
-    PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=template
-    ).save_pretrained(folder)
+    ends = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=core, chat_template=template, **ends).save_pretrained(folder)
 
 
 def test_token_bytes_are_what_decode_says(tokenizer: ChatTokenizer) -> None:
@@ -445,13 +383,10 @@ def test_token_bytes_are_what_decode_says(tokenizer: ChatTokenizer) -> None:
     assert whole > 800
     ids = tokenizer.encode(TEXTS[1])
     assert b"".join(table[i] for i in ids[:-1]) != TEXTS[1].encode()
-
-
-def test_token_bytes_leave_special_tokens_out(tokenizer: ChatTokenizer) -> None:
-    table = tokenizer.token_bytes()
     vocabulary = tokenizer.hf.get_vocab()
-    assert {vocabulary["<|im_start|>"], vocabulary["<|im_end|>"]} == set(vocabulary.values()) - set(table)
-    assert tokenizer.decode([vocabulary["<|im_end|>"], *tokenizer.encode("a"), vocabulary["<|im_start|>"]]) == "a"
+    start, end = vocabulary["<|im_start|>"], vocabulary["<|im_end|>"]
+    assert {start, end} == set(vocabulary.values()) - set(table)  # special tokens have none
+    assert tokenizer.decode([end, *tokenizer.encode("a"), start]) == "a"
 
 
 def test_token_bytes_of_a_vocabulary_with_byte_fallback(tmp_path: Path) -> None:

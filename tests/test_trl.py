@@ -32,8 +32,8 @@ def trainer_on(data: Dataset, tiny_folder: Path, out: Path) -> DPOTrainer:
         max_steps=1,
         per_device_train_batch_size=2,
         learning_rate=1e-3,
-        lr_scheduler_type="constant",
         logging_steps=1,
+        lr_scheduler_type="constant",
         save_strategy="no",
         use_cpu=True,
         bf16=False,
@@ -41,14 +41,9 @@ def trainer_on(data: Dataset, tiny_folder: Path, out: Path) -> DPOTrainer:
         report_to=[],
         disable_tqdm=True,
     )
+    model, reference = torch_model(tiny_folder), torch_model(tiny_folder)
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-    return DPOTrainer(
-        model=torch_model(tiny_folder),
-        ref_model=torch_model(tiny_folder),
-        args=args,
-        train_dataset=data,
-        processing_class=tokenizer,
-    )
+    return DPOTrainer(model=model, ref_model=reference, args=args, train_dataset=data, processing_class=tokenizer)
 
 
 def test_trl_trains_on_pairs_as_they_are(pairs_file: Path, tiny_folder: Path, tmp_path: Path) -> None:
