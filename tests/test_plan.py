@@ -26,7 +26,7 @@ from esjax.model.decoder import Decoder
 from esjax.model.families import Architecture, architecture, key_table, read_architecture
 from esjax.model.layers import linear_sizes
 from esjax.plan.chips import CHIPS, GIB
-from esjax.plan.jobs import Job, longest_reply, row_slots
+from esjax.plan.jobs import Job, sampler_shapes
 from esjax.plan.measure import Needs, measure
 from esjax.plan.shape import shape_of
 from esjax.plan.topology import topology_devices
@@ -153,7 +153,7 @@ def adapter_bytes(arch: Architecture, mesh: Mesh) -> int:
 def memory(arch: Architecture, mesh: Mesh, config: Config, size: int, apart: bool) -> dict[str, dict[str, int]]:
     """Bytes that one device keeps, by program and kind."""
     base, adapter = base_bytes(arch, mesh, size), adapter_bytes(arch, mesh)
-    slots, new = row_slots(config, 2), longest_reply(config)
+    _, _, slots, new, *_ = sampler_shapes(config, "cpu")
     numbers = arch.layers * arch.kv_heads * arch.head_size * 2 * (LANES // 2 * slots + LANES * new)
     cache = numbers * size // math.prod(mesh)
     groups = mesh[0] * mesh[1]
@@ -255,7 +255,8 @@ def test_eight_devices_do_an_eighth_each(eight: dict[str, Told], tiny_folder: Pa
 def step_of_decoding(arch: Architecture, config: Config) -> float:
     """FLOPs of one token for all lanes, adapters merged: every weight once, and all slots of rows and rings."""
     weights = arch.layers * sum(i * o for i, o in linear_sizes(arch).values()) + arch.vocab * arch.width
-    slots = row_slots(config, 2) + longest_reply(config)
+    made = sampler_shapes(config, "cpu")
+    slots = made.slots + made.new
     return 2.0 * LANES * (weights + 2 * arch.layers * arch.heads * arch.head_size * slots)
 
 
