@@ -23,7 +23,7 @@ from esjax.model.layers import LINEARS, Lora
 from esjax.model.lora import Adapter, flatten, unflatten
 from esjax.model.weights import Backbone, load_backbone
 from esjax.rows import Rows
-from esjax.runtime.mesh import batch_groups, gathered, make_mesh, put_batch
+from esjax.runtime.mesh import batch_groups, make_mesh, shard_batch, to_host
 from esjax.sample.generate import Generator
 from esjax.sample.score import Scorer
 from esjax.settings.schema import DpoSettings, SamplingSettings, SftSettings
@@ -74,7 +74,7 @@ def trained(backbone: Backbone, task: str, made: Rows) -> dict[str, Any]:
     loss = dpo_loss(DpoSettings()) if task == "dpo" else sft_loss
     step = make_step(Objective(backbone.definition, loss, targets, how), tx, MICRO)
     state = init_optimiser(tx, adapter)
-    placed = put_batch((made, extra))
+    placed = shard_batch((made, extra))
     text = step.lower(adapter, state, backbone.base, *placed).compile().as_text()  # type: ignore[attr-defined]
     where = [describe(adapter), describe(state)]
     metrics = []
@@ -82,7 +82,7 @@ def trained(backbone: Backbone, task: str, made: Rows) -> dict[str, Any]:
         adapter, state, computed = step(adapter, state, backbone.base, *placed)
         metrics.append({k: float(v) for k, v in computed.items()})
     assert where == [describe(adapter), describe(state)], "a step moved what it trains"
-    values = np.concatenate([np.ravel(gathered(x)) for x in jax.tree.leaves(adapter)])
+    values = np.concatenate([np.ravel(to_host(x)) for x in jax.tree.leaves(adapter)])
     width = backbone.arch.width
     return {
         "metrics": metrics,

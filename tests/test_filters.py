@@ -16,7 +16,7 @@ from esjax.corpus.dialogue import Message
 from esjax.corpus.sources import read_dialogues
 from esjax.errors import InputError
 from esjax.evolve.filters import REPLY_REASONS, Filters, repetition
-from esjax.evolve.pairs import sift
+from esjax.evolve.pairs import build_pairs
 from esjax.evolve.reflect import FIELDS, Instructions
 from esjax.rows import common_prefix
 from esjax.settings.files import load
@@ -186,7 +186,7 @@ ORIGIN = {"round": 1, "model": "m0"}
 
 def test_sift_counts_every_drop_under_its_first_reason_and_keeps_preference_rows(filters: Filters) -> None:
     drafts, reflections, refinements = (list(x) for x in zip(*ROWS, strict=True))
-    kept, dropped = sift(drafts, reflections, refinements, filters, fits, ORIGIN)
+    kept, dropped = build_pairs(drafts, reflections, refinements, filters, fits, ORIGIN)
     assert [(d["id"], d["reason"], d["side"]) for d in dropped] == [
         ("d/1", "truncated", "draft"),
         ("d/2", "truncated", "refinement"),
@@ -212,9 +212,9 @@ def test_sift_counts_every_drop_under_its_first_reason_and_keeps_preference_rows
 def test_sift_refuses_rows_out_of_step(filters: Filters) -> None:
     drafts, reflections, refinements = (list(x) for x in zip(*ROWS[:2], strict=True))
     with pytest.raises(AssertionError, match="rows out of step: d/0, d/1, d/0"):
-        sift(drafts, reflections[::-1], refinements, filters, fits, {})
+        build_pairs(drafts, reflections[::-1], refinements, filters, fits, {})
     with pytest.raises(ValueError, match="shorter"):
-        sift(drafts, reflections[:1], refinements, filters, fits, {})
+        build_pairs(drafts, reflections[:1], refinements, filters, fits, {})
 
 
 # --- pattern files ---------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ NO_JAX = (
 )
 LAZY = ("api", "evolve")  # what esjax itself imports: the first when it is asked for, the second is a name alone
 ORACLES = ("torch", "trl", "peft")
-MODULE_LINES, FUNCTION_LINES, PARAMETERS = 400, 100, 15
+MODULE_LINES, FUNCTION_LINES, PARAMETERS = 350, 80, 6
 
 
 def sources() -> dict[str, str]:

@@ -44,7 +44,7 @@ from esjax.model.layers import Lora
 from esjax.model.weights import Backbone, bind, load_backbone
 from esjax.rows import Rows, pack, prompt_with_replies, stack, trunk
 from esjax.sample.generate import Generator
-from esjax.sample.rowbook import Placed, Run, together, windows
+from esjax.sample.rowbook import Placed, Run, stack_windows, windows
 from esjax.settings.schema import SamplingSettings
 from esjax.tokens.encode import Encoder
 from esjax.tokens.tokenizer import ChatTokenizer
@@ -249,7 +249,7 @@ def test_cached_decoding_agrees(pair: Pair, attention: Any) -> None:
     loading = jax.jit(lambda cache, chunk: prefill(weights, cache, chunk, how))
     runs = [Run(133, stem[:25], 0, (133, 133)), Run(40, branch[20:27], 20, (133, 153)), Run(60, other, 0, (60, 60))]
     chunks = windows(0, runs, 32, 160)
-    cache = loading(empty_cache(arch, 1, 2, 160, 64, jnp.dtype("float32")), together([chunks], 4))
+    cache = loading(empty_cache(arch, 1, 2, 160, 64, jnp.dtype("float32")), stack_windows([chunks], 4))
 
     @jax.jit
     def following(fed: Any, clock: Any, cache: Any) -> Any:
@@ -286,7 +286,7 @@ def test_adapters_merged_and_apart_are_the_decoders(tiny: Backbone) -> None:
         weights = layered(bind(tiny.definition, adapter, tiny.base), merge)
         assert (weights.layers[0].q_proj.lora_a is None) == merge
         cache = empty_cache(tiny.arch, 1, 1, 64, 8, jnp.dtype("float32"))
-        chunk = together([windows(0, [Run(0, tokens[:-1], 0, (0, 0))], 64, 64)], 1)
+        chunk = stack_windows([windows(0, [Run(0, tokens[:-1], 0, (0, 0))], 64, 64)], 1)
         cache = prefill(weights, cache, chunk, tiny.execution)
         one = np.ones((1, 1), np.int32)
         fed = Fed(tokens[-1] * one, 39 * one, 0 * one, 39 * one, 0 * one, 0 * one, one)

@@ -24,7 +24,7 @@ from hypothesis.stateful import (
 
 from esjax.model.cache import Chunk
 from esjax.rows import common_prefix, sees
-from esjax.sample.rowbook import Group, Piece, Placed, Request, RowBook, Run, together, windows
+from esjax.sample.rowbook import Group, Piece, Placed, Request, RowBook, Run, stack_windows, windows
 
 Prefix = tuple[int, ...]
 
@@ -327,7 +327,7 @@ def test_a_trunk_that_lies_there_is_not_kept_where_there_is_no_room_beside_it() 
 def test_chunks_that_fill_up_a_load_write_nothing(chunks: int, size: int) -> None:
     made = windows(2, [Run(3, list(range(1, 4 * chunks + 1)), 0, (3, 3))], 4, 32)
     assert len(made) == chunks
-    load = together([made], size)
+    load = stack_windows([made], size)
     assert load.valid.sum(axis=1).tolist() == [4] * chunks + [0] * (size - chunks)
     assert load.tokens[:chunks].ravel().tolist() == list(range(1, 4 * chunks + 1))
     assert set(load.row.tolist()) == {2}

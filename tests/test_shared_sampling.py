@@ -24,7 +24,7 @@ from esjax.sample.generate import Generator
 from esjax.sample.rowbook import Placed, Request
 from esjax.sample.schedule import Completion
 from esjax.settings.schema import LoraSettings, SamplingSettings
-from esjax.tokens.batches import alike
+from esjax.tokens.batches import group_by_prefix
 from esjax.tokens.encode import Encoder
 from esjax.tokens.tokenizer import ChatTokenizer
 
@@ -56,13 +56,13 @@ def check_groups(prompts: Sequence[list[int]], groups: Sequence[list[int]], most
 @settings(deadline=None, max_examples=300)
 @given(PROMPTS, st.integers(1, 5))
 def test_members_of_a_group_begin_like_its_longest(prompts: list[list[int]], most: int) -> None:
-    check_groups(prompts, alike(prompts, most), most)
+    check_groups(prompts, group_by_prefix(prompts, most), most)
 
 
 def test_a_wrong_grouping_is_found_out() -> None:
     dialogue = list(range(100, 180))
     prompts = [*(dialogue[:n] for n in (20, 80, 40, 60)), [7] * 70]
-    groups = alike(prompts, 4)
+    groups = group_by_prefix(prompts, 4)
     assert groups == [[1, 3, 2, 0], [4]]
     check_groups(prompts, groups, 4)
     wrong = ([[1, 3, 2, 0]], [[3, 1, 2, 0], [4]], [[1, 3, 2, 4], [0]], [[4], [1, 3, 2, 0]], [[1, 3, 2, 0, 0], [4]])
@@ -70,8 +70,8 @@ def test_a_wrong_grouping_is_found_out() -> None:
         with pytest.raises(AssertionError):
             check_groups(prompts, groups, 4)
     with pytest.raises(AssertionError):
-        check_groups(prompts, alike(prompts, 4), 3)
-    assert alike(prompts, 3) == [[1, 3, 2], [4], [0]]
+        check_groups(prompts, group_by_prefix(prompts, 4), 3)
+    assert group_by_prefix(prompts, 3) == [[1, 3, 2], [4], [0]]
 
 
 # --- real dialogues --------------------------------------------------------------------------------------------------

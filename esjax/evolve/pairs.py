@@ -59,7 +59,7 @@ def draw(pool: list[Context], count: int | None, seed: tuple[int, ...]) -> list[
     return pool
 
 
-def sift(
+def build_pairs(
     drafts: Sequence[dict[str, Any]],
     reflections: Sequence[dict[str, Any]],
     refinements: Sequence[dict[str, Any]],

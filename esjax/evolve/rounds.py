@@ -12,7 +12,7 @@ from esjax.corpus.dialogue import Message
 from esjax.errors import RunError
 from esjax.evolve.experiment import Experiment, adapter_folder
 from esjax.evolve.filters import pattern_hashes
-from esjax.evolve.pairs import Context, draw, length_ratio, sift
+from esjax.evolve.pairs import Context, build_pairs, draw, length_ratio
 from esjax.evolve.phases import counted, dpo, sft, write_references
 from esjax.model.lora import Adapter
 from esjax.rows import prompt_with_replies
@@ -104,7 +104,7 @@ class Round:
             return len(prompt_with_replies(ids, replies).tokens) <= self.config.dpo.row_length
 
         drafts, reflections, refinements = (read_jsonl(self.files[n]) for n in ("drafts", "reflections", "refinements"))
-        kept, dropped = sift(
+        kept, dropped = build_pairs(
             drafts, reflections, refinements, self.experiment.filters, fits, {"round": self.t, **self.teacher}
         )
         publish_jsonl(self.files["dropped"], dropped)

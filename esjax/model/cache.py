@@ -18,7 +18,7 @@ from jax import Array
 from esjax.model.decoder import Execution
 from esjax.model.families import Architecture
 from esjax.rows import sees
-from esjax.runtime.mesh import constrain, home
+from esjax.runtime.mesh import constrain, sharding_here
 
 BLOCK = 128  # slots that the CPU attends to at a time
 
@@ -67,7 +67,7 @@ def cache_shapes(arch: Architecture, rows: int, lanes: int, slots: int, new: int
     """A cache of ``rows`` rows of T = ``slots`` and ``lanes`` lanes a row with rings of N = ``new``, each array in its place."""
     k, h = arch.kv_heads, arch.head_size
     shapes = ((rows, k, h, slots), (rows, k, slots, h), (rows * lanes, k, h, new), (rows * lanes, k, new, h))
-    where = home(*CACHE, None, None)
+    where = sharding_here(*CACHE, None, None)
     return Cache(*((jax.ShapeDtypeStruct(s, dtype, sharding=where),) * arch.layers for s in shapes))  # type: ignore[arg-type]
 
 

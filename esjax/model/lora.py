@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from esjax.errors import InputError
 from esjax.model.families import LINEARS, Architecture, module_name
 from esjax.model.layers import Lora
-from esjax.runtime.mesh import gathered, put
+from esjax.runtime.mesh import read_sharded, to_host
 from esjax.settings.schema import LoraSettings
 
 Adapter = nnx.State  # the LoRAParams of a Decoder, nothing else
@@ -34,7 +34,7 @@ def peft_tensors(adapter: Adapter, arch: Architecture) -> dict[str, np.ndarray]:
     """PEFT's tensors: lora_A [R, in] and lora_B [out, R] of every layer, under PEFT's names. Every process must ask."""
     out = {}
     for (_, name, which), stacked in flatten(adapter).items():
-        for layer, matrix in enumerate(gathered(stacked[...])):
+        for layer, matrix in enumerate(to_host(stacked[...])):
             out[_peft_key(layer, name, which)] = np.ascontiguousarray(_turned(matrix, which), dtype=np.float32)
     if not out or len(out) != 2 * arch.layers * len({name for _, name, _ in flatten(adapter)}):
         raise AssertionError("the adapter is not complete")
@@ -120,7 +120,7 @@ def load_adapter(folder: Path, adapter: Adapter) -> Adapter:
                 expected = _turned(np.empty((rows, columns)), path[2]).shape
                 raise InputError(f"{file}: {key} has shape {_turned(matrix, path[2]).shape}, expected {expected}")
             stacked[layer] = matrix
-        flat[path] = like.replace(put(stacked.shape, stacked.__getitem__, *like.get_metadata()["axes"]))
+        flat[path] = like.replace(read_sharded(stacked.shape, stacked.__getitem__, *like.get_metadata()["axes"]))
     if tensors:
         raise InputError(f"{file}: the tensor {min(tensors)} belongs to no adapted layer")
     return unflatten(flat)

@@ -20,7 +20,7 @@ from esjax.model.families import Architecture, ignorable, key_table, read_archit
 from esjax.model.layers import Lora
 from esjax.model.lora import Adapter, flatten, merge_kernel, unflatten
 from esjax.run.progress import say
-from esjax.runtime.mesh import gathered, homes, mesh_sizes, put
+from esjax.runtime.mesh import mesh_sizes, read_sharded, shardings_here, to_host
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Backbone:
 
     def fresh_adapter(self, seed: int) -> Adapter:
         """A new adapter: A random, B zero, so that base + adapter is the base."""
-        return jax.jit(lambda: self._make_adapter(seed), out_shardings=homes(self.adapter_shapes))()
+        return jax.jit(lambda: self._make_adapter(seed), out_shardings=shardings_here(self.adapter_shapes))()
 
 
 def bind(definition: nnx.GraphDef[Decoder], adapter: Adapter, base: nnx.State) -> Decoder:
@@ -116,7 +116,7 @@ def load_backbone(
             ]
             return np.stack(parts).astype(dtype) if stacked else parts[0].astype(dtype)  # noqa: B023
 
-        flat[weight.path] = like.replace(put(like.get_value().shape, read, *like.get_metadata()["axes"]))
+        flat[weight.path] = like.replace(read_sharded(like.get_value().shape, read, *like.get_metadata()["axes"]))
     extra = sorted(k for k in reader.keys() - used if not ignorable(k, arch))
     if extra:
         raise InputError(f"{folder}: the tensor {extra[0]} ({len(extra)} such) is not part of a {arch.family} model")
@@ -178,12 +178,12 @@ def merged_tensors(backbone: Backbone, adapter: Adapter) -> Iterator[tuple[str, 
     for weight in key_table(backbone.arch):
         array = base[weight.path][...]
         if weight.path[0] != "layers":
-            yield weight.key, gathered(array)
+            yield weight.key, to_host(array)
             continue
         a, b = (lora.get((*weight.path[:-1], which)) for which in ("lora_a", "lora_b"))
         adapted = weight.path[-1] == "kernel" and a is not None and b is not None and backbone.lora is not None
         for i in range(backbone.arch.layers):
-            layer = gathered(array[i])
+            layer = to_host(array[i])
             if adapted:
-                layer = merge_kernel(layer, gathered(a[...][i]), gathered(b[...][i]), backbone.lora.scale)  # type: ignore[index, union-attr]
+                layer = merge_kernel(layer, to_host(a[...][i]), to_host(b[...][i]), backbone.lora.scale)  # type: ignore[index, union-attr]
             yield weight.key.format(i), layer.T if weight.transpose else layer

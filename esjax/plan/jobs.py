@@ -20,7 +20,7 @@ from esjax.model.decoder import Decoder, Execution
 from esjax.model.families import Architecture
 from esjax.model.lora import lora_from
 from esjax.rows import Rows
-from esjax.runtime.mesh import batch_groups, mesh_sizes, placed, placed_batch, rows_at_once
+from esjax.runtime.mesh import batch_groups, mesh_sizes, rows_at_once, with_batch_shardings, with_shardings
 from esjax.sample.compiled import sampling_programs
 from esjax.sample.constrain import free
 from esjax.sample.decode import Asked, idle_lanes
@@ -59,7 +59,7 @@ def jobs(config: Config, arch: Architecture, how: Execution, dtype: jnp.dtype, p
     abstract = nnx.eval_shape(lambda: Decoder(arch, lora, dtype, nnx.Rngs(params=0, lora=0)))
     mesh = jax.sharding.get_mesh()
     definition, adapter, base = nnx.split(abstract, nnx.LoRAParam, ...)  # type: ignore[misc]
-    adapter, base = placed(adapter, mesh), placed(base, mesh)
+    adapter, base = with_shardings(adapter, mesh), with_shardings(base, mesh)
     yield from _sampling(config, arch, how, dtype, platform, (definition, adapter, base))
 
     sft, dpo = ((rows_at_once(n, s), s.row_length) for n, s in (("sft", config.sft), ("dpo", config.dpo)))
@@ -74,14 +74,14 @@ def jobs(config: Config, arch: Architecture, how: Execution, dtype: jnp.dtype, p
     def training(name: Literal["sft", "dpo"], s: OptimSettings) -> Job:
         loss = dpo_loss(s) if isinstance(s, DpoSettings) else sft_loss
         tx = optimiser(s, 100)
-        state = placed(jax.eval_shape(tx.init, adapter), mesh)
+        state = with_shardings(jax.eval_shape(tx.init, adapter), mesh)
         micro_rows = rows_at_once(name, s)
         batch_rows = max(s.batch_rows, micro_rows)
         rows = _rows(batch_rows, s.row_length)
         extra = None
         if isinstance(s, DpoSettings):
             shape = (batch_rows, s.row_length // SEGMENT, s.row_length // PAIR)
-            extra = placed_batch(Pairs(_array((*shape, 2), np.float32), _array(shape, np.bool_)), mesh)
+            extra = with_batch_shardings(Pairs(_array((*shape, 2), np.float32), _array(shape, np.bool_)), mesh)
         targets = micro_rows // batch_groups() * s.row_length
         mine = how._replace(layout="packed" if name == "sft" else "branched")
         step: Any = make_step(Objective(definition, loss, targets, mine), tx, micro_rows)
@@ -172,8 +172,8 @@ def _array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
 
 def _rows(count: int, length: int) -> Rows:
     whole, weight = _array((count, length), np.int32), _array((count, length), np.float32)
-    return placed_batch(Rows(whole, whole, whole, whole, whole, weight), jax.sharding.get_mesh())
+    return with_batch_shardings(Rows(whole, whole, whole, whole, whole, weight), jax.sharding.get_mesh())
 
 
 def _everywhere(tree: Any) -> Any:
-    return placed(tree, jax.sharding.get_mesh())
+    return with_shardings(tree, jax.sharding.get_mesh())

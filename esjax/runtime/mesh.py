@@ -126,19 +126,19 @@ def _context() -> Mesh | None:
     return None if mesh.empty else mesh
 
 
-def home(*axes: str | None) -> NamedSharding | None:
+def sharding_here(*axes: str | None) -> NamedSharding | None:
     """Where an array with these logical axes lives on the present mesh; None on one device."""
     mesh = _context()
     return None if mesh is None else sharding(mesh, axes)
 
 
-def homes(tree: T) -> T | None:
+def shardings_here(tree: T) -> T | None:
     """The same for all arrays of a tree: parameters by their axes, everything else everywhere. None on one device."""
     mesh = _context()
-    return None if mesh is None else jax.tree.map(lambda x: x.sharding, placed(tree, mesh))
+    return None if mesh is None else jax.tree.map(lambda x: x.sharding, with_shardings(tree, mesh))
 
 
-def placed(tree: T, mesh: Mesh) -> T:
+def with_shardings(tree: T, mesh: Mesh) -> T:
     """Shapes of a tree with where each array lives: parameters by their axes, everything else everywhere."""
 
     def place(leaf: Any) -> Any:
@@ -151,14 +151,14 @@ def placed(tree: T, mesh: Mesh) -> T:
     return jax.tree.map(place, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
-def placed_batch(tree: T, mesh: Mesh) -> T:
+def with_batch_shardings(tree: T, mesh: Mesh) -> T:
     """Shapes of a batch whose arrays [B, ...] are split over the devices by their first axis."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(mesh, ("batch",))), tree)
 
 
-def put(shape: tuple[int, ...], read: Callable[[tuple[slice, ...]], np.ndarray], *axes: str | None) -> Array:
+def read_sharded(shape: tuple[int, ...], read: Callable[[tuple[slice, ...]], np.ndarray], *axes: str | None) -> Array:
     """An array of which each host reads only what its devices hold: ``read`` is given a part's slices."""
-    where = home(*axes)
+    where = sharding_here(*axes)
     if where is None:
         return jnp.asarray(read((slice(None),) * len(shape)))
     known: dict[str, np.ndarray] = {}  # devices that repeat a part ask for it one after the other
@@ -172,22 +172,22 @@ def put(shape: tuple[int, ...], read: Callable[[tuple[slice, ...]], np.ndarray],
     return jax.make_array_from_callback(shape, where, once)
 
 
-def put_batch(tree: T) -> T:
+def shard_batch(tree: T) -> T:
     """A host's batch [B, ...], split over the devices by rows; every host passes the whole of it."""
     if _context() is None:
         return tree
-    return jax.tree.map(lambda x: put(x.shape, lambda part: x[part], "batch", *[None] * (x.ndim - 1)), tree)
+    return jax.tree.map(lambda x: read_sharded(x.shape, lambda part: x[part], "batch", *[None] * (x.ndim - 1)), tree)
 
 
-def put_everywhere(tree: T) -> T:
+def replicate(tree: T) -> T:
     """Small arrays that every host has, on all devices."""
-    return jax.tree.map(lambda x: put(x.shape, np.asarray(x).__getitem__, *[None] * x.ndim), tree)
+    return jax.tree.map(lambda x: read_sharded(x.shape, np.asarray(x).__getitem__, *[None] * x.ndim), tree)
 
 
-def gathered(x: Any) -> np.ndarray:
+def to_host(x: Any) -> np.ndarray:
     """A whole array in every host's memory."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated:
-        x = jax.jit(lambda a: a, out_shardings=home(*[None] * x.ndim))(x)
+        x = jax.jit(lambda a: a, out_shardings=sharding_here(*[None] * x.ndim))(x)
     return np.asarray(x)
 
 
@@ -199,7 +199,7 @@ def constrain(x: Array, *axes: str | None) -> Array:
     return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, spec(axes))
 
 
-def everywhere(tree: T) -> T:
+def replicated(tree: T) -> T:
     """Pin small arrays to all devices, so that every host can read them."""
     return jax.tree.map(lambda x: constrain(x, *[None] * jnp.ndim(x)), tree)
 

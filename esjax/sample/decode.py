@@ -16,7 +16,7 @@ from jax import Array
 from esjax.model.cache import Cache, Fed, pinned
 from esjax.model.cached import Weights, step
 from esjax.model.decoder import Execution
-from esjax.runtime.mesh import constrain, everywhere
+from esjax.runtime.mesh import constrain, replicated
 from esjax.sample.constrain import Constraint, Counted
 
 COLD = 1e-6  # a lower temperature is greedy: logits over it would overflow, and differences of rounding decide there
@@ -30,7 +30,7 @@ class Draw(NamedTuple):
     top_k: Any  # int32; 0 is all
 
 
-class Leaf(NamedTuple):
+class Continuation(NamedTuple):
     """A prompt that waits to be continued, or is: arrays [R, Q] of those waiting in a row, [R, M] of those in its lanes.
 
     Its row holds all of the prompt but the last token, which is the first to be fed.
@@ -52,7 +52,7 @@ class Leaf(NamedTuple):
 class Lanes(NamedTuple):
     """What the loop carries from call to call."""
 
-    leaf: Leaf  # [R, M]
+    leaf: Continuation  # [R, M]
     drawn: Array  # int32 [R, M], tokens drawn so far
     used: Array  # int32 [R, M], tokens spent in the current part of the constraint
     units: Array  # int32 [R, M], repetitions begun in the constraint's counted one that the state lies in; 0 outside
@@ -71,7 +71,7 @@ class Log(NamedTuple):
 class Asked(NamedTuple):
     """What one call of the loop is given to do. ``stop`` tokens that are -1 never match."""
 
-    waiting: Leaf  # [R, Q], in the order in which they are taken
+    waiting: Continuation  # [R, Q], in the order in which they are taken
     count: Any  # int32 [R], how many of each row's are meant
     stop: Any  # int32 [n], tokens that end a reply
     constraint: Constraint
@@ -92,7 +92,7 @@ def idle_lanes(rows: int, lanes: int) -> Lanes:
     """Lanes [R, M] with nothing to do."""
     zero, one = jnp.zeros((rows, lanes), jnp.int32), jnp.ones((rows, lanes), jnp.float32)
     draw = Draw(one, one, zero)
-    leaf = Leaf(zero - 1, zero, zero, zero, zero, zero, zero, zero.astype(jnp.uint32), zero, draw, zero)
+    leaf = Continuation(zero - 1, zero, zero, zero, zero, zero, zero, zero.astype(jnp.uint32), zero, draw, zero)
     return Lanes(leaf, zero, zero, zero, jnp.int32(0))
 
 
@@ -123,7 +123,7 @@ def run(
         fed = Fed(leaf.token, leaf.position, *spans, jnp.where(busy, lanes.drawn + 1, 1))
         x, cache = step(w, state.cache, fed, lanes.clock, execution)
         logits = constrain(jnp.einsum("bd,vd->bv", x, w.head, preferred_element_type=jnp.float32), "batch", "vocab")
-        flat: Leaf = jax.tree.map(lambda a: a.reshape(-1), leaf)
+        flat: Continuation = jax.tree.map(lambda a: a.reshape(-1), leaf)
         drawn, used, units = lanes.drawn.reshape(-1), lanes.used.reshape(-1), lanes.units.reshape(-1)
         allowed = jnp.where(permitted(constraint, flat.state, used, units), logits, -jnp.inf)
         token = draw_token(allowed, lambda: noise(flat.seed, drawn, logits.shape[1]), flat.draw)
@@ -134,7 +134,7 @@ def run(
         if isinstance(constraint, Counted):
             begun = units + constraint.units[flat.state, token].astype(jnp.int32)
             units = jnp.where(constraint.stride[following] > 0, begun, 0)
-        token, logprob, following, used, units = everywhere(
+        token, logprob, following, used, units = replicated(
             [x.reshape(r, m) for x in (token, logprob, following, used, units)]
         )
         stopped = busy & jnp.any(token[..., None] == stop, axis=-1)
@@ -154,13 +154,13 @@ def run(
 
     blank = jnp.full((steps, r, m), -1, jnp.int32)
     log = Log(blank, blank, blank.astype(jnp.float32), blank > 0)
-    begin = Called(everywhere(lanes), cache, jnp.zeros(r, jnp.int32), jnp.int32(0), everywhere(log))
+    begin = Called(replicated(lanes), cache, jnp.zeros(r, jnp.int32), jnp.int32(0), replicated(log))
     made = jax.lax.while_loop(go_on, advance, begin)
-    small = everywhere((made.lanes, made.started, made.steps, made.log))  # for every host to read
+    small = replicated((made.lanes, made.started, made.steps, made.log))  # for every host to read
     return Called(small[0], pinned(made.cache), *small[1:])
 
 
-def _take(lanes: Lanes, waiting: Leaf, count: Array, started: Array) -> tuple[Lanes, Array]:
+def _take(lanes: Lanes, waiting: Continuation, count: Array, started: Array) -> tuple[Lanes, Array]:
     """Lanes with nothing to do take their row's next waiting leaves, in order."""
     free = lanes.leaf.uid < 0
     place = started[:, None] + jnp.cumsum(free, axis=1) - 1

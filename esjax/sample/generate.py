@@ -13,13 +13,13 @@ import numpy as np
 from esjax.model.lora import Adapter
 from esjax.model.weights import Backbone
 from esjax.rows import common_prefix
-from esjax.runtime.mesh import put_everywhere
+from esjax.runtime.mesh import replicate
 from esjax.sample.compiled import SamplingPrograms, sampling_programs
 from esjax.sample.constrain import START, Constraint, free, narrowed
 from esjax.sample.rowbook import Request
 from esjax.sample.schedule import Completion, Done, Task, Usage, check_positions
 from esjax.sample.shapes import SHARED_LANES, Need, Shapes, shapes
-from esjax.tokens.batches import alike
+from esjax.tokens.batches import group_by_prefix
 
 
 class DrawSettings(Protocol):
@@ -87,7 +87,7 @@ class Generator:
         """Requests whose prompts begin alike, together; in groups small enough that all rows have work to the end."""
         rows = max(1, self.replies // SHARED_LANES)
         most = max(SHARED_LANES, -(-len(requests) // (2 * rows)))
-        return [[requests[i] for i in group] for group in alike([r.prompt for r in requests], most)]
+        return [[requests[i] for i in group] for group in group_by_prefix([r.prompt for r in requests], most)]
 
     def work(
         self,
@@ -126,7 +126,7 @@ class Generator:
         ).finish(groups)
 
     def _obey(self, constraint: Constraint) -> None:
-        self.constraint = put_everywhere(narrowed(constraint, self.drawable))
+        self.constraint = replicate(narrowed(constraint, self.drawable))
 
     def reserve(self, need: Need, shared: bool = True) -> Shapes:
         """Make room for what is to come. Raises InputError where the devices do not divide the replies."""

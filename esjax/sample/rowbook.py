@@ -254,7 +254,7 @@ class _Window:
         return last - first
 
 
-def together(chunks: Sequence[Sequence[Chunk]], count: int) -> Chunk:
+def stack_windows(chunks: Sequence[Sequence[Chunk]], count: int) -> Chunk:
     """Each device's chunks of one row each as one chunk of ``count`` rows a device, filled up with some that write nothing."""
     first = next(c for device in chunks for c in device)
     empty = first._replace(valid=np.zeros_like(first.valid))

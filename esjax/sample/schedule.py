@@ -17,11 +17,11 @@ from esjax.errors import InputError, RunError, Stopped
 from esjax.model.cache import Cache, Chunk, empty_cache
 from esjax.model.families import Architecture
 from esjax.runtime.context import current
-from esjax.runtime.mesh import batch_groups, put_everywhere
+from esjax.runtime.mesh import batch_groups, replicate
 from esjax.sample.compiled import SamplingPrograms
 from esjax.sample.constrain import Constraint
-from esjax.sample.decode import Asked, Draw, Lanes, Leaf, Log, idle_lanes
-from esjax.sample.rowbook import Group, Placed, Request, RowBook, together, windows
+from esjax.sample.decode import Asked, Continuation, Draw, Lanes, Log, idle_lanes
+from esjax.sample.rowbook import Group, Placed, Request, RowBook, stack_windows, windows
 from esjax.sample.shapes import BUCKET, Shapes
 
 
@@ -110,7 +110,7 @@ class Scheduler:
         self.usage = task.usage
         self.books = [RowBook(shapes.slots) for _ in range(shapes.rows)]
         self.cache: Cache = empty_cache(task.arch, *shapes[:4], task.cache_dtype)
-        self.lanes: Lanes = put_everywhere(idle_lanes(shapes.rows, shapes.lanes))
+        self.lanes: Lanes = replicate(idle_lanes(shapes.rows, shapes.lanes))
 
     def advance(self) -> Scheduler | None:
         """Compute prompts and draw for a while. Returns who goes on: itself, one with longer rows, or nobody."""
@@ -153,7 +153,7 @@ class Scheduler:
         usage, size = self.usage, self.shapes.windows
         began = time.perf_counter()
         for start in range(0, max(map(len, loads)), size):
-            part = together([chunks[start : start + size] for chunks in loads], size)
+            part = stack_windows([chunks[start : start + size] for chunks in loads], size)
             self.cache = self.task.programs.prefill(self.task.weights, self.cache, part)
             usage.padded_tokens += part.tokens.size
             usage.computed_tokens += int(part.valid.sum())
@@ -184,7 +184,7 @@ class Scheduler:
         self._take_in(Log(*(x[: int(steps)] for x in log)))
         usage.decode_seconds += time.perf_counter() - began
 
-    def _waiting(self, most: int) -> tuple[Leaf, np.ndarray]:
+    def _waiting(self, most: int) -> tuple[Continuation, np.ndarray]:
         """What waits, as arrays [R, Q]."""
         shape = (len(self.books), most)
         table = jax.tree.map(lambda x: np.zeros(shape, x.dtype), self.lanes.leaf)
@@ -194,7 +194,7 @@ class Scheduler:
                 request = placed.request
                 draw = Draw(request.how.temperature, request.how.top_p, request.how.top_k)
                 last = len(request.prompt) - 1
-                entry = Leaf(
+                entry = Continuation(
                     placed.uid,
                     *placed.spans,
                     request.prompt[last],

@@ -14,9 +14,9 @@ from esjax.model.lora import Adapter
 from esjax.model.weights import Backbone, bind
 from esjax.rows import Rows, layout
 from esjax.runtime.context import current
-from esjax.runtime.mesh import check_split, everywhere, put_batch
+from esjax.runtime.mesh import check_split, replicated, shard_batch
 from esjax.runtime.programs import program
-from esjax.tokens.batches import Row, batch, pack_in_order
+from esjax.tokens.batches import Packed, batch, pack_in_order
 
 
 class Scorer:
@@ -56,8 +56,8 @@ class Scorer:
         return out
 
     def batches(
-        self, adapter: Adapter, examples: Sequence[Rows], steps: Iterable[list[Row]]
-    ) -> Iterator[tuple[list[Row], Rows, Array]]:
+        self, adapter: Adapter, examples: Sequence[Rows], steps: Iterable[list[Packed]]
+    ) -> Iterator[tuple[list[Packed], Rows, Array]]:
         """Batches packed as ``steps`` say, which name the examples of each row: the packing, the rows [B, T] and the
         log-probs of their targets, float32 [B, T]. Raises Stopped on SIGTERM."""
         execution = self.backbone.execution._replace(layout=layout(examples, packed=True), remat="none")
@@ -69,14 +69,14 @@ class Scorer:
                 yield (
                     members,
                     rows,
-                    SCORE(self.backbone.definition, execution, adapter, self.backbone.base, put_batch(rows)),
+                    SCORE(self.backbone.definition, execution, adapter, self.backbone.base, shard_batch(rows)),
                 )
 
 
 def _score(
     definition: nnx.GraphDef[Decoder], execution: Execution, adapter: Adapter, base: nnx.State, rows: Rows
 ) -> Array:
-    return everywhere(token_logprobs(bind(definition, adapter, base), rows, None, execution))
+    return replicated(token_logprobs(bind(definition, adapter, base), rows, None, execution))
 
 
 SCORE = program("score", _score, static_argnums=(0, 1))  # one for all scorers: rounds and models share its compilations

@@ -10,7 +10,7 @@ from esjax import rows
 from esjax.errors import InputError
 from esjax.rows import Rows
 
-Row = list[int]  # indices of the examples packed into one row
+Packed = list[int]  # indices of the examples packed into one row
 OPEN_ROWS = 64  # an example is offered to so many of the newest rows, so that packing stays linear
 
 
@@ -38,7 +38,7 @@ def share_trunks(prompts: Sequence[Sequence[int]], sizes: Sequence[int], room: i
     return sorted(sorted(group) for group in groups)
 
 
-def alike(prompts: Sequence[Sequence[int]], most: int) -> list[list[int]]:
+def group_by_prefix(prompts: Sequence[Sequence[int]], most: int) -> list[list[int]]:
     """Group prompts that begin alike, so that what they share need be computed once. Returns indices.
 
     Every member of a group shares at least half of its own tokens with the group's longest prompt, which comes first; no
@@ -72,12 +72,12 @@ def _mostly_of(prompt: Sequence[int], trunk: Sequence[int]) -> bool:
     return 2 * rows.common_prefix(prompt, trunk) >= len(prompt)
 
 
-def pack_in_order(lengths: Sequence[int], order: Sequence[int], row_length: int) -> list[Row]:
+def pack_in_order(lengths: Sequence[int], order: Sequence[int], row_length: int) -> list[Packed]:
     """First-fit over the newest rows, in the given order; rows come out in the order in which they were opened.
 
     Raises InputError when an example is longer than a row.
     """
-    packed: list[Row] = []
+    packed: list[Packed] = []
     free: list[int] = []
     for i in order:
         if lengths[i] > row_length:
@@ -94,13 +94,13 @@ def pack_in_order(lengths: Sequence[int], order: Sequence[int], row_length: int)
     return packed
 
 
-def schedule(lengths: Sequence[int], row_length: int, batch_rows: int, epochs: int, seed: int) -> list[list[Row]]:
+def schedule(lengths: Sequence[int], row_length: int, batch_rows: int, epochs: int, seed: int) -> list[list[Packed]]:
     """All steps of a training phase: each a list of ``batch_rows`` rows.
 
     Every epoch sees every example once, in an order drawn from (seed, epoch). The last step of an epoch may hold fewer
     rows; it is filled with empty rows (no examples) when the batch is made, which carry no weight.
     """
-    steps: list[list[Row]] = []
+    steps: list[list[Packed]] = []
     for epoch in range(epochs):
         order = np.random.default_rng((seed, epoch)).permutation(len(lengths))
         packed = pack_in_order(lengths, [int(i) for i in order], row_length)
@@ -108,7 +108,7 @@ def schedule(lengths: Sequence[int], row_length: int, batch_rows: int, epochs: i
     return steps
 
 
-def batch(examples: Sequence[Rows], step: Sequence[Row], row_length: int, batch_rows: int) -> Rows:
+def batch(examples: Sequence[Rows], step: Sequence[Packed], row_length: int, batch_rows: int) -> Rows:
     """The rows [B, T] of one step, filled up with empty rows to ``batch_rows``."""
     packed = [rows.pack([examples[i] for i in row], row_length) for row in step]
     return rows.stack([*packed, *[rows.pack([], row_length)] * (batch_rows - len(packed))])

@@ -25,9 +25,9 @@ from esjax.run import buckets
 from esjax.run.metrics import Metrics
 from esjax.run.progress import progress, say
 from esjax.runtime.context import current
-from esjax.runtime.mesh import batch_groups, put_batch, rows_at_once
+from esjax.runtime.mesh import batch_groups, rows_at_once, shard_batch
 from esjax.settings.schema import OptimSettings
-from esjax.tokens.batches import Row, batch, schedule
+from esjax.tokens.batches import Packed, batch, schedule
 from esjax.train.checkpoint import Checkpoints
 from esjax.train.losses import Loss, Pairs
 from esjax.train.optim import init_optimiser, learning_rate, optimiser
@@ -86,7 +86,7 @@ def train(phase: Phase, backbone: Backbone, adapter: Adapter) -> Adapter:
     def feed(number: int) -> tuple[Rows, Pairs | None]:
         rows = batch(phase.examples, steps[number], s.row_length, rows_a_step)
         extra = None if phase.reference is None else _pairs(phase.reference, steps[number], rows_a_step, most)
-        return put_batch((rows, extra))
+        return shard_batch((rows, extra))
 
     if done < len(steps):
         compiled = compile_step(phase.name, step_fn, adapter, opt_state, backbone.base, *feed(done))
@@ -156,7 +156,7 @@ class StepLog:
         self.metrics.log(number + 1, learning_rate=float(self.rate(number)), **values)
 
 
-def _most_targets(examples: Sequence[Rows], steps: list[list[Row]], micro_rows: int) -> int:
+def _most_targets(examples: Sequence[Rows], steps: list[list[Packed]], micro_rows: int) -> int:
     """The most target tokens that one device's rows of any micro-batch hold: a static bound for the head."""
     count = [int((e.weight != 0).sum()) for e in examples]
     share = micro_rows // batch_groups()
@@ -164,7 +164,7 @@ def _most_targets(examples: Sequence[Rows], steps: list[list[Row]], micro_rows: 
     return max(sum(count[i] for r in part for i in r) for part in parts)
 
 
-def _pairs(reference: Sequence[np.ndarray], step: list[Row], batch_rows: int, segments: int) -> Pairs:
+def _pairs(reference: Sequence[np.ndarray], step: list[Packed], batch_rows: int, segments: int) -> Pairs:
     pairs = max(len(r) for r in reference)
     values = np.zeros((batch_rows, segments, pairs, 2), np.float32)
     valid = np.zeros((batch_rows, segments, pairs), bool)

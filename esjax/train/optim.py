@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from esjax.runtime.mesh import homes
+from esjax.runtime.mesh import shardings_here
 from esjax.settings.schema import OptimSettings
 
 
@@ -28,5 +28,5 @@ def optimiser(settings: OptimSettings, steps: int) -> optax.GradientTransformati
 
 def init_optimiser(transformation: optax.GradientTransformation, trained: Any) -> Any:
     """The optimiser's first state; moments lie where their parameters do, counters everywhere."""
-    where = homes(jax.eval_shape(transformation.init, trained))
+    where = shardings_here(jax.eval_shape(transformation.init, trained))
     return transformation.init(trained) if where is None else jax.jit(transformation.init, out_shardings=where)(trained)
