@@ -42,7 +42,7 @@ PROMPTS = st.lists(
 
 
 def check_groups(prompts: Sequence[list[int]], groups: Sequence[list[int]], most: int) -> None:
-    """What ``alike`` promises."""
+    """What ``group_by_prefix`` promises."""
     assert sorted(i for g in groups for i in g) == list(range(len(prompts)))
     for group in groups:
         assert 1 <= len(group) <= most
