@@ -406,12 +406,12 @@ import sys
 from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np, optax
 from test_checkpoint import named, whole
-from esjax.runtime.mesh import homes, make_mesh
+from esjax.runtime.mesh import shardings_here, make_mesh
 from esjax.train.checkpoint import Checkpoints
 folder = Path(sys.argv[1])
 with jax.set_mesh(make_mesh(jax.devices(), (1, 8, 1))):
     model = whole()
-    state = jax.device_put(model, homes(model))
+    state = jax.device_put(model, shardings_here(model))
     state = (state, optax.adam(1e-3).init(state))
     assert any(not x.is_fully_replicated for x in jax.tree.leaves(state))
     checkpoints = Checkpoints(folder / "checkpoint", 1)
@@ -419,7 +419,7 @@ with jax.set_mesh(make_mesh(jax.devices(), (1, 8, 1))):
     checkpoints.close()
 with jax.set_mesh(make_mesh(jax.devices(), (2, 2, 2))):
     model = jax.tree.map(jnp.zeros_like, whole())
-    like = jax.device_put(model, homes(model))
+    like = jax.device_put(model, shardings_here(model))
     like = (like, optax.adam(1e-3).init(like))
     step, found = Checkpoints(folder / "checkpoint", 1).restore(like)
 assert step == 1
