@@ -144,7 +144,8 @@ def planned(tiny_folder: Path) -> Planned:
 FREE = {
     r"\[1\]\.(row_k|new_k)\[\d+\]": (3,),  # slots of a row, tokens of a reply
     r"\[1\]\.(row_v|new_v)\[\d+\]": (2,),
-    r"\[6\]\.(next|cost|part|most|least)": (0,),  # states of the constraint
+    r"\[2\]\.(since|until)": (1,),  # slots of a row
+    r"\[3\]\.constraint\.(next|cost|part|most|least)": (0,),  # its states
     r"\[4\]\.(reference|valid)": (1, 2),  # examples of a row, pairs of an example
 }
 
@@ -188,7 +189,7 @@ def test_a_run_calls_its_programs_as_they_were_planned(run: Log, planned: Planne
         for size in wrong:
             assert len(faults(plan._replace(sizes=plan.sizes | {path: size}), plan)) == 1
     assert faults(planned.calls["score"], calls[0]) == ["the trees differ"]
-    assert sum(bool(may_grow(path)) for path in plan.sizes) == {"prefill": 8, "decode": 13, "sft": 0, "dpo": 2}[name]
+    assert sum(bool(may_grow(path)) for path in plan.sizes) == {"prefill": 10, "decode": 13, "sft": 0, "dpo": 2}[name]
 
 
 def test_scoring_is_planned_for_its_largest_batch(run: Log, planned: Planned) -> None:
@@ -212,11 +213,12 @@ def test_steps_and_sampler_are_made_as_in_a_run(run: Log, planned: Planned) -> N
     assert made["sampling_programs"][0] == run.made["sampling_programs"][0]
     sft, dpo = run.made["make_step"]
     for plan, real, other in zip(made["make_step"], (sft, dpo), (dpo, sft), strict=True):
-        definition, _, _, micro_rows, targets, how = plan
-        assert (definition, micro_rows, how) == (real[0], real[3], real[5])
-        assert targets >= real[4]
-        assert how != other[5]  # packed rows and branched ones
-    assert [plan[4] for plan in made["make_step"]] == [2 * 768, 2 * 640]
+        objective, _, micro_rows = plan
+        assert micro_rows == real[2]
+        assert objective._replace(loss=None, targets=0) == real[0]._replace(loss=None, targets=0)
+        assert objective.targets >= real[0].targets
+        assert objective.execution != other[0].execution  # packed rows and branched ones
+    assert [plan[0].targets for plan in made["make_step"]] == [2 * 768, 2 * 640]
 
 
 # What decides how long rows are, and a row that is wider than what a round asks for.
