@@ -19,6 +19,7 @@ from esjax.errors import InputError
 from esjax.opened import Model
 from esjax.run.files import write_jsonl
 from esjax.run.jsonl import read_jsonl
+from esjax.runtime.programs import compiled
 from esjax.settings.files import load
 from esjax.settings.schema import Config
 
@@ -62,7 +63,11 @@ def test_replies_are_those_of_the_command(model: Model, tiny_run: Path, tmp_path
     assert [[r.text for r in replies] for replies in made] == [[r["text"] for r in rows[i : i + 2]] for i in (0, 2, 4)]
     assert made[2][1].token_ids == rows[5]["token_ids"]
     assert [r.token_ids for r in model.sample(CHATS[0], 2)] == [r["token_ids"] for r in rows[:2]]  # one chat: one list
+    before = compiled()
     other = model.sample(CHATS[0], 2, seed=1)
+    assert compiled() == before  # nothing is compiled again, but for other shapes
+    model.sample(CHATS[0], 2, max_tokens=25)
+    assert compiled() != before
     assert [r.token_ids for r in other] != [r.token_ids for r in made[0]]
     assert model.config.seed == 0  # a call changes nothing for the next
     greedy = model.sample([CHATS[0]] * 2, temperature=0, max_tokens=5)

@@ -56,7 +56,7 @@ def experiment(tiny_folder: Path, tiny_config: Config, tmp_path: Path) -> Experi
         update={"data": tiny_config.data.model_copy(update={**settings, "format": "sample", "replay_share": 0.5})}
     )
     tokenizer = ChatTokenizer(tiny_folder)
-    return Experiment(config, cast(Any, None), tokenizer, Encoder(tokenizer, 768, ""))
+    return Experiment(config, cast(Any, None), tokenizer, Encoder(tokenizer, 768, ""), cast(Any, None))
 
 
 def test_no_answer_to_a_crisis_is_a_target_of_sft(experiment: Experiment, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import pytest
 from conftest import tiny_overrides
 
+import esjax.evolve.experiment
 import esjax.plan.jobs
 import esjax.sample.compiled
-import esjax.sample.generate
 import esjax.sample.score
 import esjax.train.loop
 import esjax.train.step
@@ -88,7 +88,7 @@ class Log:
         for module, name in (
             (esjax.train.loop, "make_step"),
             (esjax.plan.jobs, "make_step"),
-            (esjax.sample.generate, "sampling_programs"),
+            (esjax.evolve.experiment, "sampling_programs"),
             (esjax.plan.jobs, "sampling_programs"),
         ):
             patch.setattr(module, name, self.noting(name, getattr(module, name)))

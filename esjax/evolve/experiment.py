@@ -29,6 +29,7 @@ from esjax.rows import Rows
 from esjax.run.directory import check_base, check_made, read_manifest
 from esjax.run.files import sha256
 from esjax.run.progress import say
+from esjax.sample.compiled import SamplingPrograms, sampling_programs
 from esjax.sample.constrain import START, Template, drawable
 from esjax.sample.generate import Generator
 from esjax.sample.rowbook import Request
@@ -46,6 +47,7 @@ class Experiment:
     backbone: Backbone
     tokenizer: ChatTokenizer
     encoder: Encoder
+    programs: SamplingPrograms  # of the backbone, so that an experiment with other settings compiles nothing again
 
     @classmethod
     def open(cls, config: Config, adapted: bool = True) -> Experiment:
@@ -63,7 +65,8 @@ class Experiment:
             f"weights while decoding: {how.weights}, cache: {dtype if m.cache_dtype == 'auto' else m.cache_dtype}"
         )
         encoder = Encoder(tokenizer, config.data.window, read_text(config.prompts.system))
-        return cls(config, backbone, tokenizer, encoder)
+        programs = sampling_programs(backbone.definition, dtype, backbone.execution)
+        return cls(config, backbone, tokenizer, encoder, programs)
 
     @cached_property
     def filters(self) -> Filters:
@@ -186,9 +189,14 @@ class Experiment:
         """The one sampler of the run, so that all rounds and the closing table share its programs."""
         name = self.config.model.cache_dtype
         allowed = drawable(self.tokenizer, self.backbone.arch.vocab)
-        dtype = None if name == "auto" else jnp.dtype(name)
-        batch = self.config.evolve.batch
-        return Generator(self.backbone, batch, self.tokenizer.stops, cache_dtype=dtype, drawable=allowed)
+        return Generator(
+            self.backbone,
+            self.config.evolve.batch,
+            self.tokenizer.stops,
+            cache_dtype=None if name == "auto" else jnp.dtype(name),
+            drawable=allowed,
+            made=self.programs,
+        )
 
     @cached_property
     def identity(self) -> dict[str, str]:

@@ -51,13 +51,14 @@ class Generator:
     clocked: bool = False
     cache_dtype: jnp.dtype | None = None  # the backbone's, if None
     drawable: np.ndarray | None = None  # bool [V], the tokens that unconstrained replies may have; all, if None
+    made: SamplingPrograms | None = None  # the backbone's programs, where another generator has compiled them
     usage: Usage = field(default_factory=Usage, init=False)
     programs: SamplingPrograms = field(init=False)
     constraint: Constraint = field(init=False)  # the latest: all have a state for replies without a constraint
 
     def __post_init__(self) -> None:
         backbone = self.backbone
-        self.programs = sampling_programs(backbone.definition, backbone.dtype, backbone.execution)
+        self.programs = self.made or sampling_programs(backbone.definition, backbone.dtype, backbone.execution)
         self._obey(free(backbone.arch.vocab))
 
     def generate(
