@@ -70,7 +70,7 @@ def bench(args: argparse.Namespace, given: Overrides) -> None:
     import numpy as np
 
     from esjax.bench import sampling, training
-    from esjax.bench.workload import TASKS, measured_bandwidth, measured_peak, read_workload
+    from esjax.bench.workload import TASKS, measured_ceilings, read_workload
     from esjax.model.weights import choose_execution
     from esjax.run.files import check_writable
     from esjax.run.jsonl import json_text
@@ -97,14 +97,12 @@ def bench(args: argparse.Namespace, given: Overrides) -> None:
     if args.micro_rows is not None:  # said before anything runs
         for job in training.jobs(work, trained, naive=False):
             training.check_micro_rows(job, len(job.batch(np.random.default_rng(0))[0].tokens), args.micro_rows)
-    peak, naive = measured_peak(dtype), args.compare == "naive"
-    bandwidth = measured_bandwidth() if sampled else 0.0
+    ceilings, naive = measured_ceilings(dtype), args.compare == "naive"
     for task in sampled:
         for unshared in (False, True) if naive and task == "round" else (False,):
-            show(sampling.bench(work, task, how, peak, bandwidth, unshared))
+            show(sampling.bench(work, task, how, ceilings, unshared, args.trace))
     for job in training.jobs(work, trained, naive):
-        trace = args.trace and args.trace / f"{job.task}-{job.variant}".replace(", ", "-")
-        show(training.bench(work, job, how, args.micro_rows, trace, peak))
+        show(training.bench(work, job, how, args.micro_rows, ceilings, args.trace))
 
 
 def plan(args: argparse.Namespace, given: Overrides) -> None:

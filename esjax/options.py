@@ -100,7 +100,12 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         _given("--tasks", "A,B", "which of sample, round, dpo and sft", default="sample,round,dpo,sft"),
         ("--compare", {"choices": ["naive"], "help": "measure the unshared form of round and dpo beside it"}),
         _number("--micro-rows", "rows computed at once; all when left out"),
-        _given("--trace", "DIR", "write a profiler trace of one training step of each job", type=_path),
+        _given(
+            "--trace",
+            "DIR",
+            "write a profiler trace of each job: one training step, or one run of sampling",
+            type=_path,
+        ),
     ),
     "export": (
         _need("--run-dir", "DIR", "the run: a folder or a URL"),

@@ -50,7 +50,7 @@ def test_one_line_for_each_training_job(capsys: pytest.CaptureFixture[str], tmp_
     ]
     for x in lines:
         assert x["system"] == "esjax"
-        assert all(x[k] > 0 for k in ("figure", "mem_gib", "tflop_formula", "tflop_compiler", "mfu", "step_s"))
+        assert all(x[k] > 0 for k in ("figure", "mem_gib", "tflop_formula", "tflop_program", "mfu", "step_s"))
     shared, unshared = lines[:2]
     assert shared["loss"] == pytest.approx(unshared["loss"], abs=1e-4)  # the same pairs from the same seed
     assert shared["tflop_formula"] < unshared["tflop_formula"]
@@ -58,9 +58,9 @@ def test_one_line_for_each_training_job(capsys: pytest.CaptureFixture[str], tmp_
     assert all(list(d.rglob("*.xplane.pb")) for d in tmp_path.iterdir())
 
 
-def test_one_line_for_each_sampling_job(capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_line_for_each_sampling_job(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """The workload's meaning: so many tokens drawn and no fewer, prompts computed once where they are shared."""
-    main(["bench", "--profile", "tiny", "--tasks", "sample,round", "--compare", "naive"])
+    main(["bench", "--profile", "tiny", "--tasks", "sample,round", "--compare", "naive", "--trace", str(tmp_path)])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     jobs = [(x["task"], x["variant"], x["unit"]) for x in lines]
     assert jobs == [
@@ -72,6 +72,8 @@ def test_one_line_for_each_sampling_job(capsys: pytest.CaptureFixture[str]) -> N
         assert x["mem_gib"] + 0.01 >= x["step_gib"]  # what is held, of which a step reads a part
         assert all(x[k] > 0 for k in ("figure", "mem_gib", "prefill_mfu", "step_ms", "step_limit_ms", "compile_s"))
         assert x["padded_tokens"] >= 0
+    assert {d.name for d in tmp_path.iterdir()} == {"sample-bare", "round-shared", "round-unshared"}
+    assert all(list(d.rglob("*.xplane.pb")) for d in tmp_path.iterdir())
     sample, shared, unshared = lines
     work = sizes.read_workload(WORKLOAD, "tiny")
     s, r = work.sample, work.round
@@ -170,10 +172,10 @@ def test_flops_by_formula_are_close_to_the_compilers() -> None:
     for lora in (lora_from(LoraSettings(rank=8)), None):
         formula = bench.model_flops(arch, lora, batch)
         attention = 3 * 4.0 * arch.layers * arch.heads * arch.head_size * 4 * (128 * 129 / 2)
-        counted = bench.compiler_flops(arch, lora, FLOAT32, sft_loss, Execution(layout="causal"), (batch, None))
+        counted = bench.program_flops(arch, lora, FLOAT32, sft_loss, Execution(layout="causal"), (batch, None))
         assert counted == pytest.approx(formula + attention, rel=0.06)
         full = Execution(layout="causal", remat="full")
-        assert bench.compiler_flops(arch, lora, FLOAT32, sft_loss, full, (batch, None)) > 1.15 * counted
+        assert bench.program_flops(arch, lora, FLOAT32, sft_loss, full, (batch, None)) > 1.15 * counted
 
 
 def test_three_times_the_vocabulary_costs_its_embedding_and_no_more() -> None:

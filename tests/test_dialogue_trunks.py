@@ -15,7 +15,7 @@ from definition import remasked
 from oracles import random_adapter, real_dialogues
 
 from esjax import rows
-from esjax.bench.training import compiler_flops, model_flops, unshared_pairs
+from esjax.bench.training import model_flops, program_flops, unshared_pairs
 from esjax.evolve.pairs import Trunk, trunks
 from esjax.model.decoder import Execution
 from esjax.model.families import read_architecture
@@ -82,8 +82,8 @@ def test_every_turn_of_a_dialogue_costs_at_most_two_fifths(cases: list[Case], sm
         rows.check(shared)
         how = Execution(remat=remat)  # type: ignore[arg-type]
         loss = dpo_loss(SETTINGS)
-        ours = compiler_flops(arch, LORA, FLOAT32, loss, how, (shared, extra[0]))
-        naive = compiler_flops(
+        ours = program_flops(arch, LORA, FLOAT32, loss, how, (shared, extra[0]))
+        naive = program_flops(
             arch, LORA, FLOAT32, unshared_pairs(loss), how._replace(layout="causal"), (case.single, extra[1])
         )
         print(
@@ -93,7 +93,7 @@ def test_every_turn_of_a_dialogue_costs_at_most_two_fifths(cases: list[Case], sm
         # Nor is it the padding of the single rows that makes the difference.
         assert model_flops(arch, LORA, shared) <= 0.4 * model_flops(arch, LORA, case.single)
         # The count itself: twice the rows are twice the FLOPs, but for the optimiser's.
-        assert compiler_flops(
+        assert program_flops(
             arch, LORA, FLOAT32, loss, how, (rows.stack([case.trunk.rows] * 2), _twice(extra[0]))
         ) == pytest.approx(2 * ours, rel=0.02)
 

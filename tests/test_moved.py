@@ -16,9 +16,9 @@ from jax import lax
 
 from esjax.errors import InputError
 from esjax.plan.chips import CHIPS, KINDS, chip_of, gpu_share
-from esjax.plan.measure import products
 from esjax.plan.moved import Collective, Moved, moved
 from esjax.plan.topology import GPUS
+from esjax.runtime.programs import products
 
 ADD = """
 %add (a: f32[], b: f32[]) -> f32[] {
@@ -552,7 +552,7 @@ import jax, jax.numpy as jnp
 from jax import lax, shard_map
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
-from esjax.plan.measure import products
+from esjax.runtime.programs import products
 
 mesh = Mesh(np.array(jax.devices()), ("x",))
 out = {}

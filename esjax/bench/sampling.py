@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from esjax.bench.workload import GIB, RoundWork, Workload, best_seconds, parts, peak_memory
+from esjax.bench.workload import GIB, Ceilings, RoundWork, Workload, best_seconds, parts, peak_memory, tracing
 from esjax.model.decoder import Execution
 from esjax.model.families import Architecture
 from esjax.model.layers import linear_sizes
@@ -38,13 +38,15 @@ class Timed(NamedTuple):
     usage: Usage
 
 
-def bench(work: Workload, task: str, how: Execution, peak: float, bandwidth: float, naive: bool) -> dict[str, Any]:
+def bench(
+    work: Workload, task: str, how: Execution, ceilings: Ceilings, naive: bool, trace: Path | None
+) -> dict[str, Any]:
     """Measure ``sample`` or ``round``: the better of two runs after one that compiles.
 
     Args:
-        peak: FLOP/s of a large product, what prefill is held against.
-        bandwidth: bytes/s of a large matrix read once, what decoding is held against.
+        ceilings: what prefill and decoding are held against.
         naive: for ``round``, its unshared form: drafts, reflections and refinements each compute their whole prompts.
+        trace: where a profiler trace of one more run goes.
     """
     arch, dtype = work.architecture, jnp.dtype(work.dtype)
     definition, make = parts(arch, None, dtype, bare=True)
@@ -63,6 +65,10 @@ def bench(work: Workload, task: str, how: Execution, peak: float, bandwidth: flo
     compile_seconds = programs.seconds() - before
     best = min((_timed(generator, once, seed) for seed in (1, 2)), key=lambda t: t.seconds)
     u = best.usage
+    variant = "unshared" if naive else "shared" if task == "round" else "bare"
+    if trace is not None:
+        with tracing(trace, task, variant):
+            once(np.random.default_rng(3))
     held = memory_held(generator, lambda: once(np.random.default_rng(0)))
     moved = step_bytes(arch, dtype, generator)
     flops = prefill_flops(arch, u.computed_tokens, u.seen)
@@ -71,7 +77,7 @@ def bench(work: Workload, task: str, how: Execution, peak: float, bandwidth: flo
         "task": task,
         "figure": round(units / best.seconds, 2),
         "unit": unit,
-        "variant": "unshared" if naive else "shared" if task == "round" else "bare",
+        "variant": variant,
         "mem_gib": round(held / GIB, 2),
         **peak_memory(),
         "seconds": round(best.seconds, 3),
@@ -81,12 +87,12 @@ def bench(work: Workload, task: str, how: Execution, peak: float, bandwidth: flo
         "padded_tokens": u.padded_tokens - u.computed_tokens,
         "unshared_tokens": u.prompt_tokens,
         "prefill_tflop": round(flops / 1e12, 4),
-        "prefill_mfu": round(flops / u.prefill_seconds / peak, 3),
+        "prefill_mfu": round(flops / u.prefill_seconds / ceilings.flops, 3),
         "decode_s": round(u.decode_seconds, 3),
         "steps": u.steps,
         "step_ms": round(u.decode_seconds / u.steps * 1e3, 2),
         "step_gib": round(moved / GIB, 3),
-        "step_limit_ms": round(moved / bandwidth * 1e3, 2),
+        "step_limit_ms": round(moved / ceilings.bandwidth * 1e3, 2),
         "constraint_ms": round(constraint_seconds(arch.vocab, generator.replies) * 1e3, 2),
         "lanes": generator.replies,
         "occupancy": round(u.occupancy, 3),

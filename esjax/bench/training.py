@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,13 +17,14 @@ import numpy as np
 from flax import nnx
 
 from esjax import rows
-from esjax.bench.workload import DpoWork, SftWork, Workload, lora_of, memory, parts
+from esjax.bench.workload import Ceilings, DpoWork, SftWork, Workload, lora_of, memory, parts, tracing
 from esjax.errors import InputError
 from esjax.model.decoder import Decoder, Execution
 from esjax.model.families import LINEARS, Architecture
 from esjax.model.layers import Lora, linear_sizes
 from esjax.rows import Rows
 from esjax.runtime.mesh import batch_groups
+from esjax.runtime.programs import products
 from esjax.settings.schema import DpoSettings, OptimSettings, SftSettings
 from esjax.train.losses import Loss, Pairs, dpo_loss, sft_loss
 from esjax.train.optim import optimiser
@@ -124,9 +123,9 @@ def unshared_pairs(loss: Loss) -> Loss:
 
 
 def bench(
-    work: Workload, job: Job, how: Execution, micro_rows: int | None, trace: Path | None, peak: float
+    work: Workload, job: Job, how: Execution, micro_rows: int | None, ceilings: Ceilings, trace: Path | None
 ) -> dict[str, Any]:
-    """Measure one job: its figure with what it costs and how far from ``peak`` (FLOP/s of a large product) it is."""
+    """Measure one job: its figure with what it costs, and what part of the ceiling its FLOPs reach."""
     dtype, how = jnp.dtype(work.dtype), how._replace(layout=job.layout)
     rng = np.random.default_rng(0)
     example, extra = job.batch(rng)
@@ -143,15 +142,15 @@ def bench(
         if number == job.warmup:
             jax.block_until_ready(trained)
             started = time.perf_counter()
-        tracing = trace is not None and number == job.warmup
-        with jax.profiler.trace(str(trace)) if tracing else nullcontext():
+        if trace is not None and number == job.warmup - 1:
+            with tracing(trace, job.task, job.variant):
+                trained, opt_state, metrics = jax.block_until_ready(compiled(trained, opt_state, frozen, *batch))
+        else:
             trained, opt_state, metrics = compiled(trained, opt_state, frozen, *batch)
-            if tracing:
-                jax.block_until_ready(trained)
     jax.block_until_ready(trained)
     seconds = (time.perf_counter() - started) / job.steps
     flops = model_flops(work.architecture, job.lora, example)
-    counted = compiler_flops(work.architecture, job.lora, dtype, job.loss, how, (example, extra))
+    counted = program_flops(work.architecture, job.lora, dtype, job.loss, how, (example, extra))
     return {
         "system": "esjax",
         "task": job.task,
@@ -163,8 +162,8 @@ def bench(
         "step_s": round(seconds, 4),
         "compile_s": round(compile_seconds, 1),
         "tflop_formula": round(flops / 1e12, 4),
-        "tflop_compiler": round(counted / 1e12, 4),
-        "mfu": round(flops / seconds / peak, 3),
+        "tflop_program": round(counted / 1e12, 4),
+        "mfu": round(flops / seconds / ceilings.flops, 3),
         "attention": how.attention,
         "remat": how.remat,
         "micro_rows": micro,
@@ -217,24 +216,18 @@ def model_flops(arch: Architecture, lora: Lora | None, batch: Rows) -> float:
     return 2 * (linear + head) + 3 * (attention + adapter)
 
 
-def compiler_flops(
+def program_flops(
     arch: Architecture, lora: Lora | None, dtype: jnp.dtype, loss: Loss, how: Execution, example: tuple[Rows, Any]
 ) -> float:
-    """FLOPs of a whole step on one batch by the compiler's own count, with padding and with what is recomputed.
+    """FLOPs of the products in a whole step on one batch, with padding and with what is recomputed.
 
-    It counts a loop's body once, so one and two layers are counted without loops (all rows at once, the head in one
-    chunk, dense attention: what a path skips is counted all the same) and the others extrapolated: layers are alike.
+    Attention counts as its dense form: every pair of a row's tokens, though a path may skip what nobody sees.
     """
+    batch, extra = example
+    definition, make = parts(arch, lora, dtype)
+    trained, frozen = jax.eval_shape(make)
+    targets, compute = int((batch.weight != 0).sum()), None if lora is not None else dtype
     tx = optimiser(SftSettings(), 2)
-    flat, (batch, extra) = how._replace(attention="dense", unroll=True), example
-    targets = int((batch.weight != 0).sum())
-    counted = []
-    for layers in (1, 2):
-        definition, make = parts(replace(arch, layers=layers), lora, dtype)
-        trained, frozen = jax.eval_shape(make)
-        compute = None if lora is not None else dtype
-        step: Any = make_step(Objective(definition, loss, targets, flat, compute), tx, batch.tokens.shape[0])
-        lowered = step.lower(trained, jax.eval_shape(tx.init, trained), frozen, batch, extra)
-        counted.append(float(lowered.compile().cost_analysis()["flops"]))
-    one, two = counted
-    return one + (arch.layers - 1) * (two - one)
+    objective = Objective(definition, loss, targets, how._replace(attention="dense"), compute)
+    step: Any = make_step(objective, tx, batch.tokens.shape[0])
+    return products(step.trace(trained, jax.eval_shape(tx.init, trained), frozen, batch, extra).jaxpr.jaxpr)

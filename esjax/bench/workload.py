@@ -6,7 +6,9 @@ import json
 import resource
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -144,6 +146,11 @@ def parts(
     return definition, jax.jit(lambda: nnx.split(make(), what, ...)[1:])
 
 
+def tracing(root: Path, task: str, variant: str) -> AbstractContextManager[None]:
+    """Write a profiler trace of what is done meanwhile into a folder of this task and variant."""
+    return jax.profiler.trace(str(root / f"{task}-{variant}".replace(", ", "-")))
+
+
 def memory(compiled: Any) -> dict[str, float]:
     """Memory in GiB: the step's by the compiler's layout, and the process' peak so far, earlier jobs and set-up included.
 
@@ -178,15 +185,21 @@ def best_seconds(function: Callable[..., jax.Array], *arguments: Any) -> float:
     return best
 
 
-def measured_peak(dtype: jnp.dtype) -> float:
-    """FLOP/s of one large square product on this machine: the ceiling that utilisation refers to."""
-    n = 2048 if jax.default_backend() == "cpu" else 8192
-    a = jnp.ones((n, n), dtype)
-    return 2.0 * n**3 / best_seconds(jax.jit(jnp.matmul), a, a)
+class Ceilings(NamedTuple):
+    """What this machine reaches at most."""
+
+    flops: float  # FLOP/s of one large square product
+    bandwidth: float  # bytes/s that it reads in the product of a large matrix and a vector
 
 
-def measured_bandwidth() -> float:
-    """Bytes a second that this machine reads in the product of a large matrix and a vector: the ceiling of decoding."""
-    n = 1 << (13 if jax.default_backend() == "cpu" else 15)
-    matrix, vector = jnp.ones((n, n), jnp.float32), jnp.ones(n, jnp.float32)
-    return matrix.nbytes / best_seconds(jax.jit(jnp.matmul), matrix, vector)
+def measured_ceilings(dtype: jnp.dtype) -> Ceilings:
+    """This machine's ceilings, products of ``dtype``."""
+    on_cpu = jax.default_backend() == "cpu"
+    n, long = (2048, 1 << 13) if on_cpu else (8192, 1 << 15)
+    # Random numbers: a GPU draws less power on constants, and then runs faster than on real ones.
+    square = jax.random.normal(jax.random.key(0), (n, n), dtype)
+    matrix, vector = jnp.ones((long, long), jnp.float32), jnp.ones(long, jnp.float32)
+    multiply = jax.jit(jnp.matmul)
+    return Ceilings(
+        2.0 * n**3 / best_seconds(multiply, square, square), matrix.nbytes / best_seconds(multiply, matrix, vector)
+    )

@@ -30,7 +30,6 @@ class Execution(NamedTuple):
     weights: Literal["shared", "apart"] = "apart"  # what decoding reads: training's arrays, or layers of its own
     logits: int = 1 << 26  # entries of the head's logits that exist at once on a device: 256 MiB in float32
     interpret: bool = False  # kernels run on the host, for tests
-    unroll: bool = False  # no loops over layers and chunks, so that the compiler counts every pass
 
 
 class Decoder(nnx.Module):
@@ -57,9 +56,7 @@ class Decoder(nnx.Module):
             return nnx.merge(definition, state)(x, rope, attend), None
 
         embed = constrain(self.embed[...], "vocab", None)
-        x, _ = jax.lax.scan(
-            rematerialised(layer, execution.remat), embed[rows.tokens], stacked, unroll=execution.unroll
-        )
+        x, _ = jax.lax.scan(rematerialised(layer, execution.remat), embed[rows.tokens], stacked)
         return rms_norm(x, self.norm[...], self.arch.norm_eps)
 
     @property
@@ -119,9 +116,10 @@ def token_logprobs(model: Decoder, rows: Rows, targets: int | None, execution: E
     following = jnp.roll(rows.tokens, -1, axis=1).reshape(groups, -1)
     x = jnp.take_along_axis(hidden, index[..., None], axis=1)
     head = model.head_weight
-    logits = size * len(head) if execution.unroll else execution.logits
     live = jnp.take_along_axis(wanted, index, axis=1)
     token = jnp.take_along_axis(following, index, axis=1)
-    logprobs = jnp.where(live, target_logprobs(x, head, token, logits, live if targets is None else None), 0.0)
+    logprobs = jnp.where(
+        live, target_logprobs(x, head, token, execution.logits, live if targets is None else None), 0.0
+    )
     flat = jax.vmap(lambda i, values: jnp.zeros(last + 1, jnp.float32).at[i].add(values))(index, logprobs)
     return flat.reshape(b, t)

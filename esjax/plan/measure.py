@@ -15,6 +15,7 @@ import numpy as np
 from esjax.plan.chips import GIB, Chip
 from esjax.plan.jobs import Job
 from esjax.plan.moved import BETWEEN, Collective, Moved, moved
+from esjax.runtime.programs import products
 
 SIZE = r"([\d.]+[KMGT]?)"
 OF_MEMORY = re.compile(rf"Used {SIZE} of {SIZE}|\({SIZE}\) exceeds available HBM \({SIZE}\)")
@@ -113,32 +114,3 @@ def held_bytes(tree: Any) -> int:
     """Bytes that one device holds of a tree of shapes in their places."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize for x in leaves)
-
-
-def products(jaxpr: Any) -> float:
-    """FLOPs of a program's matrix products on all devices, 2 per multiply-add, without those in kernels.
-
-    Scans count as often as they run, a loop of unknown length as one iteration (decoding's is one step), and of branches the
-    dearest. The compiler's own analysis counts the body of any loop once.
-    """
-    total = 0.0
-    for eqn in jaxpr.eqns:
-        inner = [
-            products(getattr(part, "jaxpr", part))
-            for value in eqn.params.values()
-            for part in (value if isinstance(value, tuple | list) else [value])
-            if hasattr(getattr(part, "jaxpr", part), "eqns")
-        ]
-        kind = eqn.primitive.name
-        if kind == "dot_general":
-            (contracted, _), _ = eqn.params["dimension_numbers"]
-            summed = math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
-            total += 2.0 * eqn.outvars[0].aval.size * summed
-        elif kind == "cond":
-            total += max(inner)
-        elif kind == "shard_map":  # of one device's part
-            mesh = eqn.params["mesh"]
-            total += sum(inner) * math.prod(mesh.shape[axis] for axis in eqn.params.get("manual_axes", mesh.axis_names))
-        elif kind != "pallas_call":
-            total += sum(inner) * (eqn.params["length"] if kind == "scan" else 1)
-    return total

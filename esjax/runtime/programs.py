@@ -1,7 +1,8 @@
-"""The programs that a run compiles, by name: few, and known."""
+"""The programs that a run compiles, by name: few, and known; and what a program's products cost."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -37,6 +38,35 @@ def summary() -> str:
     """The same in words."""
     found = current().compiled
     return f"{found.total()} programs compiled: " + ", ".join(f"{n} {name}" for name, n in sorted(found.items()))
+
+
+def products(jaxpr: Any) -> float:
+    """FLOPs of a program's matrix products on all devices, 2 per multiply-add, without those in kernels.
+
+    Scans count as often as they run, a loop of unknown length as one iteration (decoding's is one step), and of branches the
+    dearest. The compiler's own analysis counts the body of any loop once.
+    """
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        inner = [
+            products(getattr(part, "jaxpr", part))
+            for value in eqn.params.values()
+            for part in (value if isinstance(value, tuple | list) else [value])
+            if hasattr(getattr(part, "jaxpr", part), "eqns")
+        ]
+        kind = eqn.primitive.name
+        if kind == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            summed = math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
+            total += 2.0 * eqn.outvars[0].aval.size * summed
+        elif kind == "cond":
+            total += max(inner)
+        elif kind == "shard_map":  # of one device's part
+            mesh = eqn.params["mesh"]
+            total += sum(inner) * math.prod(mesh.shape[axis] for axis in eqn.params.get("manual_axes", mesh.axis_names))
+        elif kind != "pallas_call":
+            total += sum(inner) * (eqn.params["length"] if kind == "scan" else 1)
+    return total
 
 
 def _count(event: str, duration_secs: float, **facts: Any) -> None:
