@@ -26,6 +26,7 @@ from esjax.rows import Layout, Rows, sees
 from esjax.runtime.mesh import per_device
 
 Path = Literal["dense", "chunked", "cudnn", "pallas", "splash"]
+Library = Literal["cudnn", "xla"]
 Attention = Callable[[Array, Array, Array], Array]  # q [B, T, N, H], k and v [B, T, K, H] -> [B, T, N, H]
 PLATFORMS: dict[str, tuple[str, ...]] = {
     "dense": ("cpu", "gpu", "tpu"),
@@ -67,11 +68,28 @@ def attention(path: Path, rows: Rows, layout: Layout, interpret: bool = False) -
         return lambda q, k, v: per_device(kernel, [*[QUERY] * 3, ("batch",)])(q, k, v, until)
     if path == "splash":
         return _splash_branched(until, interpret) if layout == "branched" else _splash_causal(until, interpret)
-    library: Literal["cudnn", "xla"] = "cudnn" if path == "cudnn" else "xla"
+    library: Library = "cudnn" if path == "cudnn" else "xla"
     if layout == "causal":
         return partial(jax.nn.dot_product_attention, is_causal=True, implementation=library)
+    return _masked_cudnn(until) if path == "cudnn" else partial(_masked, until, "xla")
+
+
+def _masked(until: Array, library: Library, q: Array, k: Array, v: Array) -> Array:
     index = jnp.arange(until.shape[1])
-    return partial(jax.nn.dot_product_attention, mask=sees(until, index, index)[:, None], implementation=library)
+    return jax.nn.dot_product_attention(q, k, v, mask=sees(until, index, index)[:, None], implementation=library)
+
+
+def _masked_cudnn(until: Array) -> Attention:
+    """cuDNN's attention with a mask has a gradient for even lengths alone, so an odd row is given one more token."""
+    t = until.shape[1]
+    if t % 2 == 0:
+        return partial(_masked, until, "cudnn")
+    longer = jnp.pad(until, ((0, 0), (0, 1)), constant_values=t + 1)  # it sees itself
+
+    def attend(q: Array, k: Array, v: Array) -> Array:
+        return _masked(longer, "cudnn", *(jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v)))[:, :t]
+
+    return attend
 
 
 QUERY = ("batch", None, "heads")

@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from esjax.model.attention import Path, attention
 from esjax.model.families import Architecture
 from esjax.model.head import target_logprobs
-from esjax.model.layers import Block, Lora, rms_norm, rope_at
+from esjax.model.layers import KEPT, Block, Lora, rms_norm, rope_at
 from esjax.rows import Layout, Rows
 from esjax.runtime.mesh import batch_groups, constrain
 
@@ -75,14 +75,14 @@ LAYER_INPUT = "layer_input"
 def rematerialised(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
     """A scanned layer under a rematerialisation policy: what the forward pass keeps for the backward pass.
 
-    none keeps everything; dots keeps the products of the linear layers and recomputes the rest; full keeps a layer's input
+    none keeps everything; dots keeps what products and attention make and recomputes the rest; full keeps a layer's input
     alone; offload does so too, in the host's memory.
     """
     if remat == "none":
         return layer
     policies = jax.checkpoint_policies
     policy = {
-        "dots": policies.dots_with_no_batch_dims_saveable,
+        "dots": policies.save_from_both_policies(policies.save_only_these_names(KEPT), _made_by_a_kernel),
         "full": policies.nothing_saveable,
         "offload": policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],
@@ -93,6 +93,11 @@ def rematerialised(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any
     }[remat]
     # The loop over layers keeps the passes apart, so nothing else has to (prevent_cse would only hinder fusion).
     return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+
+
+def _made_by_a_kernel(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Whether attention's kernel gives this: its output, and what its backward pass needs beside that."""
+    return str(primitive).startswith(("dot_product_attention_fwd", "pallas_call"))
 
 
 def token_logprobs(model: Decoder, rows: Rows, targets: int | None, execution: Execution) -> Array:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from esjax.model.families import LINEARS, Architecture
 from esjax.runtime.mesh import constrain
@@ -174,6 +175,14 @@ class Placement(NamedTuple):
         return constrain(constrain(y, "stream", None, *axes), "batch", None, *axes)
 
 
+KEPT = "product"
+
+
+def keep(x: Array) -> Array:
+    """Mark what rematerialisation "dots" keeps: what takes a product to make, and nothing that is cheap to make from it."""
+    return checkpoint_name(x, KEPT)
+
+
 TRAINING, DECODING = Placement(gather=True), Placement(gather=False)
 Attend = Callable[[Array, Array, Array], Array]  # q [B, T, N, H], k and v [B, T, K, H] -> [B, T, N, H]
 
@@ -198,11 +207,11 @@ class Block(nnx.Module):
 
     def __call__(self, x: Array, rope: Rope, attend: Attend, place: Placement = TRAINING) -> Array:
         """The residual stream [B, T, D] after this layer; ``attend`` says what a query sees."""
-        attended = attend(*self.qkv(x, rope, place))
-        (o,) = place.project(attended.reshape(*x.shape[:-1], -1), "heads", (self.o_proj,))
-        x = place.stream(x + o)
+        attended = attend(*(keep(y) for y in self.qkv(x, rope, place)))
+        (o,) = place.project(keep(attended.reshape(*x.shape[:-1], -1)), "heads", (self.o_proj,))
+        x = keep(place.stream(x + o))
         h = rms_norm(x, self.mlp_norm[...], self.arch.norm_eps)
-        gate, up = (place.own(y, "mlp") for y in place.project(h, "embed", (self.gate_proj, self.up_proj)))
+        gate, up = (keep(place.own(y, "mlp")) for y in place.project(h, "embed", (self.gate_proj, self.up_proj)))
         (down,) = place.project(jax.nn.silu(gate) * up, "mlp", (self.down_proj,))  # their product alone is sent on
         return place.stream(x + down)
 
