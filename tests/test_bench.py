@@ -100,7 +100,7 @@ def test_a_decoding_step_copies_no_cache() -> None:
     waiting = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows_, 4), x.dtype), state.leaf)
     number = jax.ShapeDtypeStruct((), jnp.int32)
     some = jax.ShapeDtypeStruct((rows_,), jnp.int32)
-    size = cache.new_k[0].size
+    size = cache.keys[0].size
 
     def large_copies(donate: int) -> int:
         def decode(weights: Any, *rest: Any) -> Any:

@@ -68,6 +68,7 @@ def bench(
     variant = "unshared" if naive else "shared" if task == "round" else "bare"
     if trace is not None:
         with tracing(trace, task, variant):
+            generator.usage = Usage()
             once(np.random.default_rng(3))
     held = memory_held(generator, lambda: once(np.random.default_rng(0)))
     moved = step_bytes(arch, dtype, generator)

@@ -1,19 +1,20 @@
 """Keys and values kept: where they lie, how new ones are written, and attention to them.
 
-A *row* keeps the keys and values of prompts, trunks and branches, in T slots. M *lanes* a row each grow one reply. What a
-lane has drawn lies in a ring of its own of N slots, written by all lanes at the same place (the clock), so that one small
-in-place write serves them all, however far each has come. A step reads a row's slots once for its M lanes, and each lane's
-ring.
+A *row* keeps the keys and values of prompts, trunks and branches, in T slots. M *lanes* a row each grow one reply. What they
+draw lies behind these slots in a ring of N places for each, the lanes' side by side, all written at once at the same place
+(the clock), however far each has come. So a step reads a row once, for all of its lanes.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from esjax.model.decoder import Execution
 from esjax.model.families import Architecture
@@ -23,13 +24,14 @@ from esjax.runtime.mesh import constrain, sharding_here
 BLOCK = 128  # slots that the CPU attends to at a time
 
 
-class Cache(NamedTuple):
+@partial(jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=["slots"])
+@dataclass(frozen=True)
+class Cache:
     """Keys and values, one array a layer; keys lie transposed, so that both products of attention read memory in order."""
 
-    row_k: tuple[Array, ...]  # [R, K, H, T]
-    row_v: tuple[Array, ...]  # [R, K, T, H]
-    new_k: tuple[Array, ...]  # [R M, K, H, N]
-    new_v: tuple[Array, ...]  # [R M, K, N, H]
+    keys: tuple[Array, ...]  # [R, K, H, S], S = T + N M
+    values: tuple[Array, ...]  # [R, K, S, H]
+    slots: int  # T
 
 
 CACHE = ("batch", "kv_heads")  # the leading logical axes of every array of a Cache
@@ -64,11 +66,13 @@ class Fed(NamedTuple):
 
 
 def cache_shapes(arch: Architecture, rows: int, lanes: int, slots: int, new: int, dtype: jnp.dtype) -> Cache:
-    """A cache of ``rows`` rows of T = ``slots`` and ``lanes`` lanes a row with rings of N = ``new``, each array in its place."""
-    k, h = arch.kv_heads, arch.head_size
-    shapes = ((rows, k, h, slots), (rows, k, slots, h), (rows * lanes, k, h, new), (rows * lanes, k, new, h))
+    """A cache of ``rows`` rows of T = ``slots`` with ``lanes`` rings of N = ``new`` each, every array in its place."""
+    k, h, s = arch.kv_heads, arch.head_size, slots + new * lanes
     where = sharding_here(*CACHE, None, None)
-    return Cache(*((jax.ShapeDtypeStruct(s, dtype, sharding=where),) * arch.layers for s in shapes))  # type: ignore[arg-type]
+    keys, values = (
+        (jax.ShapeDtypeStruct((rows, k, *shape), dtype, sharding=where),) * arch.layers for shape in ((h, s), (s, h))
+    )
+    return Cache(keys, values, slots)  # type: ignore[arg-type]
 
 
 def empty_cache(arch: Architecture, rows: int, lanes: int, slots: int, new: int, dtype: jnp.dtype) -> Cache:
@@ -77,17 +81,56 @@ def empty_cache(arch: Architecture, rows: int, lanes: int, slots: int, new: int,
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), shapes)
 
 
-def pinned(cache: Cache) -> Cache:
-    """The same cache, where it belongs: what a program gives back must lie as it was given."""
-    return jax.tree.map(lambda x: constrain(x, *CACHE, None, None), cache)
+def pinned(keys: list[Array], values: list[Array], cache: Cache) -> Cache:
+    """The cache with these arrays, where it belongs: what a program gives back must lie as it was given."""
+    return replace(
+        cache,
+        keys=tuple(constrain(x, *CACHE, None, None) for x in keys),
+        values=tuple(constrain(x, *CACHE, None, None) for x in values),
+    )
 
 
-def write_chunk(row_k: Array, row_v: Array, k: Array, v: Array, chunk: Chunk) -> tuple[Array, Array]:
-    """The cache with new keys and values [P, C, K, H] in its rows; one small in-place update for each of the P."""
+def lanes_see(fed: Fed, clock: Array, cache: Cache) -> Array:
+    """Which of their row's slots and rings the lanes see in a step: bool [R, M, S]."""
+    m = fed.token.shape[1]
+    slot = jnp.arange(cache.slots)
+    trunk = (fed.trunk_start[..., None] <= slot) & (slot < fed.trunk_end[..., None])
+    own = (fed.own_start[..., None] <= slot) & (slot < fed.own_end[..., None])
+    n = (cache.keys[0].shape[-1] - cache.slots) // m
+    age = (clock - jnp.arange(n)) % n
+    ring = (age < fed.newest[..., None])[..., None] & jnp.eye(m, dtype=bool)[:, None]  # [R, M, N, M]
+    return jnp.concatenate([trunk | own, ring.reshape(*fed.token.shape, n * m)], axis=-1)
+
+
+def write_step(keys: Array, values: Array, k: Array, v: Array, at: Array) -> tuple[Array, Array]:
+    """A layer's cache with the new keys and values [R M, 1, K, H] of all lanes from slot ``at`` on."""
+    rm, _, kv, h = k.shape
+    split = (len(keys), rm // len(keys), kv, h)
+    keys = jax.lax.dynamic_update_slice(keys, k.reshape(split).transpose(0, 2, 3, 1).astype(keys.dtype), (0, 0, 0, at))
+    new = v.reshape(split).swapaxes(1, 2).astype(values.dtype)
+    return keys, jax.lax.dynamic_update_slice(values, new, (0, 0, at, 0))
+
+
+def rows_of(keys: Array, values: Array, chunk: Chunk) -> tuple[Array, Array]:
+    """The slots of the chunk's rows: [P, K, H, T] and [P, K, T, H]."""
+    slots = chunk.until.shape[1]
+    return keys[..., :slots][chunk.row], values[:, :, :slots][chunk.row]
+
+
+def write_chunk(
+    keys: Array, values: Array, k: Array, v: Array, chunk: Chunk, execution: Execution
+) -> tuple[Array, Array]:
+    """The cache with new keys and values [P, C, K, H] in its rows."""
+    if execution.attention in ("cudnn", "pallas"):  # a GPU: one program that scatters, rather than one for each window
+        slot = chunk.start[:, None] + jnp.arange(k.shape[1])
+        slot = jnp.where(chunk.valid, slot, keys.shape[-1])  # behind the end: dropped
+        at = chunk.row[:, None]
+        keys = keys.at[at, :, :, slot].set(k.astype(keys.dtype), mode="drop", unique_indices=True)
+        return keys, values.at[at, :, slot].set(v.astype(values.dtype), mode="drop", unique_indices=True)
     for p in range(len(k)):
-        row_k = _put(row_k, k[p].transpose(1, 2, 0), chunk.valid[p], (chunk.row[p], 0, 0, chunk.start[p]))
-        row_v = _put(row_v, v[p].transpose(1, 0, 2), chunk.valid[p][:, None], (chunk.row[p], 0, chunk.start[p], 0))
-    return row_k, row_v
+        keys = _put(keys, k[p].transpose(1, 2, 0), chunk.valid[p], (chunk.row[p], 0, 0, chunk.start[p]))
+        values = _put(values, v[p].transpose(1, 0, 2), chunk.valid[p][:, None], (chunk.row[p], 0, chunk.start[p], 0))
+    return keys, values
 
 
 def _put(cache: Array, new: Array, valid: Array, at: tuple[Any, ...]) -> Array:
@@ -100,17 +143,20 @@ def _grouped(q: Array, kv_heads: int) -> Array:
     return (q * q.shape[-1] ** -0.5).reshape(*q.shape[:-2], kv_heads, -1, q.shape[-1])
 
 
-def attend_chunk(q: Array, row_k: Array, row_v: Array, chunk: Chunk, execution: Execution) -> Array:
+def attend_chunk(q: Array, keys: Array, values: Array, chunk: Chunk, execution: Execution) -> Array:
     """Queries [P, C, N, H] of a chunk against their rows -> [P, C, N, H]."""
     p, c, _, _ = q.shape
     if execution.attention == "chunked":
         parts = []
         for i in range(p):
-            k, v = (jax.lax.dynamic_index_in_dim(x, chunk.row[i], keepdims=False) for x in (row_k, row_v))
+            k, v = (x[0] for x in rows_of(keys, values, jax.tree.map(lambda x, i=i: x[i : i + 1], chunk)))
             parts.append(_blocked_chunk(_grouped(q[i], len(k)), k, v, chunk.since[i], chunk.until[i]))
         return jnp.stack(parts).reshape(q.shape)
     mask = sees(chunk.until, jnp.arange(c), chunk.since)
-    k, v = row_k[chunk.row].transpose(0, 3, 1, 2), row_v[chunk.row].transpose(0, 2, 1, 3)
+    k, v = rows_of(keys, values, chunk)
+    # Keys are transposed apart: fused with the taking of rows, that would read memory against the order in which they lie.
+    k = with_layout_constraint(k, Layout((0, 1, 2, 3)))
+    k, v = k.transpose(0, 3, 1, 2), v.transpose(0, 2, 1, 3)
     library: Literal["cudnn", "xla"] = "cudnn" if execution.attention == "cudnn" else "xla"
     return jax.nn.dot_product_attention(
         q, k.astype(q.dtype), v.astype(q.dtype), mask=mask[:, None], implementation=library
@@ -175,50 +221,34 @@ def _blocked_chunk(q: Array, k: Array, v: Array, since: Array, until: Array) -> 
     return out.reshape(kv, g, c, h).transpose(2, 0, 1, 3)
 
 
-def attend_lanes(
-    q: Array, row: tuple[Array, Array], ring: tuple[Array, Array], fed: Fed, in_ring: Array, execution: Execution
-) -> Array:
-    """One query a lane [R M, 1, N, H] against keys and values of its row, read once for all its lanes, and its ring."""
-    (row_k, row_v), (new_k, new_v) = row, ring
-    q_RMxKxGxH = _grouped(q[:, 0], row_k.shape[1])
-    r, m = fed.newest.shape
-    b, kv, g, h = q_RMxKxGxH.shape
-    q_RxKxMGxH = q_RMxKxGxH.reshape(r, m, kv, g, h).swapaxes(1, 2).reshape(r, kv, m * g, h)
-
-    def spread(x: Array) -> Array:
-        """[R, M, S] -> [R, 1, M G, S]."""
-        return jnp.repeat(x, g, axis=1)[:, None]
-
-    def back(x: Array) -> Array:
-        """[R, K, M G, ...] -> [R M, K, G, ...]."""
-        return x.reshape(r, kv, m, g, *x.shape[3:]).swapaxes(1, 2).reshape(b, kv, g, *x.shape[3:])
-
-    add_row = partial(_add_block, q=q_RxKxMGxH)
+def attend_lanes(q: Array, keys: Array, values: Array, seen: Array, execution: Execution) -> Array:
+    """One query a lane [R M, 1, N, H] against its row and its ring, read once for all lanes; ``seen`` as of ``lanes_see``."""
+    (r, m, _), kv = seen.shape, keys.shape[1]
+    q_RMxKxGxH = _grouped(q[:, 0], kv)
+    g = q_RMxKxGxH.shape[2]
+    q_RxKxMGxH = q_RMxKxGxH.reshape(r, m, kv, g, -1).swapaxes(1, 2).reshape(r, kv, m * g, -1)
+    mask = jnp.repeat(seen, g, axis=1)[:, None]
     if execution.attention == "chunked":
-        first, last = _extent(fed, row_k.shape[-1])
-
-        def add(index: Array, so_far: Running) -> Running:
-            block_k, block_v, slot = _blocks(row_k, row_v, index)
-            return add_row(so_far, k=block_k, v=block_v, mask=spread(_seen_slots(fed, slot)))
-
-        on_row = jax.lax.fori_loop(first, last, add, _none_yet(q_RxKxMGxH))
+        out = _blocked_lanes(q_RxKxMGxH, keys, values, mask)
     else:
-        mask = spread(_seen_slots(fed, jnp.arange(row_k.shape[-1])))
-        on_row = add_row(_none_yet(q_RxKxMGxH), k=row_k, v=row_v, mask=mask)
-    both = _add_block(Running(*map(back, on_row)), q_RMxKxGxH, new_k, new_v, in_ring[:, None, None])
-    return (both.out / both.total[..., None]).astype(q.dtype).reshape(q.shape)
+        scores = jnp.matmul(q_RxKxMGxH, keys.astype(q.dtype), preferred_element_type=jnp.float32)
+        p = jax.nn.softmax(jnp.where(mask, scores, NEVER), axis=-1).astype(q.dtype)
+        out = jnp.matmul(p, values.astype(q.dtype), preferred_element_type=jnp.float32).astype(q.dtype)
+    return out.reshape(r, kv, m, g, -1).swapaxes(1, 2).reshape(q.shape)
 
 
-def _seen_slots(fed: Fed, slot: Array) -> Array:
-    """Which slots [S] of their row the lanes see: bool [R, M, S]."""
-    trunk = (fed.trunk_start[..., None] <= slot) & (slot < fed.trunk_end[..., None])
-    return trunk | ((fed.own_start[..., None] <= slot) & (slot < fed.own_end[..., None]))
+def _blocked_lanes(q: Array, keys: Array, values: Array, mask: Array) -> Array:
+    """For CPUs: queries [R, K, M G, H] against the blocks that any of them sees; mask [R, 1, M G, S]."""
+    size = min(BLOCK, mask.shape[-1])
+    count = -(-mask.shape[-1] // size)
+    seen = jnp.pad(mask.any(axis=(0, 1, 2)), (0, count * size - mask.shape[-1])).reshape(count, size).any(axis=1)
+    order = jnp.argsort(~seen, stable=True)
 
+    def add(number: Array, so_far: Running) -> Running:
+        k, v, slot = _blocks(keys, values, order[number])
+        at = slot[-1] + 1 - size
+        part = jax.lax.dynamic_slice_in_dim(mask, at, size, axis=3) & (slot >= 0)
+        return _add_block(so_far, q, k, v, part)
 
-def _extent(fed: Fed, slots: int) -> tuple[Array, Array]:
-    """From which block to before which block any lane sees something."""
-    size = min(BLOCK, slots)
-    spans = (fed.trunk_start, fed.trunk_end), (fed.own_start, fed.own_end)
-    first = jnp.minimum(*(jnp.min(jnp.where(a < b, a, slots)) for a, b in spans))
-    last = jnp.maximum(*(jnp.max(jnp.where(a < b, b, 0)) for a, b in spans))
-    return first // size, (last + size - 1) // size
+    done = jax.lax.fori_loop(0, seen.sum(), add, _none_yet(q))
+    return (done.out / done.total[..., None]).astype(q.dtype)

@@ -1,25 +1,36 @@
 """The decoder with a cache: prefill computes prompts, a step feeds one token to each lane. cache.py says what is kept.
 
-Decoding unrolls its layers; prefill scans training's stacked arrays where it is given those. On a mesh, weights stay where
-training has them, see ``layers.Placement``. Rows are split over data and fsdp, heads over tensor; attention and the writing
-of keys and values are each device's own.
+Layers are unrolled: a loop over stacked weights would copy each of them to where a product can read it. On a mesh, weights
+stay where training has them, see ``layers.Placement``. Rows are split over data and fsdp, heads over tensor; attention and
+the writing of keys and values are each device's own.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from esjax.model.cache import CACHE, Cache, Chunk, Fed, attend_chunk, attend_lanes, pinned, write_chunk
+from esjax.model.cache import (
+    CACHE,
+    Cache,
+    Chunk,
+    Fed,
+    attend_chunk,
+    attend_lanes,
+    lanes_see,
+    pinned,
+    write_chunk,
+    write_step,
+)
 from esjax.model.decoder import Decoder, Execution
 from esjax.model.families import LINEARS, Architecture
 from esjax.model.layers import DECODING, Block, rms_norm, rope_at
-from esjax.runtime.mesh import batch_groups, constrain, per_device
+from esjax.runtime.mesh import constrain, per_device
 
 
 class Weights(NamedTuple):
@@ -29,7 +40,6 @@ class Weights(NamedTuple):
     head: Array  # [V, D]; the same array as embed where the two are tied
     norm: Array  # [D]
     layers: tuple[Block, ...]  # their arrays lack the leading axis
-    stacked: Block | None = None  # training's own form, where the layers are slices of it
 
     @property
     def arch(self) -> Architecture:
@@ -53,7 +63,7 @@ def layered(model: Decoder, merge: bool) -> Weights:
         for i in range(model.arch.layers)
     )
     embed, head = (constrain(x, "vocab", "embed") for x in (model.embed[...], model.head_weight))
-    return Weights(embed, head, constrain(model.norm[...], "embed"), layers, None if merge else model.layers)
+    return Weights(embed, head, constrain(model.norm[...], "embed"), layers)
 
 
 def _merged(block: Block) -> Block:
@@ -75,44 +85,19 @@ def prefill(weights: Weights, cache: Cache, chunk: Chunk, execution: Execution) 
     """Compute the chunk's keys and values and write them into the rows."""
     rope = rope_at(weights.arch, chunk.position)
     x = _embed(weights, chunk.tokens)
-    row_k, row_v = list(cache.row_k), list(cache.row_v)
-    write = per_device(write_chunk, [CACHE, CACHE, KEYS, KEYS, ("batch",)], [CACHE, CACHE])
+    keys, values = list(cache.keys), list(cache.values)
+    write = per_device(
+        partial(write_chunk, execution=execution), [CACHE, CACHE, KEYS, KEYS, ("batch",)], [CACHE, CACHE]
+    )
     attend = per_device(partial(attend_chunk, execution=execution), [QUERIES, CACHE, CACHE, ("batch",)])
-    if weights.stacked is not None:  # many large products: unrolled, they would take minutes to compile
-        definition, stacked = nnx.split(weights.stacked)
-        pick = per_device(lambda rows, chunk: rows[chunk.row], [CACHE, ("batch",)])
-        rows = [jnp.stack([pick(x, chunk) for x in layers]) for layers in (row_k, row_v)]
-        own = chunk._replace(row=_first_of_row(chunk.row))
+    for i, block in enumerate(weights.layers):
 
-        def layer(x: Array, given: Any) -> tuple[Array, tuple[Array, Array]]:
-            state, k_rows, v_rows = given
-            made: list[Array] = []
+        def attend_row(q: Array, k: Array, v: Array, i: int = i) -> Array:
+            keys[i], values[i] = write(keys[i], values[i], k, v, chunk)
+            return attend(q, keys[i], values[i], chunk)
 
-            def attend_row(q: Array, k: Array, v: Array) -> Array:
-                made.extend((k, v))
-                return attend(q, *write(k_rows, v_rows, k, v, own), own)
-
-            x = nnx.merge(definition, state)(x, rope, attend_row, DECODING)
-            return x, (made[0], made[1])
-
-        _, made = jax.lax.scan(layer, x, (stacked, *rows))
-        for i, (k, v) in enumerate(zip(*made, strict=True)):
-            row_k[i], row_v[i] = write(row_k[i], row_v[i], k, v, chunk)
-    else:
-        for i, block in enumerate(weights.layers):
-
-            def attend_row(q: Array, k: Array, v: Array, i: int = i) -> Array:
-                row_k[i], row_v[i] = write(row_k[i], row_v[i], k, v, chunk)
-                return attend(q, row_k[i], row_v[i], chunk)
-
-            x = block(x, rope, attend_row, DECODING)  # of the last layer only the keys and values are used
-    return pinned(cache._replace(row_k=tuple(row_k), row_v=tuple(row_v)))
-
-
-def _first_of_row(row: Array) -> Array:
-    """For each window [P] the first window of its device with the same row: they must see what each of them writes."""
-    of_device = row.reshape(batch_groups(), -1)
-    return jnp.argmax(of_device[:, :, None] == of_device[:, None, :], axis=2).reshape(-1)
+        x = block(x, rope, attend_row, DECODING)  # of the last layer only the keys and values are used
+    return pinned(keys, values, cache)
 
 
 def step(weights: Weights, cache: Cache, fed: Fed, clock: Array, execution: Execution) -> tuple[Array, Cache]:
@@ -123,22 +108,21 @@ def step(weights: Weights, cache: Cache, fed: Fed, clock: Array, execution: Exec
     """
     rope = rope_at(weights.arch, fed.position.reshape(-1, 1))
     x = _embed(weights, fed.token.reshape(-1, 1))
-    new_k, new_v = list(cache.new_k), list(cache.new_v)
-    n = new_k[0].shape[-1]
-    slot = clock % n
-    in_ring = (slot - jnp.arange(n)) % n < fed.newest.reshape(-1, 1)
-    attend = per_device(partial(attend_lanes, execution=execution), [QUERIES, CACHE, CACHE, ("batch",), ("batch",)])
+    keys, values = list(cache.keys), list(cache.values)
+    ring = cache.keys[0].shape[-1] - cache.slots
+    at = cache.slots + clock * fed.token.shape[1] % ring
+    seen = lanes_see(fed, clock, cache)
+    write = per_device(write_step, [CACHE, CACHE, KEYS, KEYS, ()], [CACHE, CACHE])
+    attend = per_device(partial(attend_lanes, execution=execution), [QUERIES, CACHE, CACHE, ("batch",)])
     for i, block in enumerate(weights.layers):
 
         def attend_row(q: Array, k: Array, v: Array, i: int = i) -> Array:
-            k, v = k[:, 0, :, :, None].astype(new_k[i].dtype), v[:, 0, :, None].astype(new_v[i].dtype)
-            new_k[i] = jax.lax.dynamic_update_slice(new_k[i], k, (0, 0, 0, slot))
-            new_v[i] = jax.lax.dynamic_update_slice(new_v[i], v, (0, 0, slot, 0))
-            return attend(q, (cache.row_k[i], cache.row_v[i]), (new_k[i], new_v[i]), fed, in_ring)
+            keys[i], values[i] = write(keys[i], values[i], k, v, at)
+            return attend(q, keys[i], values[i], seen)
 
         x = block(x, rope, attend_row, DECODING)
     x = rms_norm(x[:, 0], weights.norm, weights.arch.norm_eps)
-    return x, cache._replace(new_k=tuple(new_k), new_v=tuple(new_v))
+    return x, pinned(keys, values, cache)
 
 
 def _embed(weights: Weights, tokens: Array) -> Array:

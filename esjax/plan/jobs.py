@@ -105,7 +105,7 @@ def _sampling(
 ) -> Iterator[Job]:
     """Prefill and decode; ``model`` is its definition, adapter and base."""
     definition, adapter, base = model
-    rows, lanes, slots, new, count, width = sampler_shapes(config, platform)
+    rows, lanes, slots, new, count, _, width = sampler_shapes(config, platform)
     kept = dtype if config.model.cache_dtype == "auto" else jnp.dtype(config.model.cache_dtype)
     programs = sampling_programs(definition, dtype, how)
     weights: Any = (adapter, base)

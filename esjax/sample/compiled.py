@@ -42,8 +42,7 @@ def sampling_programs(definition: nnx.GraphDef[Decoder], dtype: jnp.dtype, execu
     def apart(adapter: Adapter, base: nnx.State) -> Weights:
         """Outside of a program, which would give back copies of what it was given, too."""
         model = bind(definition, adapter, base)
-        stacked = None if merge else model.layers
-        return Weights(model.embed[...], model.head_weight, model.norm[...], copied(adapter, base), stacked)
+        return Weights(model.embed[...], model.head_weight, model.norm[...], copied(adapter, base))
 
     def see(weights: Any) -> Weights:
         """The layers of what a program was given."""

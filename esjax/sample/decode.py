@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from esjax.model.cache import Cache, Fed, pinned
+from esjax.model.cache import Cache, Fed
 from esjax.model.cached import Weights, step
 from esjax.model.decoder import Execution
 from esjax.runtime.mesh import constrain, replicated
@@ -157,7 +157,7 @@ def run(
     begin = Called(replicated(lanes), cache, jnp.zeros(r, jnp.int32), jnp.int32(0), replicated(log))
     made = jax.lax.while_loop(go_on, advance, begin)
     small = replicated((made.lanes, made.started, made.steps, made.log))  # for every host to read
-    return Called(small[0], pinned(made.cache), *small[1:])
+    return Called(small[0], made.cache, *small[1:])
 
 
 def _take(lanes: Lanes, waiting: Continuation, count: Array, started: Array) -> tuple[Lanes, Array]:

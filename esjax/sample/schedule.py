@@ -150,10 +150,13 @@ class Scheduler:
         return self.backlog.popleft()
 
     def _compute(self, loads: list[list[Chunk]]) -> None:
-        usage, size = self.usage, self.shapes.windows
+        usage, shapes = self.usage, self.shapes
         began = time.perf_counter()
-        for start in range(0, max(map(len, loads)), size):
+        start, most = 0, max(map(len, loads))
+        while start < most:
+            size = shapes.windows if most - start > shapes.few else shapes.few
             part = stack_windows([chunks[start : start + size] for chunks in loads], size)
+            start += size
             self.cache = self.task.programs.prefill(self.task.weights, self.cache, part)
             usage.padded_tokens += part.tokens.size
             usage.computed_tokens += int(part.valid.sum())

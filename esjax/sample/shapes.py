@@ -7,6 +7,8 @@ from typing import NamedTuple
 from esjax.runtime.mesh import batch_groups, check_split
 
 BUCKET = 128  # rows have a multiple of so many slots, so that a run compiles a handful of programs
+# Windows of one prefill, of a small one, and their width. More would hardly be faster, only more often padding.
+WINDOWS = {"cpu": (2, 2, 64), "gpu": (32, 8, 128), "tpu": (8, 8, 128)}
 SHARED_LANES = 2  # lanes that read a row together, where prompts share trunks
 
 
@@ -26,7 +28,8 @@ class Shapes(NamedTuple):
     lanes: int  # M, that read a row together
     slots: int  # T, of a row
     new: int  # N, of a lane's ring
-    windows: int  # that one prefill computes on each device
+    windows: int  # that one prefill computes on each device ...
+    few: int  # ... and that a smaller one computes, for when no more wait
     width: int  # C, slots of a window
 
 
@@ -38,9 +41,7 @@ def shapes(replies: int, need: Need, platform: str, lanes: int = 0, shared: bool
     check_split("replies at once (evolve.batch, in `esjax sample` reply.batch)", replies)
     if not lanes:
         lanes = SHARED_LANES if shared and replies % (batch_groups() * SHARED_LANES) == 0 else 1
-    # More windows at once would hardly be faster, only more often padding.
-    windows, width = (2, 64) if platform == "cpu" else (8, 128)
+    windows, few, width = WINDOWS[platform]
     room = max(need.longest + max(need.beyond * (lanes + 1), need.least), width)
-    return Shapes(
-        replies // lanes, lanes, -(-room // BUCKET) * BUCKET, need.new, max(1, windows // batch_groups()), width
-    )
+    slots, (windows, few) = -(-room // BUCKET) * BUCKET, (max(1, n // batch_groups()) for n in (windows, few))
+    return Shapes(replies // lanes, lanes, slots, need.new, windows, few, width)
