@@ -38,11 +38,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from esjax.errors import InputError
 from esjax.model.cache import Fed, empty_cache
 from esjax.model.cached import layered, prefill, step
-from esjax.model.decoder import token_logprobs
+from esjax.model.decoder import Execution, token_logprobs
 from esjax.model.families import Llama3Rope, architecture, read_architecture
 from esjax.model.layers import Lora
 from esjax.model.weights import Backbone, bind, load_backbone
 from esjax.rows import Rows, pack, prompt_with_replies, stack, trunk
+from esjax.runtime.programs import products
 from esjax.sample.generate import Generator
 from esjax.sample.rowbook import Placed, Run, stack_windows, windows
 from esjax.settings.schema import SamplingSettings
@@ -441,6 +442,52 @@ def test_token_logprobs_are_gathered_log_softmax(tiny: Backbone, tiny_torch: Any
     # One target to the left is another token's log-prob; a bound that is too small loses targets.
     assert worst(np.roll(ours, 1, axis=1)[wanted], theirs) > 1e-2
     assert worst(np.asarray(program(rows, 44, "none", 512))[wanted], theirs) > 1e-2
+
+
+def test_the_ways_of_a_gpu_do_not_change_the_gradient(tiny_folder: Path) -> None:
+    """Base and adapter in one product, layers without a loop, and the kernel: all but the devices' own arithmetic."""
+    model = load_backbone(tiny_folder, Lora(("q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"), 4, 2.0), FLOAT32)
+    draw = np.random.default_rng(5)
+    ids = [draw.integers(2, model.arch.vocab, n).tolist() for n in (30, 9, 12)]
+    rows = jax.tree.map(jnp.asarray, stack([pack([prompt_with_replies(ids[0], ids[1:])], 64)]))
+    adapter = random_adapter(model, 1, size=0.1)
+
+    def gradient(how: Execution, factor: float = 1.0) -> list[np.ndarray]:
+        def total(adapter: Any) -> jax.Array:
+            logprobs = token_logprobs(bind(model.definition, adapter, model.base), rows, 21, how)
+            return jnp.sum(jnp.arange(64) * rows.weight * logprobs)
+
+        given = jax.tree.map(lambda x: factor * x, adapter)
+        return [np.asarray(x) for x in jax.tree.leaves(jax.jit(jax.grad(total))(given))]
+
+    def apart(a: list[np.ndarray], b: list[np.ndarray]) -> float:
+        return max(float(np.linalg.norm(x - y) / np.linalg.norm(y)) for x, y in zip(a, b, strict=True))
+
+    expected = gradient(Execution("dense"))
+    assert len(expected) == 10
+    for remat in ("none", "dots", "full"):
+        for unroll in (False, True):
+            how = Execution("pallas", remat=remat, unroll=unroll, interpret=True)  # type: ignore[arg-type]
+            assert apart(gradient(how), expected) <= 1e-5
+    assert apart(gradient(how, 1.001), expected) > 1e-5  # control: an adapter larger by a thousandth
+
+
+def test_remat_dots_computes_no_product_again(tiny: Backbone) -> None:
+    """Of a training step's products: none again but LoRA's narrow ones, while full computes the whole forward pass again."""
+    rows = stack([trunk(list(range(2, 66)), [1.0] * 63 + [0.0])] * 4)
+    adapter = tiny.fresh_adapter(0)
+
+    def flops(remat: Any) -> float:
+        def total(adapter: Any) -> jax.Array:
+            how = tiny.execution._replace(remat=remat, attention="dense")
+            return jnp.sum(token_logprobs(bind(tiny.definition, adapter, tiny.base), rows, 252, how))
+
+        return products(jax.jit(jax.grad(total)).trace(adapter).jaxpr.jaxpr)
+
+    none, dots, full = (flops(remat) for remat in ("none", "dots", "full"))
+    # Dense attention is products too, which take little here, and the narrow products of two of seven layers.
+    assert none <= dots <= 1.05 * none
+    assert full >= 1.15 * none
 
 
 def test_chunks_do_not_change_the_gradient(tiny: Backbone) -> None:

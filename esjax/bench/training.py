@@ -30,6 +30,8 @@ from esjax.train.losses import Loss, Pairs, dpo_loss, sft_loss
 from esjax.train.optim import optimiser
 from esjax.train.step import Objective, make_step
 
+TILE = 32  # tokens
+
 
 class Job(NamedTuple):
     """One thing to measure: a training step and its batches."""
@@ -64,7 +66,7 @@ def jobs(work: Workload, tasks: list[str], naive: bool) -> Iterator[Job]:
                     rows.prompt_with_replies(ids(rng, d.prompt), [ids(rng, d.response), ids(rng, d.response)])
                     for _ in range(d.pairs)
                 ]
-                return rows.stack(made), _no_reference(d.pairs)
+                return _stacked(made), _no_reference(d.pairs)
 
             def unshared(rng: np.random.Generator, d: DpoWork = d) -> tuple[Rows, Pairs]:
                 made = []
@@ -72,7 +74,7 @@ def jobs(work: Workload, tasks: list[str], naive: bool) -> Iterator[Job]:
                     prompt = ids(rng, d.prompt)
                     for _ in range(2):
                         made.append(rows.prompt_with_replies(prompt, [ids(rng, d.response)]))
-                return rows.stack(made), _no_reference(d.pairs)
+                return _stacked(made), _no_reference(d.pairs)
 
             settings, lora = DpoSettings(learning_rate=1e-5), lora_of(d.lora_rank)
             loss = dpo_loss(settings)
@@ -102,6 +104,14 @@ def jobs(work: Workload, tasks: list[str], naive: bool) -> Iterator[Job]:
                     warmup=s.warmup,
                     dtype=None if lora_or_all else jnp.dtype(work.dtype),
                 )
+
+
+def _stacked(made: list[Rows]) -> Rows:
+    """Rows of one length as a batch; on a GPU filled up to whole tiles, as a run's rows are (their length is a setting)."""
+    length = len(made[0].tokens)
+    if jax.default_backend() == "gpu":
+        length = -(-length // TILE) * TILE
+    return rows.stack([rows.pack([row], length) for row in made])
 
 
 def _no_reference(pairs: int) -> Pairs:

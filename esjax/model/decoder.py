@@ -14,9 +14,9 @@ from jax.ad_checkpoint import checkpoint_name
 from esjax.model.attention import Path, attention
 from esjax.model.families import Architecture
 from esjax.model.head import target_logprobs
-from esjax.model.layers import KEPT, Block, Lora, rms_norm, rope_at
+from esjax.model.layers import KEPT, TRAINING, Block, Lora, rms_norm, rope_at
 from esjax.rows import Layout, Rows
-from esjax.runtime.mesh import batch_groups, constrain
+from esjax.runtime.mesh import batch_groups, constrain, mesh_sizes
 
 Remat = Literal["none", "dots", "offload", "full"]
 
@@ -29,6 +29,7 @@ class Execution(NamedTuple):
     remat: Remat = "none"
     weights: Literal["shared", "apart"] = "apart"  # what decoding reads: training's arrays, or layers of its own
     logits: int = 1 << 26  # entries of the head's logits that exist at once on a device: 256 MiB in float32
+    unroll: bool = False  # layers are not looped over
     interpret: bool = False  # kernels run on the host, for tests
 
 
@@ -50,13 +51,16 @@ class Decoder(nnx.Module):
         attend = attention(execution.attention, rows, execution.layout, execution.interpret)
         rope = rope_at(self.arch, rows.position)
         definition, stacked = nnx.split(self.layers)
+        # Joined along an axis that is split over tensor, matrices would have to move.
+        on_gpu = execution.attention in ("cudnn", "pallas")
+        place = TRAINING._replace(one_product=on_gpu and mesh_sizes()["tensor"] == 1)
 
         def layer(x: Array, state: nnx.State) -> tuple[Array, None]:
             x = checkpoint_name(constrain(x, "batch", None, None), LAYER_INPUT)
-            return nnx.merge(definition, state)(x, rope, attend), None
+            return nnx.merge(definition, state)(x, rope, attend, place), None
 
         embed = constrain(self.embed[...], "vocab", None)
-        x, _ = jax.lax.scan(rematerialised(layer, execution.remat), embed[rows.tokens], stacked)
+        x, _ = jax.lax.scan(rematerialised(layer, execution), embed[rows.tokens], stacked, unroll=execution.unroll)
         return rms_norm(x, self.norm[...], self.arch.norm_eps)
 
     @property
@@ -72,13 +76,13 @@ class Decoder(nnx.Module):
 LAYER_INPUT = "layer_input"
 
 
-def rematerialised(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
+def rematerialised(layer: Callable[..., Any], execution: Execution) -> Callable[..., Any]:
     """A scanned layer under a rematerialisation policy: what the forward pass keeps for the backward pass.
 
     none keeps everything; dots keeps what products and attention make and recomputes the rest; full keeps a layer's input
     alone; offload does so too, in the host's memory.
     """
-    if remat == "none":
+    if execution.remat == "none":
         return layer
     policies = jax.checkpoint_policies
     policy = {
@@ -90,9 +94,9 @@ def rematerialised(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any
             offload_src="device",
             offload_dst="pinned_host",
         ),
-    }[remat]
-    # The loop over layers keeps the passes apart, so nothing else has to (prevent_cse would only hinder fusion).
-    return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+    }[execution.remat]
+    # A loop over layers keeps the passes apart, so nothing else has to (prevent_cse would only hinder fusion).
+    return jax.checkpoint(layer, policy=policy, prevent_cse=execution.unroll)
 
 
 def _made_by_a_kernel(primitive: Any, *_: Any, **__: Any) -> bool:

@@ -76,33 +76,66 @@ class Linear(nnx.Module):
         self.lora_a = nnx.LoRAParam(a, axes=("layers", "lora", axes_in))
         self.lora_b = nnx.LoRAParam(jnp.zeros((stack, lora.rank, o), jnp.float32), axes=("layers", "lora", axes_out))
 
-    def base(self, x: Array, gather: bool) -> Array:
-        """x W + b for x [n, in]: the frozen part."""
-        y = x @ _gathered(self.kernel[...], KERNEL_AXES[self.name], gather)
-        return y if self.bias is None else y + self.bias[...]
+    def base(self, gather: bool) -> Array:
+        """W [in, out], the frozen part."""
+        return _gathered(self.kernel[...], KERNEL_AXES[self.name], gather)
 
 
-def project(x: Array, linears: Sequence[Linear], gather: bool = True) -> list[Array]:
+def project(x: Array, linears: Sequence[Linear], gather: bool = True, one_product: bool = False) -> list[Array]:
     """What several linear layers make of one input [..., in]: each [..., out]. Weights are gathered over fsdp, or stay.
 
     Their A matrices are joined, so that x is read once for all of them, forward and backward: LoRA's narrow products are
-    bound by memory, not by arithmetic.
+    bound by memory, not by arithmetic. ``one_product`` makes base and adapter in one, see ``_one_product``.
     """
     # Two-dimensional: XLA's CPU backend computes the narrow gradients of A and B several times slower over two axes.
     flat = x.reshape(-1, x.shape[-1])
-    out = [linear.base(flat, gather) for linear in linears]
-    adapters = [
-        (i, l.lora_a[...], l.lora_b[...])
-        for i, l in enumerate(linears)
-        if l.lora_a is not None and l.lora_b is not None
-    ]
-    if adapters:
+    adapted = {l.name: (l.lora_a[...], l.lora_b[...]) for l in linears if l.lora_a is not None and l.lora_b is not None}
+    narrow: dict[str, Array] = {}
+    if adapted:
         axes_in = (None, KERNEL_AXES[linears[0].name][0])  # of all: they have one input
-        joined = _gathered(jnp.concatenate([a.astype(x.dtype) for _, a, _ in adapters], axis=0), axes_in, gather)
-        narrow = jnp.split(flat @ joined.T * linears[0].scale, len(adapters), axis=1)
-        for (i, _, b), u in zip(adapters, narrow, strict=True):
-            out[i] = out[i] + u @ _gathered(b.astype(x.dtype), (None, KERNEL_AXES[linears[i].name][1]), gather)
-    return [y.reshape(*x.shape[:-1], -1) for y in out]
+        joined = _gathered(jnp.concatenate([a.astype(x.dtype) for a, _ in adapted.values()], axis=0), axes_in, gather)
+        wide = flat @ joined.T * linears[0].scale
+        narrow = dict(zip(adapted, jnp.split(wide, len(adapted), axis=1), strict=True))
+    out = []
+    for linear in linears:
+        kernel = linear.base(gather)
+        if linear.name not in adapted:
+            y = flat @ kernel
+        else:
+            b = adapted[linear.name][1]
+            b = _gathered(b.astype(x.dtype), (None, KERNEL_AXES[linear.name][1]), gather)
+            if one_product:
+                rank, before = len(b), list(adapted).index(linear.name)
+                y = _one_product(
+                    flat, wide, kernel, jnp.pad(b, ((rank * before, wide.shape[1] - rank * (before + 1)), (0, 0)))
+                )
+            else:
+                y = flat @ kernel + narrow[linear.name] @ b
+        out.append((y if linear.bias is None else y + linear.bias[...]).reshape(*x.shape[:-1], -1))
+    return out
+
+
+@jax.custom_vjp
+def _one_product(x: Array, u: Array, w: Array, b: Array) -> Array:
+    """x W + u B = [x u] [W; B]: x [n, in], u [n, r], W [in, out] frozen, B [r, out] -> [n, out].
+
+    On a GPU a sum of two products is written twice and read twice, which takes longer than u B itself; one product of rows
+    longer by r costs the copies of x and W that they are joined in. The gradients of x and u come from one product too.
+    """
+    return jnp.concatenate([x, u], axis=1) @ jnp.concatenate([w, b], axis=0)
+
+
+def _one_product_forward(x: Array, u: Array, w: Array, b: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+    return _one_product(x, u, w, b), (u, w, b)
+
+
+def _one_product_backward(saved: tuple[Array, Array, Array], g: Array) -> tuple[Array, Array, None, Array]:
+    u, w, b = saved
+    both = g @ jnp.concatenate([w, b], axis=0).T
+    return both[:, : len(w)], both[:, len(w) :], None, u.T @ g
+
+
+_one_product.defvjp(_one_product_forward, _one_product_backward)
 
 
 def _gathered(weight: Array, axes: tuple[str | None, ...], gather: bool) -> Array:
@@ -155,10 +188,11 @@ class Placement(NamedTuple):
     """
 
     gather: bool
+    one_product: bool = False  # of base and adapter, see ``_one_product``
 
     def project(self, x: Array, axis: str, linears: Sequence[Linear]) -> list[Array]:
         """What linear layers make of x [..., in], whose last axis is ``axis``: each [..., out]."""
-        return project(x if self.gather else constrain(x, "stream", None, axis), linears, self.gather)
+        return project(x if self.gather else constrain(x, "stream", None, axis), linears, self.gather, self.one_product)
 
     def stream(self, x: Array) -> Array:
         """The residual stream [B, T, D]."""

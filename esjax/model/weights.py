@@ -74,6 +74,11 @@ def choose_execution(
             "model.remat=offload needs a device with memory of its own: choose none, dots or full on a CPU"
         )
     execution = Execution(choose_path(attention, platform, dtype), remat=remat, weights=weights)  # type: ignore[arg-type]
+    if platform == "gpu" and remat in (
+        "none",
+        "dots",
+    ):  # what is kept need not be copied into arrays of all layers, and back
+        execution = execution._replace(unroll=True)  # where little is to be kept, only a loop sees to it
     return execution._replace(logits=1 << 24) if platform == "cpu" else execution  # large chunks gain nothing on a CPU
 
 
