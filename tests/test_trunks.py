@@ -111,3 +111,19 @@ def test_what_a_template_breaks_is_counted(pairs: list[dict[str, Any]], encoder:
         np.array_equal(a.rows.tokens, b.rows.tokens)
         for a, b in zip(made, trunks(pairs, encoder, DpoSettings(trunk="prompt")), strict=True)
     )
+
+
+def test_a_pair_is_tokenised_once(
+    pairs: list[dict[str, Any]], encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Filters, scoring and training each ask for it."""
+    asked: list[Any] = []
+    reply = ChatTokenizer.reply
+    monkeypatch.setattr(ChatTokenizer, "reply", lambda self, *given: asked.append(given) or reply(self, *given))
+    first = trunks(pairs, encoder, DpoSettings(row_length=1024))
+    assert len(asked) == 2 * len(pairs)
+    again = trunks(pairs, encoder, DpoSettings(row_length=1024))
+    assert len(asked) == 2 * len(pairs)
+    assert all(np.array_equal(a.rows.tokens, b.rows.tokens) for a, b in zip(first, again, strict=True))
+    trunks([pair(chat(1), 9)], encoder, DpoSettings())  # control: another text is another pair
+    assert len(asked) == 2 * len(pairs) + 2

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from esjax import rows
 from esjax.corpus.dialogue import Dialogue, Message
@@ -25,6 +29,7 @@ class Encoder:
     window: int
     system: str
     counts: Counter[str] = field(default_factory=Counter)
+    pairs: dict[bytes, tuple[np.ndarray, ...]] = field(default_factory=dict, repr=False)  # by a digest of their texts
 
     def context(self, dialogue: Dialogue, turn: int) -> list[Message]:
         """C_n as chat messages: everything before supporter turn ``turn``, with the system message if there is one."""
@@ -102,12 +107,16 @@ class Encoder:
         """Token ids of a preference pair: its prompt's, and those of chosen and rejected.
 
         Both go through the same template and end with the same end-of-turn token; their prompt tokens are the same by
-        construction.
+        construction. A round asks for each of its pairs three times (to filter, to score, to train), so they are kept.
         """
-        ids = self.tokenizer.prompt(prompt)
-        replies = [
-            self.tokenizer.reply(ids, [*prompt, {"role": "assistant", "content": text}]) for text in (chosen, rejected)
-        ]
+        key = hashlib.sha256(json.dumps([prompt, chosen, rejected]).encode()).digest()
+        if key not in self.pairs:
+            ids = self.tokenizer.prompt(prompt)
+            answers = ([*prompt, Message(role="assistant", content=text)] for text in (chosen, rejected))
+            self.pairs[key] = tuple(
+                np.asarray(x, np.int32) for x in (ids, *(self.tokenizer.reply(ids, a) for a in answers))
+            )
+        ids, *replies = (x.tolist() for x in self.pairs[key])
         return ids, replies
 
     def target(self, messages: list[Message], cut: bool = True) -> Rows:
