@@ -253,10 +253,10 @@ def test_eight_devices_do_an_eighth_each(eight: dict[str, Told], tiny_folder: Pa
 
 
 def step_of_decoding(arch: Architecture, config: Config) -> float:
-    """FLOPs of one token for all lanes, adapters merged: every weight once, and all slots of rows and rings."""
+    """FLOPs of one token for all lanes, adapters merged: every weight once, and all slots of a row and of its lanes' rings."""
     weights = arch.layers * sum(i * o for i, o in linear_sizes(arch).values()) + arch.vocab * arch.width
     made = sampler_shapes(config, "cpu")
-    slots = made.slots + made.new
+    slots = made.slots + made.lanes * made.new
     return 2.0 * LANES * (weights + 2 * arch.layers * arch.heads * arch.head_size * slots)
 
 
