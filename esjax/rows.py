@@ -42,7 +42,7 @@ class Rows(NamedTuple):
     weight: Array  # float32, loss weight of predicting the next token; 0 is not a target
 
 
-def trunk(tokens: Sequence[int], weight: Sequence[float] | None = None) -> Rows:
+def trunk(tokens: Sequence[int] | np.ndarray, weight: Sequence[float] | np.ndarray | None = None) -> Rows:
     """A row of one segment without branches. ``weight[i]`` is for predicting ``tokens[i + 1]``; none means no targets."""
     n = len(tokens)
     return Rows(

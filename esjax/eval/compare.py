@@ -45,7 +45,7 @@ def _model(experiment: Experiment, run: RunDir, t: int) -> dict[str, Any]:
 
         def answer(missing: list[int], add: Callable[..., None]) -> None:
             # The same seeds for every model: differences in the table are the models', not the draws'.
-            prompts = {i: experiment.tokenizer.prompt(asked[i].messages) for i in missing}
+            prompts = {i: asked[i].prompt.ids.tolist() for i in missing}
             requests = [
                 Request(i, p, row_seed(c.seed, "eval", asked[i].id), c.reply, c.reply.max_tokens, name=asked[i].id)
                 for i, p in prompts.items()

@@ -182,11 +182,7 @@ def scoring(experiment: Experiment, adapter: Adapter, chats: list[Chat], window:
     if window is not None and window > positions:
         raise InputError(f"data.window={window} exceeds the model's {positions} positions; lower it")
     encoder = replace(experiment.encoder, window=window or positions)
-    examples = []
-    for chat in chats:
-        with within(chat.where):
-            prompt = encoder.with_system(chat.messages)
-            examples.append(encoder.target(prompt, cut=window is not None))
+    examples = encoder.targets([(chat.messages, chat.where) for chat in chats], cut=window is not None)
     if encoder.counts["cut"]:
         say(
             f"{encoder.counts['cut']} of {len(chats)} chats lost their oldest turns to data.window={window}; raise it, or "

@@ -16,12 +16,12 @@ from flax import nnx
 
 from esjax.corpus.dialogue import Dialogue, Message
 from esjax.corpus.sources import read_conversations, read_dialogues
-from esjax.errors import InputError, within
+from esjax.errors import InputError
 from esjax.evolve.filters import Filters
 from esjax.evolve.models import adapter_folder, run_model
 from esjax.evolve.pairs import Context, contexts
 from esjax.evolve.reflect import Instructions, form, parse
-from esjax.hub.fetch import resolve
+from esjax.hub.fetch import cache_root, resolve
 from esjax.hub.identity import identity
 from esjax.model.lora import Adapter, load_adapter, lora_from, read_lora
 from esjax.model.weights import Backbone, compute_dtype, load_backbone
@@ -35,6 +35,7 @@ from esjax.sample.generate import Generator
 from esjax.sample.rowbook import Request
 from esjax.settings.files import read_text
 from esjax.settings.schema import Config
+from esjax.tokens.answers import Chat
 from esjax.tokens.encode import Encoder
 from esjax.tokens.tokenizer import ChatTokenizer
 
@@ -64,7 +65,7 @@ class Experiment:
             f"computing on {jax.default_backend()} in {dtype}; attention: {how.attention}, rematerialisation: {how.remat}, "
             f"weights while decoding: {how.weights}, cache: {dtype if m.cache_dtype == 'auto' else m.cache_dtype}"
         )
-        encoder = Encoder(tokenizer, config.data.window, read_text(config.prompts.system))
+        encoder = Encoder(tokenizer, config.data.window, read_text(config.prompts.system), cache_root() / "tokens")
         programs = sampling_programs(backbone.definition, dtype, backbone.execution)
         return cls(config, backbone, tokenizer, encoder, programs)
 
@@ -110,7 +111,7 @@ class Experiment:
         """
         c, encoder = self.config, self.encoder
         encoder.counts.clear()
-        examples = self._fitting(c.data.train, "dialogue", [row for d in self.train for row in encoder.dialogue(d)])
+        examples = self._fitting(c.data.train, "dialogue", self._rows(self.train))
         facts: dict[str, Any] = {"dialogues": len(self.train), "dialogue_rows": len(examples)} | self.crisis_facts()
         if c.data.replay is not None and c.data.replay_share > 0:
             replay, facts["crisis_conversations"] = self._replay_rows(c.data.replay)
@@ -123,26 +124,33 @@ class Experiment:
 
     def _replay_rows(self, file: str) -> tuple[list[Rows], int]:
         """Rows of the replay conversations, each up to its first sign of crisis, and how many had one."""
-        rows, short = [], 0
+        chats, short = [], 0
         for name, messages in read_conversations(file):
             calm = self.filters.chat_before_crisis(messages)
             short += calm != messages
             if calm:
-                with within(f"{file}, id {name}"):
-                    rows += self.encoder.chat(calm)
+                answers = [
+                    i
+                    for i, m in enumerate(calm)
+                    if m["role"] == "assistant" and any(x["role"] == "user" for x in calm[:i])
+                ]
+                chats.append(Chat(calm, tuple(answers), f"{file}, id {name}"))
         if short:
             say(f"{file}: {short} conversations end before a crisis (filters.crisis_patterns)")
-        return self._fitting(file, "conversation without a crisis" if short else "conversation", rows), short
+        return self._fitting(
+            file, "conversation without a crisis" if short else "conversation", self.encoder.examples(chats)
+        ), short
 
     @cached_property
     def valid_rows(self) -> list[Rows]:
-        rows = [row for d in self.valid for row in self.encoder.dialogue(d)]
-        return self._fitting(self.config.data.valid, "dialogue", rows)
+        return self._fitting(self.config.data.valid, "dialogue", self._rows(self.valid))
 
     @cached_property
     def test_rows(self) -> list[Rows]:
-        rows = [row for d in self.test for row in self.encoder.dialogue(d)]
-        return self._fitting(self.config.data.test, "dialogue", rows)
+        return self._fitting(self.config.data.test, "dialogue", self._rows(self.test))
+
+    def _rows(self, dialogues: list[Dialogue]) -> list[Rows]:
+        return self.encoder.examples([self.encoder.chat(d) for d in dialogues])
 
     def _fitting(self, file: str, what: str, rows: list[Rows]) -> list[Rows]:
         if not rows:

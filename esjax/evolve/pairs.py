@@ -14,13 +14,13 @@ import numpy as np
 from esjax.corpus.dialogue import Dialogue, Message
 from esjax.corpus.sources import check_messages
 from esjax.corpus.text import spaced
-from esjax.errors import InputError, within
+from esjax.errors import InputError
 from esjax.evolve.filters import Filters
 from esjax.rows import Rows, prompt_with_replies, trunk_with_replies
 from esjax.run.jsonl import Line, read_jsonl, where_of
 from esjax.settings.schema import DpoSettings
 from esjax.tokens.batches import share_trunks
-from esjax.tokens.encode import Encoder
+from esjax.tokens.encode import Encoder, Pair, Prompt
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,22 @@ class Context:
     """C_n: what a supporter turn answers."""
 
     id: str  # DIALOGUE/TURN
-    messages: list[Message]
-    reference: str  # the corpus' own answer
-    tokens: int  # of the prompt
+    prompt: Prompt
+
+    @property
+    def messages(self) -> list[Message]:
+        """The chat that is answered."""
+        return self.prompt.messages
+
+    @property
+    def reference(self) -> str:
+        """The corpus' own answer."""
+        return self.prompt.chat[self.prompt.stop]["content"]
+
+    @property
+    def tokens(self) -> int:
+        """Of the prompt."""
+        return len(self.prompt.ids)
 
 
 def contexts(dialogues: list[Dialogue], encoder: Encoder, room: int, file: str, remedy: str) -> list[Context]:
@@ -39,13 +52,10 @@ def contexts(dialogues: list[Dialogue], encoder: Encoder, room: int, file: str, 
     Raises InputError naming the ``file`` and the ``remedy`` when none is left.
     """
     out = []
-    for dialogue in dialogues:
-        for turn in dialogue.supporter_turns():
-            with within(dialogue.where):
-                fitted = encoder.prompt(encoder.context(dialogue, turn), room)
-            if fitted is not None:
-                messages, ids = fitted
-                out.append(Context(f"{dialogue.id}/{turn}", messages, dialogue.turns[turn].text, len(ids)))
+    for prompt in encoder.prompts([encoder.chat(d) for d in dialogues], room):
+        dialogue = dialogues[prompt.number]
+        turn = prompt.stop - (len(prompt.chat) - len(dialogue.turns))
+        out.append(Context(f"{dialogue.id}/{turn}", prompt))
     if not out:
         raise InputError(f"{file}: no context of {len(dialogues)} dialogues fits {max(room, 0)} tokens; {remedy}")
     return out
@@ -136,6 +146,11 @@ def without_crisis(pairs: list[Line], filters: Filters) -> list[Line]:
     return kept
 
 
+def pair_of(row: dict[str, Any], number: int) -> Pair:
+    """A pair's texts; ``number`` is what to call it where nothing says where it stands."""
+    return Pair(row["prompt"], row["chosen"][0]["content"], row["rejected"][0]["content"], where_of(row, number))
+
+
 class Trunk(NamedTuple):
     """A row of one segment: a trunk with a chosen branch 2p - 1 and a rejected branch 2p for its p-th member."""
 
@@ -149,10 +164,7 @@ def trunks(pairs: Sequence[dict[str, Any]], encoder: Encoder, settings: DpoSetti
     Sharing needs the tokens of a prompt to begin those of a longer one. Where a chat template breaks that, although the
     messages do, the pairs stay apart; ``encoder.counts`` tells how many ("unshared").
     """
-    made = []
-    for number, p in enumerate(pairs, start=1):
-        with within(where_of(p, number)):
-            made.append(encoder.pair(p["prompt"], p["chosen"][0]["content"], p["rejected"][0]["content"]))
+    made = encoder.pairs([pair_of(p, number) for number, p in enumerate(pairs, start=1)])
     if settings.trunk == "prompt":
         return [Trunk([i], prompt_with_replies(*pair)) for i, pair in enumerate(made)]
     prompts = [ids for ids, _ in made]

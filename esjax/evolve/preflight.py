@@ -72,8 +72,8 @@ def check_dpo(experiment: Experiment, run: RunDir, pairs: list[Line]) -> None:
     c, most = experiment.config.dpo, experiment.backbone.arch.max_positions
     with current().processes.in_step():
         rows_at_once("dpo", c)
-        for pair in pairs:
-            ((_, rows),) = trunks([pair], experiment.encoder, DpoSettings(trunk="prompt"))
+        alone = trunks(pairs, experiment.encoder, DpoSettings(trunk="prompt"))
+        for pair, (_, rows) in zip(pairs, alone, strict=True):
             tokens, positions = len(rows.tokens), int(rows.position.max()) + 1
             if tokens > c.row_length:
                 raise InputError(

@@ -27,6 +27,7 @@ from esjax.sample.rowbook import Request, row_seed
 from esjax.sample.schedule import Completion, Usage
 from esjax.sample.shapes import Need
 from esjax.settings.schema import Config, SamplingSettings
+from esjax.tokens.encode import Pair
 
 Row = dict[str, Any]
 KINDS = ("drafts", "reflections", "refinements")
@@ -100,7 +101,7 @@ class Round:
         """Filter, then score the kept pairs under M_(t-1): the reference of this round's DPO."""
 
         def fits(prompt: list[Message], chosen: str, rejected: str) -> bool:
-            ids, replies = self.experiment.encoder.pair(prompt, chosen, rejected)
+            ((ids, replies),) = self.experiment.encoder.pairs([Pair(prompt, chosen, rejected, "a pair")])
             return len(prompt_with_replies(ids, replies).tokens) <= self.config.dpo.row_length
 
         drafts, reflections, refinements = (read_jsonl(self.files[n]) for n in ("drafts", "reflections", "refinements"))
@@ -221,7 +222,7 @@ class _Replies:
         return [refinements] if refinements else []
 
     def _draft(self, i: int) -> Request:
-        return self._request("draft", i, self.chosen[i].messages, self.settings.draft)
+        return self._request("draft", i, self.chosen[i].prompt.ids.tolist(), self.settings.draft)
 
     def _reflection(self, i: int) -> Request:
         context, seed = self.chosen[i], self._seed("reflection", i)
@@ -233,11 +234,13 @@ class _Replies:
         wanted = [i for i in self.members[number] if i not in self.refinements.rows]
         drafts, reflections = self.drafts.rows, self.reflections.rows
         chats = [ask(self.chosen[i].messages, reflections[i]["reflection"], drafts[i]["text"]) for i in wanted]
-        return [self._request("refinement", i, c, self.settings.refinement) for i, c in zip(wanted, chats, strict=True)]
+        prompts = map(self.experiment.tokenizer.prompt, chats)
+        return [
+            self._request("refinement", i, p, self.settings.refinement) for i, p in zip(wanted, prompts, strict=True)
+        ]
 
-    def _request(self, kind: str, i: int, chat: list[Message], how: SamplingSettings) -> Request:
-        prompt, name = self.experiment.tokenizer.prompt(chat), self.chosen[i].id
-        return Request((kind, i), prompt, self._seed(kind, i), how, how.max_tokens, name=name)
+    def _request(self, kind: str, i: int, prompt: list[int], how: SamplingSettings) -> Request:
+        return Request((kind, i), prompt, self._seed(kind, i), how, how.max_tokens, name=self.chosen[i].id)
 
     def _seed(self, kind: str, i: int) -> int:
         return row_seed(self.round.config.seed, f"round{self.round.t}/{kind}", self.chosen[i].id)

@@ -4,17 +4,48 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from esjax import rows
 from esjax.corpus.dialogue import Dialogue, Message
-from esjax.errors import InputError, within
+from esjax.errors import InputError
 from esjax.rows import Rows
+from esjax.tokens.answers import CHAT, END, HEAD, MESSAGE, PROMPT, START, Answers, Chat, cut_out, stored
+from esjax.tokens.skeleton import Skeletons
 from esjax.tokens.tokenizer import ChatTokenizer
+
+
+class Prompt(NamedTuple):
+    """A context C_n: what an answer of a chat answers, and its tokens."""
+
+    number: int  # of the chat
+    chat: list[Message]  # the whole one, its system message first
+    stop: int  # the message that is the answer
+    start: int  # the first message after the system message that is kept
+    ids: np.ndarray  # int32
+
+    @property
+    def messages(self) -> list[Message]:
+        """The context as chat messages."""
+        head = self.chat[:1] if self.chat[0]["role"] == "system" else []
+        return [*head, *self.chat[self.start : self.stop]]
+
+
+class Pair(NamedTuple):
+    """A preference pair."""
+
+    prompt: list[Message]
+    chosen: str
+    rejected: str
+    where: str  # for messages about it
 
 
 @dataclass
@@ -28,12 +59,16 @@ class Encoder:
     tokenizer: ChatTokenizer
     window: int
     system: str
+    folder: Path | None = None  # where encoded corpora are kept
     counts: Counter[str] = field(default_factory=Counter)
-    pairs: dict[bytes, tuple[np.ndarray, ...]] = field(default_factory=dict, repr=False)  # by a digest of their texts
+    known_pairs: dict[bytes, tuple[np.ndarray, ...]] = field(
+        default_factory=dict, repr=False
+    )  # by a digest of their texts
 
-    def context(self, dialogue: Dialogue, turn: int) -> list[Message]:
-        """C_n as chat messages: everything before supporter turn ``turn``, with the system message if there is one."""
-        return self.with_system(dialogue.messages(turn))
+    @cached_property
+    def skeletons(self) -> Skeletons:
+        """What the tokenizer's template writes around messages."""
+        return Skeletons(self.tokenizer)
 
     def with_system(self, messages: list[Message]) -> list[Message]:
         """Put the run's system message first; a chat that brings its own keeps it."""
@@ -41,105 +76,84 @@ class Encoder:
             return messages
         return [{"role": "system", "content": self.system}, *messages]
 
-    def fit(self, messages: list[Message], size: Callable[[list[Message]], int], room: int) -> list[Message] | None:
-        """Drop the oldest turns, in user/assistant pairs, until ``size(messages) <= room``.
+    def chat(self, dialogue: Dialogue) -> Chat:
+        """A dialogue as a chat with the system message, whose answers are the supporter's."""
+        messages = self.with_system(dialogue.messages(len(dialogue.turns)))
+        first = len(messages) - len(dialogue.turns)  # what stands before the dialogue's own turns
+        return Chat(messages, tuple(first + i for i in dialogue.supporter_turns()), dialogue.where)
 
-        The system message and the newest turn stay. Returns None when even those are too long. Counts a "cut".
+    def examples(self, chats: Sequence[Chat]) -> list[Rows]:
+        """SFT rows: a trunk a chat with all its answers as targets where the template allows, else a row an answer.
+
+        Chats longer than the window lose their oldest turns. Raises InputError naming a chat.
         """
-        head = messages[:1] if messages[0]["role"] == "system" else []
-        body = messages[len(head) :]
-        cut = False
-        while size([*head, *body]) > room:
-            rest = body[1:]
-            while rest and rest[0]["role"] != "user":
-                rest = rest[1:]
-            if not any(m["role"] == "user" for m in rest):
-                self.counts["too_long"] += 1
-                return None
-            body, cut = rest, True
-        if cut:
-            self.counts["cut"] += 1
-        return [*head, *body]
+        found = self._answers(chats, self.window, whole=True)
+        out: list[Rows] = []
+        starts = np.flatnonzero((np.diff(found.table[:, [CHAT, HEAD]], axis=0, prepend=-1) != 0).any(axis=1))
+        for same in np.split(found.table, starts[1:]) if len(starts) else []:
+            tokens = np.concatenate([found.prompt(same[-1]), found.ids[same[-1, PROMPT] : same[-1, END]]])
+            weight = np.zeros(len(tokens), np.float32)
+            for stop, end in same[:, [PROMPT, END]] + len(tokens) - same[-1, END] - 1:
+                weight[stop:end] = 1.0
+            out.append(rows.trunk(tokens, weight))
+        return out
 
-    def prompt(self, messages: list[Message], room: int) -> tuple[list[Message], list[int]] | None:
-        """A chat that awaits its answer, cut to ``room`` tokens: the messages kept and their ids, or None (too long)."""
-        kept = self.fit(messages, lambda m: len(self.tokenizer.prompt(m)), room)
-        return None if kept is None else (kept, self.tokenizer.prompt(kept))
-
-    def dialogue(self, dialogue: Dialogue) -> list[Rows]:
-        """SFT rows: one trunk with every supporter turn as a target where the template allows, else one row a turn."""
-        with within(dialogue.where):
-            whole = self.with_system(dialogue.messages(len(dialogue.turns)))
-            return self.chat(whole, opening=dialogue.turns[0].role == "supporter")
-
-    def chat(self, messages: list[Message], opening: bool = False) -> list[Rows]:
-        """Rows whose targets are all assistant messages of a chat that answer somebody.
-
-        One before the first user message does not; nor does the first one if that message stands for nobody (``opening``).
-        """
-        first = next(i for i, m in enumerate(messages) if m["role"] == "user")
-        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i > first]
-        skipped = answers[0] if opening else -1
-        last = answers[-1] + 1
-        kept = self.fit(messages[:last], lambda m: sum(map(len, self._parts(m))), self.window)
-        if kept is None:
-            return []
-        dropped = last - len(kept)
-        first = next(i for i, m in enumerate(kept) if m["role"] == "user")
-        targets = [
-            i
-            for i, m in enumerate(kept)
-            if m["role"] == "assistant" and i > first and not (dropped == 0 and i == skipped)
+    def prompts(self, chats: Sequence[Chat], room: int) -> list[Prompt]:
+        """The contexts C_n of all answers, each cut to ``room`` tokens. Raises InputError naming a chat."""
+        found = self._answers(chats, room, whole=False)
+        return [
+            Prompt(row[CHAT], chats[row[CHAT]].messages, row[MESSAGE], row[START], found.prompt(row))
+            for row in found.table.tolist()
         ]
-        prompts = {i: self.tokenizer.prompt(kept[:i]) for i in targets}
-        replies = {i: self.tokenizer.reply(prompts[i], kept[: i + 1]) for i in targets}
-        whole = [*prompts[targets[-1]], *replies[targets[-1]]]
-        if all(whole[: len(prompts[i]) + len(replies[i])] == [*prompts[i], *replies[i]] for i in targets):
-            weight = [0.0] * len(whole)
-            for i in targets:
-                start = len(prompts[i]) - 1
-                weight[start : start + len(replies[i])] = [1.0] * len(replies[i])
-            return [rows.trunk(whole, weight)]
-        self.counts["unshared"] += 1
-        return [rows.prompt_with_replies(prompts[i], [replies[i]]) for i in targets]
 
-    def pair(self, prompt: list[Message], chosen: str, rejected: str) -> tuple[list[int], list[list[int]]]:
-        """Token ids of a preference pair: its prompt's, and those of chosen and rejected.
+    def _answers(self, chats: Sequence[Chat], room: int, whole: bool) -> Answers:
+        found = stored(self.folder, self.skeletons, chats, room, whole)
+        self.counts.update(found.counts)
+        return found
+
+    def pairs(self, pairs: Sequence[Pair]) -> list[tuple[list[int], list[list[int]]]]:
+        """Token ids of preference pairs: a prompt's, and those of chosen and rejected. Raises InputError naming a pair.
 
         Both go through the same template and end with the same end-of-turn token; their prompt tokens are the same by
         construction. A round asks for each of its pairs three times (to filter, to score, to train), so they are kept.
         """
-        key = hashlib.sha256(json.dumps([prompt, chosen, rejected]).encode()).digest()
-        if key not in self.pairs:
-            ids = self.tokenizer.prompt(prompt)
-            answers = ([*prompt, Message(role="assistant", content=text)] for text in (chosen, rejected))
-            self.pairs[key] = tuple(
-                np.asarray(x, np.int32) for x in (ids, *(self.tokenizer.reply(ids, a) for a in answers))
-            )
-        ids, *replies = (x.tolist() for x in self.pairs[key])
-        return ids, replies
+        keys = [hashlib.sha256(json.dumps(pair[:3]).encode()).digest() for pair in pairs]
+        new = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in self.known_pairs}
+        chats = [
+            Chat([*p.prompt, Message(role="assistant", content=text)], (len(p.prompt),), p.where)
+            for p in new.values()
+            for text in (p.chosen, p.rejected)
+        ]
+        found = cut_out(self.skeletons, chats, sys.maxsize, whole=True)
+        for key, chosen, rejected in zip(new, found.table[::2], found.table[1::2], strict=True):
+            replies = (found.ids[side[PROMPT] : side[END]] for side in (chosen, rejected))
+            self.known_pairs[key] = (found.prompt(chosen), *replies)
+        return [(ids.tolist(), [c.tolist(), r.tolist()]) for ids, c, r in (self.known_pairs[key] for key in keys)]
 
-    def target(self, messages: list[Message], cut: bool = True) -> Rows:
-        """A scoring row: the last assistant message is the target. Raises InputError when it is too long.
+    def targets(self, chats: Sequence[tuple[list[Message], str]], cut: bool = True) -> list[Rows]:
+        """Scoring rows of chats, each with what to call it: the last message, the assistant's, is the only target.
 
-        A history too long for the window loses its oldest turns; without ``cut`` it is too long itself.
+        A history too long for the window loses its oldest turns, which is counted; without ``cut`` it is too long itself.
+        Raises InputError naming a chat that is too long.
         """
-        kept = messages
-        if not cut and (size := sum(map(len, self._parts(messages)))) > self.window:
-            raise InputError(
-                f"its {size} tokens exceed the model's {self.window} positions; --data.window {self.window} leaves "
-                "out its oldest turns"
-            )
-        if cut:
-            kept = self.fit(messages, lambda m: sum(map(len, self._parts(m))), self.window) or []
-            if len(kept) < 2:
+        asked = [
+            Chat(self.with_system(messages), (len(self.with_system(messages)) - 1,), where) for messages, where in chats
+        ]
+        found = cut_out(self.skeletons, asked, self.window if cut else sys.maxsize, whole=True)
+        self.counts.update(found.counts)
+        fitting = set(found.table[:, CHAT].tolist())
+        for n, chat in enumerate(asked):
+            if n not in fitting:
                 raise InputError(
-                    f"the last two messages do not fit data.window={self.window} tokens; raise data.window"
+                    f"{chat.where}: the last two messages do not fit data.window={self.window} tokens; raise data.window"
                 )
-        prompt, reply = self._parts(kept)
-        return rows.prompt_with_replies(prompt, [reply])
-
-    def _parts(self, messages: list[Message]) -> tuple[list[int], list[int]]:
-        """Token ids of a chat's prompt and of its last message, the reply."""
-        prompt = self.tokenizer.prompt(messages[:-1])
-        return prompt, self.tokenizer.reply(prompt, messages)
+        out = []
+        for row in found.table.tolist():
+            prompt, reply = found.prompt(row), found.ids[row[PROMPT] : row[END]]
+            if (size := len(prompt) + len(reply)) > self.window:
+                raise InputError(
+                    f"{asked[row[CHAT]].where}: its {size} tokens exceed the model's {self.window} positions; --data.window "
+                    f"{self.window} leaves out its oldest turns"
+                )
+            out.append(rows.prompt_with_replies(prompt.tolist(), [reply.tolist()]))
+        return out

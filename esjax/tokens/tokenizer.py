@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 from tokenizers import AddedToken, Tokenizer
 
 from esjax.corpus.dialogue import Message
@@ -60,7 +63,7 @@ class ChatTokenizer:
 
         Raises InputError where there are none: a model continues something.
         """
-        apart = self._holds_control(messages)
+        apart = self.holds_control(messages)
         ids = self._ids(self._render(messages, True, apart), apart)
         if not ids:
             roles = ", ".join(m["role"] for m in messages)
@@ -83,7 +86,7 @@ class ChatTokenizer:
                 "the chat template makes a single token of the prompt, and an answer to be trained on or scored needs two before "
                 "it; use a template that writes the roles, or set prompts.system"
             )
-        apart = self._holds_control(messages)
+        apart = self.holds_control(messages)
         asked, whole = self._render(messages[:-1], True, apart), self._render(messages, False, apart)
         if not whole.startswith(asked):
             raise InputError(
@@ -98,6 +101,42 @@ class ChatTokenizer:
                 f"the chat template does not end an answer with the eos token {self.hf.decode([self.end_of_turn])!r}"
             )
         return reply[: reply.index(self.end_of_turn) + 1]
+
+    def render(self, messages: Sequence[Message], header: bool = False) -> str:
+        """A chat's text as the template writes it; ``header``: with what opens the assistant's next message.
+
+        Raises InputError where the template refuses the chat.
+        """
+        return self._render(list(messages), header, apart=False)
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a part of a chat's text, in which names of control tokens are those tokens."""
+        return self._ids(text, apart=False)
+
+    def records(self, texts: Sequence[str]) -> list[Any]:
+        """The tokenizers library's records of such texts (ids, and which characters each stands for), made in parallel."""
+        backend = self.hf.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = False
+        return list(backend.encode_batch(list(texts), add_special_tokens=False))
+
+    def last_control(self, text: str) -> int:
+        """Where the last control token's name begins in a text; -1 where there is none."""
+        return max((match.start() for match in self._names.finditer(text)), default=-1)
+
+    @cached_property
+    def end_text(self) -> str:
+        """The name of the end-of-turn token."""
+        return str(self.hf.convert_ids_to_tokens(self.end_of_turn))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all that the tokens of a chat hang on."""
+        template = stable(self.hf.get_chat_template())
+        parts = (self.hf.backend_tokenizer.to_str(), template, str(sorted(self._control)), str(self.end_of_turn))
+        names = json.dumps(self.hf.special_tokens_map, sort_keys=True, default=str)  # a template may write them
+        return hashlib.sha256("\0".join((*parts, names, tokenizers.__version__)).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, without special tokens."""
@@ -129,7 +168,8 @@ class ChatTokenizer:
                 "to this model, or make room with transformers' resize_token_embeddings and save the model again"
             )
 
-    def _holds_control(self, messages: list[Message]) -> bool:
+    def holds_control(self, messages: Sequence[Message]) -> bool:
+        """Whether what people wrote holds the name of a control token."""
         texts = [m["content"] for m in messages]
         if self._normalizer is not None:
             texts += [self._normalizer.normalize_str(text) for text in texts]
