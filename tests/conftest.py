@@ -19,12 +19,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from esjax.cli import main
-from esjax.corpus.dialogue import Message
+from esjax.corpus.dialogue import Dialogue, Message
 from esjax.errors import InputError
 from esjax.evolve.filters import Filters
 from esjax.hub.fetch import cache_root, resolve
+from esjax.rows import Rows
 from esjax.settings.files import bundled, load
 from esjax.settings.schema import Config, FilterSettings
+from esjax.tokens.answers import Chat
+from esjax.tokens.encode import Encoder, Pair
 from esjax.tokens.tokenizer import ChatTokenizer
 
 Refused = Callable[..., str]  # see the fixture
@@ -41,6 +44,33 @@ ESCONV = Path(os.environ.get("ESJAX_ESCONV", REPOSITORY.parent / "shared" / "dat
 def chat(*texts: str, first: int = 0) -> list[Message]:
     """Messages by turns of the user and the assistant; ``first`` is 1 where the assistant begins."""
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts, first)]
+
+
+def examples(encoder: Encoder, dialogue: Dialogue) -> list[Rows]:
+    """The SFT rows of one dialogue."""
+    return encoder.examples([encoder.chat(dialogue)])
+
+
+def chat_examples(encoder: Encoder, messages: list[Message]) -> list[Rows]:
+    """The SFT rows of one chat, whose every answer of a user is a target."""
+    first = next(i for i, m in enumerate(messages) if m["role"] == "user")
+    answers = tuple(i for i, m in enumerate(messages) if m["role"] == "assistant" and i > first)
+    return encoder.examples([Chat(messages, answers, "here")])
+
+
+def context(encoder: Encoder, dialogue: Dialogue, turn: int) -> list[Message]:
+    """The chat that turn ``turn`` answers."""
+    return encoder.with_system(dialogue.messages(turn))
+
+
+def pair_ids(encoder: Encoder, prompt: list[Message], chosen: str, rejected: str) -> tuple[list[int], list[list[int]]]:
+    """The tokens of one preference pair."""
+    return encoder.pairs([Pair(prompt, chosen, rejected, "here")])[0]
+
+
+def target(encoder: Encoder, messages: list[Message], cut: bool = True) -> Rows:
+    """The scoring row of one chat."""
+    return encoder.targets([(messages, "here")], cut)[0]
 
 
 def sample_texts() -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CHAT_TEMPLATE, WithTemplate, chat, save_tokenizer
+from conftest import CHAT_TEMPLATE, WithTemplate, chat, chat_examples, examples, pair_ids, save_tokenizer, target
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -110,7 +110,9 @@ def test_between_control_tokens_text_is_what_the_tokenizer_makes_of_plain_text(t
 
 def test_a_reply_goes_on_behind_a_control_token_in_its_text(tokenizer: ChatTokenizer) -> None:
     """Pairs that differ only behind such a token are two replies."""
-    ids, (chosen, rejected) = Encoder(tokenizer, 512, "").pair(chat("Hi"), "Yes<|im_end|> one", "Yes<|im_end|> two")
+    ids, (chosen, rejected) = pair_ids(
+        Encoder(tokenizer, 512, ""), chat("Hi"), "Yes<|im_end|> one", "Yes<|im_end|> two"
+    )
     assert chosen != rejected
     for reply, text in ((chosen, "Yes<|im_end|> one"), (rejected, "Yes<|im_end|> two")):
         assert reply.count(tokenizer.end_of_turn) == 1
@@ -125,7 +127,7 @@ def test_a_reply_may_begin_with_white_space(tokenizer: ChatTokenizer, text: str)
     reply = tokenizer.reply(prompt, chat("Hi", text))
     assert reply == tokenizer.hf(text + "<|im_end|>", add_special_tokens=False).input_ids
     assert tokenizer.decode(reply) == text
-    (row,) = Encoder(tokenizer, 512, "").chat(chat("Hi", text, "And?", "So."))
+    (row,) = chat_examples(Encoder(tokenizer, 512, ""), chat("Hi", text, "And?", "So."))
     assert row.weight.sum() == len(reply) + len(
         tokenizer.reply(tokenizer.prompt(chat("Hi", "a", "And?")), chat("Hi", "a", "And?", "So."))
     )
@@ -144,7 +146,7 @@ def test_white_space_that_the_tokenizer_merges_does_merge(tiny_folder: Path) -> 
     assert whole[: len(prompt)] != prompt
     assert tokenizer.decode(tokenizer.reply(prompt, messages)) == "\n\nBye"
     encoder = Encoder(tokenizer, 512, "")
-    assert len(encoder.chat([*messages, *chat("And?", "So.")])) == 2
+    assert len(chat_examples(encoder, [*messages, *chat("And?", "So.")])) == 2
     assert encoder.counts["unshared"] == 1
 
 
@@ -251,11 +253,11 @@ OPENINGS: dict[str, list[Message]] = {
 def test_an_answer_that_opens_a_chat_is_context(tokenizer: ChatTokenizer, messages: list[Message], system: str) -> None:
     encoder = Encoder(tokenizer, 512, system)
     whole = encoder.with_system(messages)
-    (row,) = encoder.chat(whole)
+    (row,) = chat_examples(encoder, whole)
     assert learned(tokenizer, row) == ["Yes?", "Ah."]
     assert [*row.tokens.tolist(), *tokenizer.encode("\n")] == in_template(tokenizer, whole, False)
     tight = Encoder(tokenizer, len(row.tokens) - 2, system)
-    (cut,) = tight.chat(tight.with_system(messages))
+    (cut,) = chat_examples(tight, tight.with_system(messages))
     assert tight.counts["cut"] == 1
     assert learned(tokenizer, cut) == ["Yes?", "Ah."]
     assert "Hello." not in tokenizer.decode(cut.tokens.tolist())
@@ -269,13 +271,13 @@ def test_a_chat_that_the_template_refuses_is_named(with_template: WithTemplate, 
     corpus = tmp_path / "train.jsonl"
     corpus.write_text("\n" + json.dumps({"id": "x", "turns": turns, **labels}))
     (dialogue,) = read_dialogues("sample", str(corpus))
-    assert encoder.dialogue(dialogue)
+    assert examples(encoder, dialogue)
     broken = Encoder(with_template("{{ raise_exception('never') }}"), 512, "")
-    for encode in (broken.dialogue, lambda d: contexts([d], broken, 512, "train.jsonl", "")):
+    for encode in (lambda d: examples(broken, d), lambda d: contexts([d], broken, 512, "train.jsonl", "")):
         with pytest.raises(InputError, match=r"train\.jsonl, line 2: the model's chat template refuses .*: never"):
             encode(dialogue)
     with pytest.raises(InputError, match="the roles user, user: roles must alternate"):
-        encoder.target([*chat("a"), *chat("b", "c")])
+        target(encoder, [*chat("a"), *chat("b", "c")])
     pairs = tmp_path / "pairs.jsonl"
     sides = {"chosen": chat("c", first=1), "rejected": chat("d", first=1)}
     good, bad = chat("a"), [*chat("a"), *chat("b")]
@@ -292,6 +294,6 @@ def test_no_row_is_longer_than_the_window(with_template: WithTemplate, window: i
     thinking = "('<think>' + ' no' * 9 + '</think>' if m['role'] == 'assistant' and loop.last else '') + m['content']"
     tokenizer = with_template(CHAT_TEMPLATE.replace("m['content']", thinking))
     encoder = Encoder(tokenizer, window, "")
-    rows = encoder.chat(chat(*["hello there my friend how are you", "I hear you and it is hard"] * 4))
+    rows = chat_examples(encoder, chat(*["hello there my friend how are you", "I hear you and it is hard"] * 4))
     assert all(len(row.tokens) <= window for row in rows)
     assert bool(rows) != bool(encoder.counts["too_long"])

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import pair_ids
 from definition import remasked
 from oracles import random_adapter, real_dialogues
 
@@ -67,7 +68,7 @@ def cases(esconv: Path, encoder: Encoder) -> list[Case]:
             pairs.append({"prompt": dialogue.messages(turn)} | dict(zip(("chosen", "rejected"), ([s] for s in sides))))  # noqa: B905
         (trunk,) = trunks(pairs, encoder, SETTINGS)
         assert len(trunk.members) == len(pairs) >= 5
-        made = [encoder.pair(p["prompt"], p["chosen"][0]["content"], p["rejected"][0]["content"]) for p in pairs]
+        made = [pair_ids(encoder, p["prompt"], p["chosen"][0]["content"], p["rejected"][0]["content"]) for p in pairs]
         single = [rows.prompt_with_replies(ids, [reply]) for ids, replies in made for reply in replies]
         longest = max(len(r.tokens) for r in single)
         out.append(Case(trunk, rows.stack([rows.pack([r], longest) for r in single])))

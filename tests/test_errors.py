@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import tiny_overrides
+from conftest import examples, tiny_overrides
 from safetensors.numpy import load_file, save_file
 
 from esjax.cli import main
@@ -163,7 +163,7 @@ def test_long_dialogue_is_cut_and_counted(tiny_folder: Path, tmp_path: Path) -> 
     counted = json.loads((run / "manifest.json").read_text())["stages"]["sft"]["history"]
     whole = Encoder(ChatTokenizer(tiny_folder), 10_000, read_text("bundled:prompts/system.txt"))
     dialogues = read_dialogues("sample", "bundled:data/sample/train.jsonl")
-    assert counted == {"cut": sum(len(row.tokens) > 512 for d in dialogues for row in whole.dialogue(d))}
+    assert counted == {"cut": sum(len(row.tokens) > 512 for d in dialogues for row in examples(whole, d))}
 
 
 def test_run_directory_of_another_config(refused: Callable[..., str], tiny_run: Path, tiny_folder: Path) -> None:

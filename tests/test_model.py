@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from conftest import context, examples
 from definition import remasked
 from oracles import (
     BARE,
@@ -76,7 +77,7 @@ def encoder(smollm_folder: Path) -> Encoder:
 def test_logits_of_real_weights_agree_on_real_dialogues(
     smollm: Backbone, smollm_torch: Any, encoder: Encoder, esconv: Path
 ) -> None:
-    dialogues = [encoder.dialogue(d)[0].tokens.tolist() for d in real_dialogues(esconv)[:8]]
+    dialogues = [examples(encoder, d)[0].tokens.tolist() for d in real_dialogues(esconv)[:8]]
     assert len({len(tokens) for tokens in dialogues}) > 1
     ours = Ours(smollm)
     differences = []
@@ -94,7 +95,7 @@ def test_greedy_continuations_in_one_batch_are_transformers_token_for_token(
 ) -> None:
     turns = (1, 3, 2, 2)
     contexts = [
-        encoder.context(d, d.supporter_turns()[n]) for d, n in zip(real_dialogues(esconv)[8:], turns, strict=False)
+        context(encoder, d, d.supporter_turns()[n]) for d, n in zip(real_dialogues(esconv)[8:], turns, strict=False)
     ]
     prompts = [encoder.tokenizer.prompt(c) for c in contexts]
     assert len({len(p) for p in prompts}) == len(turns)

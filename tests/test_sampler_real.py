@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import context
 from oracles import BARE, real_dialogues, torch_logits, torch_model
 from scipy.stats import chisquare
 
@@ -46,7 +47,7 @@ def generator(smollm: Backbone, encoder: Encoder) -> Generator:
 def real_prompts(encoder: Encoder, esconv: Path, dialogues: int) -> list[list[int]]:
     """The contexts of all supporter turns."""
     chosen = real_dialogues(esconv)[:dialogues]
-    return [encoder.tokenizer.prompt(encoder.context(d, t)) for d in chosen for t in d.supporter_turns()]
+    return [encoder.tokenizer.prompt(context(encoder, d, t)) for d in chosen for t in d.supporter_turns()]
 
 
 def continued(model: Any, prompt: list[int], count: int, end: int) -> list[int]:
@@ -135,7 +136,7 @@ def test_five_hundred_reflections_parse(encoder: Encoder, esconv: Path, smollm: 
     """SmolLM2 at temperature 1, nothing cut off."""
     instructions = Instructions.load(load(None, []))
     template = form(encoder.tokenizer, 20, smollm.arch.vocab)
-    chats = [encoder.context(d, t) for d in real_dialogues(esconv) for t in d.supporter_turns()[:4]][:500]
+    chats = [context(encoder, d, t) for d in real_dialogues(esconv) for t in d.supporter_turns()[:4]][:500]
     prompts = [encoder.tokenizer.prompt(instructions.reflection_prompt(c)) for c in chats]
     texts: list[str] = []
     how = SamplingSettings(temperature=1.0, top_p=1.0)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from conftest import context
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -130,7 +131,7 @@ def case(backbone: Backbone, adapter: Adapter, esconv: Path, window: int, most: 
     tokenizer = ChatTokenizer(backbone.folder)
     encoder = Encoder(tokenizer, window, "")
     dialogues = real_dialogues(esconv)[:20]
-    prompts = [tokenizer.prompt(encoder.context(d, t)) for d in dialogues for t in d.supporter_turns()]
+    prompts = [tokenizer.prompt(context(encoder, d, t)) for d in dialogues for t in d.supporter_turns()]
     requests = {
         name: [Request(i, p, 1000 + i, how, most(i)) for i, p in enumerate(prompts)]
         for name, how in (("greedy", GREEDY), ("sampled", WARM))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CHAT_TEMPLATE, WithTemplate, sample_texts
+from conftest import CHAT_TEMPLATE, WithTemplate, context, examples, pair_ids, sample_texts, target
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
@@ -75,7 +76,7 @@ def answers_in(text: str) -> list[str]:
 def test_exactly_supporters_turns_are_targets(tokenizer: ChatTokenizer, dialogues: list[Dialogue], system: str) -> None:
     encoder = Encoder(tokenizer, 4096, system)
     for dialogue in [SHORT, *dialogues]:
-        (row,) = encoder.dialogue(dialogue)
+        (row,) = examples(encoder, dialogue)
         texts = [t.text + "<|im_end|>" for t in dialogue.turns if t.role == "supporter"]
         assert targets(tokenizer, row) == texts == answers_in(shown(tokenizer, list(row.tokens)))
         assert texts != [t.text + "<|im_end|>" for t in dialogue.turns if t.role == "seeker"]
@@ -88,13 +89,13 @@ def test_exactly_supporters_turns_are_targets(tokenizer: ChatTokenizer, dialogue
 def test_the_row_is_the_templates_text(tokenizer: ChatTokenizer) -> None:
     """Oracle: what transformers makes of the chat, up to the last end of turn."""
     encoder = Encoder(tokenizer, 4096, SYSTEM)
-    (row,) = encoder.dialogue(SHORT)
-    text = tokenizer.hf.apply_chat_template(encoder.context(SHORT, 4), tokenize=False)
+    (row,) = examples(encoder, SHORT)
+    text = tokenizer.hf.apply_chat_template(context(encoder, SHORT, 4), tokenize=False)
     assert shown(tokenizer, list(row.tokens)) == text.removesuffix("\n") != text
 
 
 def test_an_opening_turn_is_no_target_and_a_closing_seeker_turn_is_left_out(tokenizer: ChatTokenizer) -> None:
-    (row,) = Encoder(tokenizer, 4096, "").dialogue(OPENED)
+    (row,) = examples(Encoder(tokenizer, 4096, ""), OPENED)
     text = shown(tokenizer, list(row.tokens))
     assert targets(tokenizer, row) == ["Where to?<|im_end|>"]
     assert answers_in(text) == ["Hello you.<|im_end|>", "Where to?<|im_end|>"]
@@ -107,7 +108,7 @@ def test_a_turns_context_has_the_system_message_or_its_own(tokenizer: ChatTokeni
     own: list[Message] = [{"role": "system", "content": "Be brief."}, *SHORT.messages(3)]
     assert encoder.with_system(own) == own
     assert (
-        encoder.context(SHORT, 3) == encoder.with_system(own[1:]) == [{"role": "system", "content": SYSTEM}, *own[1:]]
+        context(encoder, SHORT, 3) == encoder.with_system(own[1:]) == [{"role": "system", "content": SYSTEM}, *own[1:]]
     )
     assert Encoder(tokenizer, 4096, "").with_system(own[1:]) == own[1:]
 
@@ -115,11 +116,11 @@ def test_a_turns_context_has_the_system_message_or_its_own(tokenizer: ChatTokeni
 def test_scoring_rows_have_the_last_message_as_their_only_target(tokenizer: ChatTokenizer) -> None:
     encoder = Encoder(tokenizer, 64, "")
     chat = SHORT.messages(4)
-    row = encoder.target(chat)
+    row = target(encoder, chat)
     assert targets(tokenizer, row) == ["Ah.<|im_end|>"]
     assert shown(tokenizer, list(row.tokens)).endswith("<|im_start|>assistant\nAh.<|im_end|>")
     with pytest.raises(InputError, match=r"the last two messages do not fit data\.window=64"):
-        encoder.target([*chat[:-2], {"role": "user", "content": "word " * 99}, chat[-1]])
+        target(encoder, [*chat[:-2], {"role": "user", "content": "word " * 99}, chat[-1]])
 
 
 # --- the window ------------------------------------------------------------------------------------------------------
@@ -146,17 +147,19 @@ def test_histories_are_cut_at_turns_and_counted(
         for turn in dialogue.supporter_turns():
             for room in (16, 40, 90, 200, 10_000):
                 encoder = Encoder(tokenizer, 4096, system)
-                chat = encoder.context(dialogue, turn)
-                got, expected = encoder.prompt(chat, room), longest_that_fits(tokenizer, chat, room)
-                assert (got and got[0]) == expected
+                chat = context(encoder, dialogue, turn)
+                last = dialogue.turns[: turn + 1]
+                asked = encoder.chat(Dialogue("d", last))._replace(answers=(len(chat),))
+                got, expected = encoder.prompts([asked], room), longest_that_fits(tokenizer, chat, room)
+                assert [p.messages for p in got] == ([expected] if expected else [])
                 case = "too_long" if expected is None else "whole" if expected == chat else "cut"
                 seen[case] += 1
                 assert +encoder.counts == ({} if case == "whole" else {case: 1})
-                if got is not None:
-                    assert len(got[1]) <= room
-                    assert got[1] == tokenizer.prompt(got[0])
-                    assert got[0][-1] == chat[-1]
-                    assert (got[0][0]["role"] == "system") == bool(system)
+                for prompt in got:
+                    assert len(prompt.ids) <= room
+                    assert prompt.ids.tolist() == tokenizer.prompt(prompt.messages)
+                    assert prompt.messages[-1] == chat[-1]
+                    assert (prompt.messages[0]["role"] == "system") == bool(system)
     assert min(seen["whole"], seen["cut"], seen["too_long"]) > 3  # all three cases occurred
 
 
@@ -164,7 +167,7 @@ def test_training_rows_are_cut_and_keep_the_newest_answer(tokenizer: ChatTokeniz
     encoder = Encoder(tokenizer, 200, SYSTEM)
     kept = 0
     for dialogue in dialogues:
-        (row,) = encoder.dialogue(dialogue)
+        (row,) = examples(encoder, dialogue)
         assert len(row.tokens) <= 200
         every = [t.text + "<|im_end|>" for t in dialogue.turns if t.role == "supporter"]
         got = targets(tokenizer, row)
@@ -179,12 +182,12 @@ def test_training_rows_are_cut_and_keep_the_newest_answer(tokenizer: ChatTokeniz
 
 def test_a_row_fills_the_window_to_the_token(tokenizer: ChatTokenizer) -> None:
     """Control of the bound: the window at which nothing is cut is at most two tokens above the row's length."""
-    (whole,) = Encoder(tokenizer, 4096, "").dialogue(SHORT)
+    (whole,) = examples(Encoder(tokenizer, 4096, ""), SHORT)
     n = len(whole.tokens)
     roomy, tight = Encoder(tokenizer, n + 2, ""), Encoder(tokenizer, n - 1, "")
-    (row,) = roomy.dialogue(SHORT)
+    (row,) = examples(roomy, SHORT)
     assert row.tokens.tolist() == whole.tokens.tolist()
-    (short,) = tight.dialogue(SHORT)
+    (short,) = examples(tight, SHORT)
     assert len(short.tokens) < n
     assert tight.counts["cut"] == 1
 
@@ -192,11 +195,11 @@ def test_a_row_fills_the_window_to_the_token(tokenizer: ChatTokenizer) -> None:
 def test_what_is_too_long_even_alone_is_left_out_and_counted(tokenizer: ChatTokenizer) -> None:
     long = dialogue("a b c", "d", "word " * 80, "e")
     encoder = Encoder(tokenizer, 64, SYSTEM)
-    assert encoder.dialogue(long) == []
+    assert examples(encoder, long) == []
     assert encoder.counts["too_long"] == 1
-    assert encoder.prompt(encoder.context(long, 3), 64) is None
+    assert [p.stop for p in encoder.prompts([encoder.chat(long)], 64)] == [2]  # of two contexts the first fits
     assert encoder.counts["too_long"] == 2
-    assert len(Encoder(tokenizer, 256, SYSTEM).dialogue(long)) == 1
+    assert len(examples(Encoder(tokenizer, 256, SYSTEM), long)) == 1
 
 
 # --- templates -------------------------------------------------------------------------------------------------------
@@ -208,7 +211,7 @@ def test_an_unstable_template_gets_a_row_a_turn(
     other = with_template(UNSHARED)
     encoder = Encoder(other, 4096, "")
     dialogue = dialogues[0]
-    got = encoder.dialogue(dialogue)
+    got = examples(encoder, dialogue)
     turns = dialogue.supporter_turns()
     assert encoder.counts["unshared"] == 1
     assert len(got) == len(turns) > 1
@@ -217,24 +220,24 @@ def test_an_unstable_template_gets_a_row_a_turn(
         assert text.startswith(f"{n} asked<|im_end|>\n")
         assert targets(other, row) == [dialogue.turns[turn].text + "<|im_end|>"]
         assert len(answers_in(text)) == n
-    (opened,) = encoder.dialogue(OPENED)  # an opening turn is no target under such a template either
+    (opened,) = examples(encoder, OPENED)  # an opening turn is no target under such a template either
     assert targets(other, opened) == ["Where to?<|im_end|>"]
-    (shared,) = Encoder(tokenizer, 4096, "").dialogue(dialogue)
+    (shared,) = examples(Encoder(tokenizer, 4096, ""), dialogue)
     assert sum(int(row.weight.sum()) for row in got) == int(shared.weight.sum())
 
 
 def test_a_template_whose_prompt_is_no_prefix_is_refused(with_template: WithTemplate) -> None:
     encoder = Encoder(with_template(NO_PREFIX), 4096, "")
     for encode in (
-        lambda: encoder.dialogue(SHORT),
-        lambda: encoder.pair(SHORT.messages(3), "a", "b"),
-        lambda: encoder.target(SHORT.messages(4)),
+        lambda: examples(encoder, SHORT),
+        lambda: pair_ids(encoder, SHORT.messages(3), "a", "b"),
+        lambda: target(encoder, SHORT.messages(4)),
     ):
         with pytest.raises(InputError, match="does not keep a prompt as a prefix"):
             encode()
     with pytest.raises(InputError, match=r"does not end an answer with the eos token '<\|im_end\|>'"):
-        Encoder(with_template(NO_END), 4096, "").dialogue(SHORT)
-    assert len(Encoder(with_template(CHAT_TEMPLATE), 4096, "").dialogue(SHORT)) == 1
+        examples(Encoder(with_template(NO_END), 4096, ""), SHORT)
+    assert len(examples(Encoder(with_template(CHAT_TEMPLATE), 4096, ""), SHORT)) == 1
 
 
 def test_folders_without_a_usable_tokenizer_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
@@ -254,8 +257,8 @@ def test_folders_without_a_usable_tokenizer_are_refused(tiny_folder: Path, tmp_p
 
 
 def test_a_pair_has_one_prompt_and_two_ended_replies(tokenizer: ChatTokenizer) -> None:
-    prompt = Encoder(tokenizer, 4096, SYSTEM).context(SHORT, 3)
-    row = rows.prompt_with_replies(*Encoder(tokenizer, 4096, SYSTEM).pair(prompt, "Better and longer.", "Worse."))
+    prompt = context(Encoder(tokenizer, 4096, SYSTEM), SHORT, 3)
+    row = rows.prompt_with_replies(*pair_ids(Encoder(tokenizer, 4096, SYSTEM), prompt, "Better and longer.", "Worse."))
     ids = tokenizer.prompt(prompt)
     stem = [int(t) for t, b in zip(row.tokens, row.branch, strict=True) if b == 0]
     for branch, text in ((1, "Better and longer."), (2, "Worse.")):
@@ -268,9 +271,13 @@ def test_a_pair_has_one_prompt_and_two_ended_replies(tokenizer: ChatTokenizer) -
         weights = [float(w) for w, b in zip(row.weight, row.branch, strict=True) if b == branch]
         assert weights == [1.0] * (len(mine) - 1) + [0.0]
     rows.check(rows.stack([row]))
-    other = rows.prompt_with_replies(*Encoder(tokenizer, 4096, "").pair(prompt[1:], "Better and longer.", "Worse."))
+    other = rows.prompt_with_replies(
+        *pair_ids(Encoder(tokenizer, 4096, ""), prompt[1:], "Better and longer.", "Worse.")
+    )
     assert other.tokens.tolist() != row.tokens.tolist()
-    turned = rows.prompt_with_replies(*Encoder(tokenizer, 4096, SYSTEM).pair(prompt, "Worse.", "Better and longer."))
+    turned = rows.prompt_with_replies(
+        *pair_ids(Encoder(tokenizer, 4096, SYSTEM), prompt, "Worse.", "Better and longer.")
+    )
     assert turned.tokens.tolist() != row.tokens.tolist()
 
 
@@ -308,24 +315,41 @@ def test_the_schedule_is_a_function_of_the_seed() -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(LENGTHS, st.integers(20, 50))
-def test_packing_is_first_fit(lengths: list[int], row_length: int) -> None:
-    """Oracle: an example lies in the first row that had room for it when it came."""
-    packed = batches.pack_in_order(lengths, range(len(lengths)), row_length)
-    place = {i: r for r, row in enumerate(packed) for i in row}
-    for i in range(len(lengths)):
-        for r in range(place[i]):
-            assert sum(lengths[j] for j in packed[r] if j < i) + lengths[i] > row_length
-    assert [row[0] for row in packed] == sorted(row[0] for row in packed)
+@given(LENGTHS, st.integers(20, 50), st.integers(0, 3))
+def test_packing_loses_nothing_and_is_no_worse_than_best_fit(lengths: list[int], row_length: int, seed: int) -> None:
+    """Oracle: best-fit decreasing, written out."""
+    packed = batches.pack(lengths, row_length, (seed,))
+    assert sorted(i for row in packed for i in row) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in row) <= row_length for row in packed)
+    left: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        room = [free for free in left if free >= length]
+        left.append(row_length)
+        tightest = min(room, default=row_length)
+        left.remove(tightest if room else row_length)
+        if room:
+            left.remove(row_length)
+        left.append(tightest - length)
+    assert math.ceil(sum(lengths) / row_length) <= len(packed) <= len(left)
+    assert packed == batches.pack(lengths, row_length, (seed,))
+
+
+def test_packing_fills_what_best_fit_leaves_empty() -> None:
+    """Rows that were cut into three parts each can be filled to the last token, which best-fit decreasing does not find."""
+    rng = np.random.default_rng(0)
+    parts = [(int(a), int(b), int(1000 - a - b)) for a, b in rng.integers(250, 420, (60, 2))]
+    lengths = [n for three in parts for n in three]
+    fitted = batches._best_fit(sorted(range(180), key=lambda i: -lengths[i]), np.asarray(lengths), 1000)
+    assert len(batches.pack(lengths, 1000)) <= 61 < 63 < len(fitted)
 
 
 def test_batches_hold_every_example_where_the_packing_says() -> None:
-    examples = [rows.trunk([100 + i] * n, [1.0] * (n - 1) + [0.0]) for i, n in enumerate((5, 9, 4, 4, 9, 2))]
+    made_of = [rows.trunk([100 + i] * n, [1.0] * (n - 1) + [0.0]) for i, n in enumerate((5, 9, 4, 4, 9, 2))]
     found: dict[int, list[int]] = {}
-    packed = batches.pack_in_order([len(e.tokens) for e in examples], range(len(examples)), row_length=10)
+    packed = batches.pack([len(e.tokens) for e in made_of], row_length=10)
     for start in range(0, len(packed), 2):
         now = packed[start : start + 2]
-        made = batches.batch(examples, now, row_length=10, batch_rows=3)
+        made = batches.batch(made_of, now, row_length=10, which=range(3))
         assert made.tokens.shape == (3, 10)
         for r, members in enumerate(now):
             for segment, i in enumerate(members, start=1):
@@ -334,17 +358,17 @@ def test_batches_hold_every_example_where_the_packing_says() -> None:
             assert not made.segment[filling].any()
             assert not made.weight[filling].any()
         assert made.weight[: len(now)].any(axis=1).all()
-    assert found == {i: e.tokens.tolist() for i, e in enumerate(examples)}
-    assert found != {i: e.tokens.tolist() for i, e in enumerate(examples[::-1])}
+    assert found == {i: e.tokens.tolist() for i, e in enumerate(made_of)}
+    assert found != {i: e.tokens.tolist() for i, e in enumerate(made_of[::-1])}
 
 
 def test_an_example_longer_than_a_row_is_bad_input() -> None:
     """Foreign pairs come from a file (``esjax dpo --pairs``), so their lengths are anybody's."""
     with pytest.raises(InputError, match="11 tokens"):
-        batches.pack_in_order([5, 11], range(2), row_length=10)
+        batches.pack([5, 11], row_length=10)
     with pytest.raises(InputError, match="11 tokens"):
         batches.schedule([5, 11], row_length=10, batch_rows=2, epochs=1, seed=0)
-    assert len(batches.pack_in_order([5, 11], range(2), row_length=11)) == 2
+    assert len(batches.pack([5, 11], row_length=11)) == 2
 
 
 # --- bytes -----------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CHAT_TEMPLATE
+from conftest import CHAT_TEMPLATE, pair_ids
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -80,8 +80,8 @@ def test_the_turns_of_a_conversation_share_its_trunk(pairs: list[dict[str, Any]]
         longest = max((encoder.tokenizer.prompt(pairs[i]["prompt"]) for i in trunk.members), key=len)
         assert row.tokens[row.branch == 0].tolist() == longest[:-1]
         for p, i in enumerate(trunk.members):
-            ids, replies = encoder.pair(
-                pairs[i]["prompt"], *(pairs[i][s][0]["content"] for s in ("chosen", "rejected"))
+            ids, replies = pair_ids(
+                encoder, pairs[i]["prompt"], *(pairs[i][s][0]["content"] for s in ("chosen", "rejected"))
             )
             for side, reply in enumerate(replies):
                 branch = row.branch == 2 * p + side + 1
@@ -118,8 +118,8 @@ def test_a_pair_is_tokenised_once(
 ) -> None:
     """Filters, scoring and training each ask for it."""
     asked: list[Any] = []
-    reply = ChatTokenizer.reply
-    monkeypatch.setattr(ChatTokenizer, "reply", lambda self, *given: asked.append(given) or reply(self, *given))
+    records = ChatTokenizer.records
+    monkeypatch.setattr(ChatTokenizer, "records", lambda self, texts: asked.extend(texts) or records(self, texts))
     first = trunks(pairs, encoder, DpoSettings(row_length=1024))
     assert len(asked) == 2 * len(pairs)
     again = trunks(pairs, encoder, DpoSettings(row_length=1024))

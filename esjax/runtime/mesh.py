@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -177,6 +177,27 @@ def shard_batch(tree: T) -> T:
     if _context() is None:
         return tree
     return jax.tree.map(lambda x: read_sharded(x.shape, lambda part: x[part], "batch", *[None] * (x.ndim - 1)), tree)
+
+
+def build_batch(count: int, build: Callable[[range], T]) -> T:
+    """A batch [B, ...] of ``count`` rows of which each host builds only those that its devices hold: ``build`` is told which."""
+    mesh = _context()
+    if mesh is None:
+        return build(range(count))
+    known: dict[str, tuple[list[np.ndarray], Any]] = {}
+
+    def built(part: slice) -> tuple[list[np.ndarray], Any]:
+        if str(part) not in known:
+            known[str(part)] = jax.tree.flatten(build(range(count)[part]))
+        return known[str(part)]
+
+    def whole(n: int, x: np.ndarray) -> Array:
+        where = sharding(mesh, ("batch", *[None] * (x.ndim - 1)))
+        return jax.make_array_from_callback((count, *x.shape[1:]), where, lambda part: built(part[0])[0][n])  # type: ignore[index]
+
+    places = sharding(mesh, ("batch",)).addressable_devices_indices_map((count,))
+    leaves, tree = built(next(place[0] for place in places.values() if place))
+    return cast(T, jax.tree.unflatten(tree, [whole(n, x) for n, x in enumerate(leaves)]))
 
 
 def replicate(tree: T) -> T:

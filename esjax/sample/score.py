@@ -16,7 +16,7 @@ from esjax.rows import Rows, layout
 from esjax.runtime.context import current
 from esjax.runtime.mesh import check_split, replicated, shard_batch
 from esjax.runtime.programs import program
-from esjax.tokens.batches import Packed, batch, pack_in_order
+from esjax.tokens.batches import Packed, batch, pack
 
 
 class Scorer:
@@ -41,7 +41,7 @@ class Scorer:
         """
         left = set(range(len(examples)) if wanted is None else wanted)
         out: list[list[np.ndarray]] = [[] for _ in examples]
-        packed = pack_in_order([len(e.tokens) for e in examples], range(len(examples)), self.row_length)
+        packed = pack([len(e.tokens) for e in examples], self.row_length)
         steps = [packed[i : i + self.batch_rows] for i in range(0, len(packed), self.batch_rows)]
         needed = [step for step in steps if not left.isdisjoint(i for row in step for i in row)]
         for members, rows, computed in self.batches(adapter, examples, needed):
@@ -65,7 +65,7 @@ class Scorer:
             for members in steps:
                 if stops():
                     raise Stopped
-                rows = batch(examples, members, self.row_length, self.batch_rows)
+                rows = batch(examples, members, self.row_length, range(self.batch_rows))
                 yield (
                     members,
                     rows,

@@ -21,7 +21,7 @@ from esjax.run.files import replacing, write_text
 from esjax.tokens.skeleton import Assembled, Skeletons
 from esjax.tokens.tokenizer import ChatTokenizer
 
-AT_ONCE = 256  # chats that are encoded together: the tokenizer's own records of them take much memory
+AT_ONCE = 64  # chats that are encoded together: the tokenizer's own records of them take much memory
 FORMAT = 1  # of what is kept on disk
 CHAT, MESSAGE, START, HEAD, HEAD_END, KEPT, PROMPT, END = range(8)  # columns of a table of answers
 
@@ -76,15 +76,11 @@ def stored(folder: Path | None, skeletons: Skeletons, chats: Sequence[Chat], roo
     """
     if folder is None:
         return cut_out(skeletons, chats, room, whole)
-    hangs_on = [
-        FORMAT,
-        skeletons.tokenizer.fingerprint,
-        room,
-        whole,
-        [[[*m.values()] for m in c.messages] for c in chats],
-    ]
-    text = json.dumps([*hangs_on, [c.answers for c in chats]])
-    place = folder / hashlib.sha256(text.encode()).hexdigest()[:32]
+    digest = hashlib.sha256(json.dumps([FORMAT, skeletons.tokenizer.fingerprint, room, whole]).encode())
+    for chat in chats:
+        digest.update(json.dumps([[m["role"], m["content"]] for m in chat.messages]).encode())
+        digest.update(json.dumps(chat.answers).encode())
+    place = folder / digest.hexdigest()[:32]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

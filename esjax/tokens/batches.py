@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 
@@ -11,7 +13,11 @@ from esjax.errors import InputError
 from esjax.rows import Rows
 
 Packed = list[int]  # indices of the examples packed into one row
-OPEN_ROWS = 64  # an example is offered to so many of the newest rows, so that packing stays linear
+TAKEN, MOST_TAKEN, TRIES = (
+    4,
+    12,
+    6,
+)  # rows packed anew at a time, with so many examples at most; how often, for each row
 
 
 def share_trunks(prompts: Sequence[Sequence[int]], sizes: Sequence[int], room: int) -> list[list[int]]:
@@ -72,43 +78,93 @@ def _mostly_of(prompt: Sequence[int], trunk: Sequence[int]) -> bool:
     return 2 * rows.common_prefix(prompt, trunk) >= len(prompt)
 
 
-def pack_in_order(lengths: Sequence[int], order: Sequence[int], row_length: int) -> list[Packed]:
-    """First-fit over the newest rows, in the given order; rows come out in the order in which they were opened.
+def pack(lengths: Sequence[int], row_length: int, seed: tuple[int, ...] = (0,)) -> list[Packed]:
+    """Pack examples into as few rows as a short search finds, a function of the lengths and the seed.
 
-    Raises InputError when an example is longer than a row.
+    Best-fit decreasing (Johnson et al. 1974) begins; then a few rows at a time, the emptier the likelier, are taken apart and
+    filled anew, each as full as their examples can make it, which is kept where fuller rows come of it. Rows stand in the
+    order of their first examples. Raises InputError when an example is longer than a row.
     """
+    sizes = np.asarray(lengths, np.int64)
+    if len(sizes) and sizes.max() > row_length:
+        raise InputError(
+            f"an example has {sizes.max()} tokens, a row {row_length}; raise row_length or lower the window"
+        )
+    rng = np.random.default_rng(seed)
+    packed = _best_fit([int(i) for i in np.argsort(-sizes, kind="stable")], sizes, row_length)
+    fewest = -(-int(sizes.sum()) // row_length)
+    for _ in range(TRIES * len(packed)):
+        if len(packed) <= fewest:
+            break
+        empty = np.asarray([row_length + 1.0 - sizes[row].sum() for row in packed])
+        some = set(rng.choice(len(packed), min(TAKEN, len(packed)), replace=False, p=empty / empty.sum()).tolist())
+        before = [packed[r] for r in some]
+        left = [i for row in before for i in row]
+        if len(left) <= MOST_TAKEN:
+            after = []
+            while left:
+                after.append(_fullest(left, sizes, row_length))
+                left = [i for i in left if i not in after[-1]]
+            if _fullness(after, sizes) > _fullness(before, sizes):
+                packed = [row for r, row in enumerate(packed) if r not in some] + after
+    return sorted(sorted(row) for row in packed)
+
+
+def _best_fit(order: Sequence[int], sizes: np.ndarray, row_length: int) -> list[Packed]:
+    """Each example into the fullest row that has room for it."""
     packed: list[Packed] = []
-    free: list[int] = []
+    free: list[tuple[int, int]] = []  # room and row, ascending
     for i in order:
-        if lengths[i] > row_length:
-            raise InputError(
-                f"an example has {lengths[i]} tokens, a row {row_length}; raise row_length or lower the window"
-            )
-        slot = next((r for r in range(max(0, len(free) - OPEN_ROWS), len(free)) if free[r] >= lengths[i]), None)
-        if slot is None:
+        size = int(sizes[i])
+        fit = bisect_left(free, (size, 0))
+        room, row = free.pop(fit) if fit < len(free) else (row_length, len(packed))
+        if row == len(packed):
             packed.append([])
-            free.append(row_length)
-            slot = len(packed) - 1
-        packed[slot].append(i)
-        free[slot] -= lengths[i]
+        packed[row].append(i)
+        insort(free, (room - size, row))
     return packed
+
+
+def _fullest(examples: list[int], sizes: np.ndarray, row_length: int) -> list[int]:
+    """Those of a few examples that fill a row best."""
+    total = _subsets(len(examples)) @ sizes[examples]
+    best = int(np.argmax(np.where(total <= row_length, total, -1)))
+    return [i for i, taken in zip(examples, _subsets(len(examples))[best], strict=True) if taken]
+
+
+@cache
+def _subsets(n: int) -> np.ndarray:
+    """All subsets of n things, int64 [2^n, n] of 0 and 1."""
+    return (np.arange(1 << n)[:, None] >> np.arange(n)) & 1
+
+
+def _fullness(packed: list[Packed], sizes: np.ndarray) -> int:
+    return sum(int(sizes[row].sum()) ** 2 for row in packed)
+
+
+def fill_rate(lengths: Sequence[int], steps: Sequence[Sequence[Packed]], row_length: int) -> float:
+    """Which share of the rows' tokens is not padding."""
+    packed = [row for step in steps for row in step]
+    return sum(lengths[i] for row in packed for i in row) / (len(packed) * row_length)
 
 
 def schedule(lengths: Sequence[int], row_length: int, batch_rows: int, epochs: int, seed: int) -> list[list[Packed]]:
     """All steps of a training phase: each a list of ``batch_rows`` rows.
 
-    Every epoch sees every example once, in an order drawn from (seed, epoch). The last step of an epoch may hold fewer
+    Step i is a function of the examples, the seed and i alone, whatever the number of hosts. Every epoch sees every example
+    once, its rows packed and ordered anew from (seed, epoch). The last step of an epoch may hold fewer
     rows; it is filled with empty rows (no examples) when the batch is made, which carry no weight.
     """
     steps: list[list[Packed]] = []
     for epoch in range(epochs):
-        order = np.random.default_rng((seed, epoch)).permutation(len(lengths))
-        packed = pack_in_order(lengths, [int(i) for i in order], row_length)
-        steps += [packed[i : i + batch_rows] for i in range(0, len(packed), batch_rows)]
+        packed = pack(lengths, row_length, (seed, epoch))
+        order = np.random.default_rng((seed, epoch, 1)).permutation(len(packed))
+        steps += [[packed[r] for r in order[i : i + batch_rows]] for i in range(0, len(packed), batch_rows)]
     return steps
 
 
-def batch(examples: Sequence[Rows], step: Sequence[Packed], row_length: int, batch_rows: int) -> Rows:
-    """The rows [B, T] of one step, filled up with empty rows to ``batch_rows``."""
-    packed = [rows.pack([examples[i] for i in row], row_length) for row in step]
-    return rows.stack([*packed, *[rows.pack([], row_length)] * (batch_rows - len(packed))])
+def batch(examples: Sequence[Rows], step: Sequence[Packed], row_length: int, which: range) -> Rows:
+    """The rows [B, T] of one step whose numbers are ``which``; those beyond the step's own are empty."""
+    empty: Packed = []
+    members = (step[r] if r < len(step) else empty for r in which)
+    return rows.stack([rows.pack([examples[i] for i in row], row_length) for row in members])

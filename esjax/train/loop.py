@@ -25,9 +25,9 @@ from esjax.run import buckets
 from esjax.run.metrics import Metrics
 from esjax.run.progress import progress, say
 from esjax.runtime.context import current
-from esjax.runtime.mesh import batch_groups, rows_at_once, shard_batch
+from esjax.runtime.mesh import batch_groups, build_batch, rows_at_once
 from esjax.settings.schema import OptimSettings
-from esjax.tokens.batches import Packed, batch, schedule
+from esjax.tokens.batches import Packed, batch, fill_rate, schedule
 from esjax.train.checkpoint import Checkpoints
 from esjax.train.losses import Loss, Pairs
 from esjax.train.optim import init_optimiser, learning_rate, optimiser
@@ -71,6 +71,8 @@ def train(phase: Phase, backbone: Backbone, adapter: Adapter) -> Adapter:
         check(stack([example]))
     lengths = [len(e.tokens) for e in phase.examples]
     steps = schedule(lengths, s.row_length, s.batch_rows, s.epochs, phase.seed)
+    full = fill_rate(lengths, steps, s.row_length)
+    say(f"  {phase.name}: {len(lengths)} examples in {sum(map(len, steps))} rows of {s.epochs} epochs, {full:.1%} full")
     most = max(len(r) for step in steps for r in step)
     execution = backbone.execution._replace(layout=layout(phase.examples, packed=most > 1))
     tx = optimiser(s, len(steps))
@@ -84,9 +86,13 @@ def train(phase: Phase, backbone: Backbone, adapter: Adapter) -> Adapter:
         say(f"  {phase.name}: continuing after step {done} of {len(steps)}")
 
     def feed(number: int) -> tuple[Rows, Pairs | None]:
-        rows = batch(phase.examples, steps[number], s.row_length, rows_a_step)
-        extra = None if phase.reference is None else _pairs(phase.reference, steps[number], rows_a_step, most)
-        return shard_batch((rows, extra))
+        """The batch of a step, built while the devices compute the step before it."""
+
+        def build(which: range) -> tuple[Rows, Pairs | None]:
+            rows = batch(phase.examples, steps[number], s.row_length, which)
+            return rows, None if phase.reference is None else _pairs(phase.reference, steps[number], which, most)
+
+        return build_batch(rows_a_step, build)
 
     if done < len(steps):
         compiled = compile_step(phase.name, step_fn, adapter, opt_state, backbone.base, *feed(done))
@@ -164,12 +170,12 @@ def _most_targets(examples: Sequence[Rows], steps: list[list[Packed]], micro_row
     return max(sum(count[i] for r in part for i in r) for part in parts)
 
 
-def _pairs(reference: Sequence[np.ndarray], step: list[Packed], batch_rows: int, segments: int) -> Pairs:
+def _pairs(reference: Sequence[np.ndarray], step: list[Packed], which: range, segments: int) -> Pairs:
     pairs = max(len(r) for r in reference)
-    values = np.zeros((batch_rows, segments, pairs, 2), np.float32)
-    valid = np.zeros((batch_rows, segments, pairs), bool)
-    for b, packed in enumerate(step):
-        for s, i in enumerate(packed):
+    values = np.zeros((len(which), segments, pairs, 2), np.float32)
+    valid = np.zeros((len(which), segments, pairs), bool)
+    for b, r in enumerate(which):
+        for s, i in enumerate(step[r] if r < len(step) else ()):
             values[b, s, : len(reference[i])] = reference[i]
             valid[b, s, : len(reference[i])] = True
     return Pairs(values, valid)
