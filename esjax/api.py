@@ -133,10 +133,10 @@ def dpo(config: Config, run_dir: str | Path, pairs: str | Path, model: str | Non
     from esjax.evolve import phases, preflight
     from esjax.evolve.experiment import start_of_dpo
     from esjax.evolve.filters import Filters
-    from esjax.evolve.pairs import read_pairs, without_crisis
+    from esjax.evolve.pairs import read_pairs, screened_pairs
 
     file = Path(pairs)
-    read = without_crisis(read_pairs(file), Filters.load(config.filters))
+    read, _, _ = screened_pairs(read_pairs(file), Filters.load(config.filters, config.screen).screen)
     with _opened(config, run_dir) as (experiment, run):
         start, origin = start_of_dpo(model, experiment)
         preflight.check_dpo(experiment, run, read)
@@ -162,8 +162,9 @@ def stop_on_sigterm() -> Iterator[None]:
 @contextmanager
 def _opened(config: Config, run_dir: str | Path) -> Iterator[tuple[Experiment, RunDir]]:
     """An experiment and its run directory, on all devices. Raises InputError, TransientError."""
+    from esjax.corpus.sources import content
     from esjax.evolve.experiment import Experiment
     from esjax.run.directory import RunDir
 
-    with devices(config), RunDir(run_dir, config) as run:
+    with devices(config), RunDir(run_dir, config, content) as run:
         yield Experiment.open(config), run

@@ -20,12 +20,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from esjax.cli import main
 from esjax.corpus.dialogue import Dialogue, Message
+from esjax.corpus.sources import read
 from esjax.errors import InputError
 from esjax.evolve.filters import Filters
 from esjax.hub.fetch import cache_root, resolve
 from esjax.rows import Rows
 from esjax.settings.files import bundled, load
-from esjax.settings.schema import Config, FilterSettings
+from esjax.settings.schema import Config, FilterSettings, ScreenSettings
 from esjax.tokens.answers import Chat
 from esjax.tokens.encode import Encoder, Pair
 from esjax.tokens.tokenizer import ChatTokenizer
@@ -46,16 +47,26 @@ def chat(*texts: str, first: int = 0) -> list[Message]:
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts, first)]
 
 
+def read_dialogues(format: str, path: str) -> list[Dialogue]:
+    """The dialogues of a file in a format."""
+    return read(path, format).dialogues
+
+
+def read_conversations(path: str) -> list[tuple[str, list[Message]]]:
+    """The chats of a file of messages, by id."""
+    return [(d.id, d.messages(len(d.turns))) for d in read(path, "messages").dialogues]
+
+
 def examples(encoder: Encoder, dialogue: Dialogue) -> list[Rows]:
     """The SFT rows of one dialogue."""
-    return encoder.examples([encoder.chat(dialogue)])
+    return encoder.examples([encoder.chat(dialogue)])[0]
 
 
 def chat_examples(encoder: Encoder, messages: list[Message]) -> list[Rows]:
     """The SFT rows of one chat, whose every answer of a user is a target."""
     first = next(i for i, m in enumerate(messages) if m["role"] == "user")
     answers = tuple(i for i, m in enumerate(messages) if m["role"] == "assistant" and i > first)
-    return encoder.examples([Chat(messages, answers, "here")])
+    return encoder.examples([Chat(messages, answers, "here")])[0]
 
 
 def context(encoder: Encoder, dialogue: Dialogue, turn: int) -> list[Message]:
@@ -161,7 +172,7 @@ def with_template(tiny_folder: Path) -> WithTemplate:
 @pytest.fixture(scope="session")
 def filters() -> Filters:
     """The shipped patterns with the default limits."""
-    return Filters.load(FilterSettings())
+    return Filters.load(FilterSettings(), ScreenSettings())
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 import torch
+from conftest import read_dialogues
 from flax import nnx
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from esjax.corpus.dialogue import Dialogue
-from esjax.corpus.sources import read_dialogues
 from esjax.model.decoder import Decoder
 from esjax.model.lora import Adapter
 from esjax.model.weights import Backbone, bind

@@ -11,6 +11,7 @@ import yaml
 from conftest import REPOSITORY
 
 from esjax.cli import main
+from esjax.corpus.readers import FORMATS
 from esjax.errors import InputError
 from esjax.settings import files
 from esjax.settings.files import Overrides, changed, dump, keys, load, similar
@@ -414,7 +415,8 @@ def test_how_to_compute_and_how_a_path_is_spelt_make_no_other_experiment(minimal
 def test_every_setting_has_a_type_and_a_description() -> None:
     known = keys(Config)
     assert [k for k, (_, _, text) in known.items() if not text.strip()] == []
-    kinds = {"data.format": "sample|esconv", "evolve.contexts_per_round": "int|null", "lora.targets": "list"}
+    kinds = {"data.train": "str|list", "evolve.contexts_per_round": "int|null", "lora.targets": "list"}
+    assert set(known["data.format"][0].split("|")) == FORMATS.keys() - {"preference"}
     assert {key: known[key][0] for key in kinds} == kinds
     assert known["evolve.draft.max_tokens"][:2] == ("int", 128)
     assert "evolve.draft" not in known

@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CHAT_TEMPLATE, WithTemplate, chat, chat_examples, examples, pair_ids, save_tokenizer, target
+from conftest import (
+    CHAT_TEMPLATE,
+    WithTemplate,
+    chat,
+    chat_examples,
+    examples,
+    pair_ids,
+    read_dialogues,
+    save_tokenizer,
+    target,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -15,7 +25,6 @@ from transformers import PreTrainedTokenizerFast
 
 from esjax import rows
 from esjax.corpus.dialogue import Message
-from esjax.corpus.sources import read_dialogues
 from esjax.errors import InputError
 from esjax.evolve.pairs import contexts, read_pairs, trunks
 from esjax.sample.constrain import Field, compile_template

@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from conftest import Refused, chat
+from conftest import Refused, chat, read_dialogues
 
 from esjax.corpus.dialogue import Dialogue, Turn
-from esjax.corpus.sources import read_dialogues
 from esjax.errors import InputError
 from esjax.evolve import phases
 from esjax.evolve.experiment import Experiment
 from esjax.evolve.filters import Filters
-from esjax.evolve.pairs import contexts, read_pairs, without_crisis
+from esjax.evolve.pairs import contexts, read_pairs, screened_pairs
 from esjax.run.directory import RunDir
 from esjax.settings.schema import Config
 from esjax.tokens.encode import Encoder
@@ -60,22 +59,23 @@ def experiment(tiny_folder: Path, tiny_config: Config, tmp_path: Path) -> Experi
 
 
 def test_no_answer_to_a_crisis_is_a_target_of_sft(experiment: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
-    examples, facts = experiment.sft_rows
+    examples, facts = experiment.corpora.sft_rows
     said = {experiment.tokenizer.decode([int(t) for t in e.tokens[1:][e.weight[:-1] > 0]]) for e in examples}
     assert said == {"One", "Six", "Seven", "Nine"}
     assert not any("die" in experiment.tokenizer.decode(e.tokens.tolist()) for e in examples)
-    assert (facts["crisis_answers"], facts["crisis_conversations"]) == (4, 2)
+    assert facts["screened"] == {"train": {"drop crisis": 2}, "replay": {"drop crisis": 2}}
+    assert facts["answers_dropped"] == {"crisis": 6}
     out = capsys.readouterr().err
-    assert "4 answers in or after a crisis are not trained on" in out
-    assert "2 conversations end before a crisis" in out
+    assert "train.jsonl: found and dropped: 2 crisis; 4 answers are not trained on" in out
+    assert "replay.jsonl: found and dropped: 2 crisis; 2 answers" in out
 
 
 def test_no_round_sees_a_crisis_that_the_window_would_cut_off(experiment: Experiment) -> None:
     long = [row("a", SIGN, "Yes", *["word " * 100, "Hm"] * 4), row("b", *["word " * 100, "Hm"] * 5)]
     write(Path(experiment.config.data.train), long)
-    pool = contexts(experiment.train, experiment.encoder, 480, "train.jsonl", "")
+    pool = contexts(experiment.corpora.train, experiment.encoder, 480, "train.jsonl", "")
     assert {c.id.split("/")[0] for c in pool} == {"b"}
-    assert experiment.crisis_facts() == {"crisis_answers": 5}
+    assert experiment.corpora.screened.answers == {"crisis": 5}
     # Control: cut to the window, the last context of the other dialogue holds no sign any more.
     whole = read_dialogues("sample", experiment.config.data.train)
     late = [c for c in contexts(whole, experiment.encoder, 480, "train.jsonl", "") if c.id == "a/9"]
@@ -85,8 +85,8 @@ def test_no_round_sees_a_crisis_that_the_window_would_cut_off(experiment: Experi
 
 def test_a_corpus_of_crises_alone_is_refused(experiment: Experiment) -> None:
     write(Path(experiment.config.data.train), [row("b", SIGN, "Four")])
-    with pytest.raises(InputError, match=r"train\.jsonl: every dialogue shows signs of crisis"):
-        _ = experiment.train
+    with pytest.raises(InputError, match=r"train\.jsonl: every dialogue holds what is dropped"):
+        _ = experiment.corpora.train
 
 
 def pair(*texts: str, chosen: str = "Yes you", rejected: str = "No") -> dict[str, Any]:
@@ -123,9 +123,9 @@ def test_nothing_but_crises_is_one_line_and_no_run_directory(
     file = write(tmp_path / "pairs.jsonl", [pair(SIGN), pair("Hi", rejected=SIGN)])
     line = refused("dpo", "--config", tiny_config_file, "--run-dir", tmp_path / "run", "--pairs", file)
     assert "pairs.jsonl" in line
-    assert "filters.crisis_patterns" in line
+    assert "4 crisis; see the screen settings" in line or "2 crisis; see the screen settings" in line
     assert not (tmp_path / "run").exists()
-    assert len(without_crisis(read_pairs(Path(write(tmp_path / "p", PAIRS))), filters)) == 3
+    assert len(screened_pairs(read_pairs(Path(write(tmp_path / "p", PAIRS))), filters.screen).kept) == 3
 
 
 SPELLINGS = """I am suicidal.|I could kill myself.|I WANT TO DIE|I want to end it all|no reason\tto live
@@ -141,9 +141,9 @@ CALM = """I want to diet|I am dying to see her face.|I was killing time at the s
 
 @pytest.mark.parametrize("text", SPELLINGS)
 def test_signs_are_found_in_every_spelling(filters: Filters, text: str) -> None:
-    assert filters.calm(["Hi", text]) == 1
+    assert filters.screen.dropped(text, supporter=False) == "crisis"
 
 
 @pytest.mark.parametrize("text", CALM)
 def test_ordinary_words_are_no_crisis(filters: Filters, text: str) -> None:
-    assert filters.calm([text]) is None
+    assert filters.screen.dropped(text, supporter=False) is None

@@ -15,11 +15,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import examples, tiny_overrides
+from conftest import examples, read_dialogues, tiny_overrides
 from safetensors.numpy import load_file, save_file
 
 from esjax.cli import main
-from esjax.corpus.sources import read_dialogues
 from esjax.errors import InputError, is_full_disk, outcome
 from esjax.run.jsonl import read_jsonl
 from esjax.settings.files import bundled, load, read_text

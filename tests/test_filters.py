@@ -8,19 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import chat
+from conftest import chat, read_dialogues
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esjax.corpus.dialogue import Message
-from esjax.corpus.sources import read_dialogues
 from esjax.errors import InputError
 from esjax.evolve.filters import REPLY_REASONS, Filters, repetition
 from esjax.evolve.pairs import build_pairs
 from esjax.evolve.reflect import FIELDS, Instructions
 from esjax.rows import common_prefix
 from esjax.settings.files import load
-from esjax.settings.schema import Config, FilterSettings
+from esjax.settings.schema import Config, FilterSettings, ScreenSettings
 from esjax.tokens.tokenizer import ChatTokenizer
 
 SEEKER = "My sister forgot my birthday again and I baked her a lemon cake only last month."
@@ -71,7 +70,7 @@ def test_no_context_or_reply_of_the_sample_corpus_is_dropped_wrongly(filters: Fi
     counts: Counter[str | None] = Counter()
     for name in ("train", "valid", "test"):
         dialogues = read_dialogues("sample", f"bundled:data/sample/{name}.jsonl")
-        assert filters.before_crisis(dialogues) == (dialogues, 0)
+        assert filters.screen.screened(dialogues).kept == dialogues
         for d in dialogues:
             for turn in d.supporter_turns():
                 counts[filters.reply_fault(d.messages(turn), d.turns[turn].text, "stop")] += 1
@@ -84,12 +83,15 @@ def test_what_the_supporter_said_before_is_no_crisis_and_may_be_said_again(filte
     assert filters.reply_fault(context, OTHER, "stop") is None
 
 
-def test_the_first_fault_counts_in_the_documented_order(filters: Filters) -> None:
+def test_the_first_fault_counts_in_the_documented_order() -> None:
     crisis, plain = chat("I want to die. " + SEEKER), CONTEXT
     again = "it is hard for you and " * 3
     quote = " i baked her a lemon cake only last month "
+    screened = ("a@b.org, my name is Bo", "my name is Bo, my wife", "my wife")
+    filters = Filters.load(FilterSettings(), ScreenSettings(names="drop", experience="drop"))
     cases: list[tuple[list[Message], str, str]] = [
-        (crisis, "Draft:", "length"),  # all of crisis, truncated, empty, scaffolding
+        (crisis, "Draft: a@b.org", "length"),  # all of crisis, personal, truncated, empty, scaffolding
+        *((plain, f"Draft: {text}", "length") for text in screened),
         (plain, "Draft:", "length"),
         (plain, "Draft:", "stop"),
         (plain, "Draft: " + again + quote, "stop"),
@@ -122,8 +124,8 @@ def test_repetition_is_the_share_of_sequences_seen_before(words: list[str], n: i
 
 
 def test_limits_are_the_settings() -> None:
-    strict = Filters.load(FilterSettings(min_words=16, max_repetition=0.0))
-    loose = Filters.load(FilterSettings(min_words=1, max_repetition=1.0))
+    strict = Filters.load(FilterSettings(min_words=16, max_repetition=0.0), ScreenSettings())
+    loose = Filters.load(FilterSettings(min_words=1, max_repetition=1.0), ScreenSettings())
     again = "it is hard for you and it is hard for you and it is hard for you"
     assert strict.reply_fault(CONTEXT, GOOD, "stop") == "empty"
     assert loose.reply_fault(CONTEXT, "Oh.", "stop") is None
@@ -224,7 +226,7 @@ def patterned(tmp_path: Path, *lines: str) -> Filters:
     """Filters whose crisis patterns are these lines."""
     file = tmp_path / "mine.txt"
     file.write_text("\n".join(lines), encoding="utf-8")
-    return Filters.load(FilterSettings(crisis_patterns=str(file)))
+    return Filters.load(FilterSettings(crisis_patterns=str(file)), ScreenSettings())
 
 
 def test_an_edited_pattern_file_is_what_counts(tmp_path: Path) -> None:
@@ -259,7 +261,7 @@ def test_lines_do_not_disturb_each_other(tmp_path: Path, lines: list[str], match
 
 def test_a_missing_pattern_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"absent\.txt: cannot be read"):
-        Filters.load(FilterSettings(scaffolding_patterns=str(tmp_path / "absent.txt")))
+        Filters.load(FilterSettings(scaffolding_patterns=str(tmp_path / "absent.txt")), ScreenSettings())
 
 
 # --- prompts ---------------------------------------------------------------------------------------------------------

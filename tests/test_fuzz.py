@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from conftest import read_conversations, read_dialogues
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from esjax.corpus.sources import read_conversations, read_dialogues
 from esjax.errors import InputError
 from esjax.evolve.answers import read_chats
 from esjax.evolve.filters import Filters
@@ -28,7 +28,7 @@ from esjax.hub.shards import ShardReader
 from esjax.model.families import FIXED, QKV_BIAS, READ, read_architecture
 from esjax.model.layers import rope_frequencies
 from esjax.settings.files import bundled, load
-from esjax.settings.schema import FilterSettings
+from esjax.settings.schema import FilterSettings, ScreenSettings
 
 EXAMPLES = 100
 CHAT = [{"role": "user", "content": "I am tired."}, {"role": "assistant", "content": "Since when?"}]
@@ -250,6 +250,16 @@ def test_safetensors_index(data: st.DataObject, tmp_path: Path) -> None:
 def test_patterns(text: str, tmp_path: Path) -> None:
     file = tmp_path / "patterns.txt"
     file.write_text("I want to die\n", encoding="utf-8")
-    assert Filters.load(FilterSettings(crisis_patterns=str(file))).calm(["So I want to die."]) is not None
+    assert (
+        Filters.load(FilterSettings(crisis_patterns=str(file)), ScreenSettings()).screen.dropped(
+            "So I want to die.", False
+        )
+        is not None
+    )
     file.write_text(text, encoding="utf-8", errors="ignore")
-    either(lambda: Filters.load(FilterSettings(crisis_patterns=str(file))).calm(["I want to live"]), file)
+    either(
+        lambda: Filters.load(FilterSettings(crisis_patterns=str(file)), ScreenSettings()).screen.dropped(
+            "I want to live", False
+        ),
+        file,
+    )

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import read_dialogues
 from oracles import BARE
 
 from esjax.cli import main
-from esjax.corpus.sources import read_dialogues
 from esjax.errors import InputError, RunError
 from esjax.evolve.answers import read_chats
 from esjax.model.weights import Backbone, compute_dtype, load_backbone

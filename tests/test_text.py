@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import chat, sample_texts
+from conftest import chat, read_conversations, read_dialogues, sample_texts
 
 from esjax.corpus.dialogue import Turn, normalise
-from esjax.corpus.sources import check_messages, read_conversations, read_dialogues
+from esjax.corpus.sources import check_messages, read
 from esjax.corpus.text import is_empty, spaced, words
 from esjax.errors import InputError
 from esjax.eval.metrics import distinct, mean_words
@@ -20,7 +20,7 @@ from esjax.evolve.filters import Filters
 from esjax.evolve.pairs import read_pairs
 from esjax.run.jsonl import read_jsonl
 from esjax.settings.files import bundled, load, read_text
-from esjax.settings.schema import FilterSettings
+from esjax.settings.schema import FilterSettings, ScreenSettings
 
 CHINESE = "我明白你的感受，这确实很难，我们一起想想办法。"
 
@@ -98,8 +98,6 @@ DEEP = '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (GOOD % "\\ud83d", r"\ud83d is half a character"),
-        (GOOD.replace('"a"', '"\\udfff"', 1) % "x", r"\udfff is half a character"),
         ('{"id": NaN, "messages": []}', "NaN is no JSON number"),
         ('{"id": -Infinity, "messages": []}', "-Infinity is no JSON number"),
         ('{"id": 1e999, "messages": []}', "the number 1e999 is too large"),
@@ -126,6 +124,19 @@ def test_what_no_row_can_be_is_one_line_with_its_line(tmp_path: Path, line: str,
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("half", ["\\ud83d", "\\udfff"])
+def test_half_a_character_in_a_prompt_is_refused_and_ends_a_dialogue(tmp_path: Path, half: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"id": "a", "messages": chat(f"u {half}")}).replace("\\\\", "\\"))
+    with pytest.raises(InputError, match=r"line 1: \\\\?\\u[0-9a-f]{4} is half a character|is half a character"):
+        asked(file)
+    long = {"id": "a", "messages": chat("u", "one", "v", f"two {half}")}
+    file.write_text(json.dumps(long).replace("\\\\", "\\"))
+    made = read(str(file), "messages")
+    assert [t.text for t in made.dialogues[0].turns] == ["u", "one", "v"]
+    assert made.counts["lone_surrogates"] == 1
+
+
 def test_right_values_of_odd_text(tmp_path: Path) -> None:
     """Oracle: json.loads of each line."""
     texts = ["a\u2028b\x85c", "\\u0000", "\\ud83d\\ude42 \U0001f642", "\\r\\n", "\ufeff", "\ufdd0"]
@@ -143,9 +154,9 @@ def test_a_byte_order_mark_is_no_part_of_any_file(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_bytes("\ufeff\\bzebra\nhorse\u2028foal\n".encode())
     assert read_text(str(text)) == "\\bzebra\nhorse\u2028foal"
-    mine = Filters.load(FilterSettings(crisis_patterns=str(text)))
-    assert mine.calm(["A zebra"]) == mine.calm(["horse\u2028foal"]) == 0
-    assert mine.calm(["A horse"]) is None
+    mine = Filters.load(FilterSettings(crisis_patterns=str(text)), ScreenSettings())
+    assert mine.screen.dropped("A zebra", False) == mine.screen.dropped("horse\u2028foal", False) == "crisis"
+    assert mine.screen.dropped("A horse", False) is None
     config = tmp_path / "config.yaml"
     config.write_text("\ufeff" + bundled("bundled:configs/quickstart.yaml").read_text(), encoding="utf-8")
     assert load(str(config), []) == load(None, [])

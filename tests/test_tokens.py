@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CHAT_TEMPLATE, WithTemplate, context, examples, pair_ids, sample_texts, target
+from conftest import CHAT_TEMPLATE, WithTemplate, context, examples, pair_ids, read_dialogues, sample_texts, target
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerFast
 
 from esjax import rows
 from esjax.corpus.dialogue import OPENING, Dialogue, Message, Turn
-from esjax.corpus.sources import read_dialogues
 from esjax.errors import InputError
 from esjax.rows import Rows
 from esjax.tokens import batches

@@ -1,167 +1,239 @@
-"""One reader for each corpus format: a file becomes dialogues, or replay conversations."""
+"""Where corpora come from: files of any known format, the Hugging Face hub, TensorFlow Datasets, and mixtures of them."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from esjax.corpus.dialogue import Dialogue, Message, Role, Turn, normalise
-from esjax.corpus.text import is_empty
+import numpy as np
+
+from esjax.corpus import hubs
+from esjax.corpus.dialogue import Dialogue, Message, Turn, normalise
+from esjax.corpus.readers import FORMATS
+from esjax.corpus.readers.base import Format, lost_key, text_of
+from esjax.corpus.text import has_halves, is_empty
 from esjax.errors import InputError
-from esjax.run.jsonl import Line, json_array, json_object, read_jsonl, require
-from esjax.settings.files import bundled, read_whole
+from esjax.run.directory import bundled_hash, setting_hash
+from esjax.run.jsonl import Line, require
+from esjax.settings.files import BOM, bundled, similar
+from esjax.settings.schema import Config, Sources
+
+SPLITS = ("train", "valid", "test")
 
 
-def read_dialogues(format: str, path: str) -> list[Dialogue]:
-    """Read a corpus file.
+class Corpus(NamedTuple):
+    """What a source holds."""
+
+    origin: str  # for messages
+    dialogues: list[Dialogue]  # those with at least one supporter turn that answers a seeker, in the source's order
+    counts: Counter[str]  # "rows" read, and what was left out or mended, by reason
+    dropped: list[tuple[str, str]]  # the reason and the place of what was left out
+    times: list[int] = []  # noqa: RUF012  never changed: how often a mixture's phase 1 takes each dialogue; empty: once
+
+
+def read(source: Sources, format: str = "sample", seed: int = 0) -> Corpus:
+    """Read a corpus.
 
     Args:
-        format: "sample" (data/sample of this project) or "esconv" (ESConv's own files: JSON Lines, the raw JSON array,
-            the hub's rows with all of it in "text").
-        path: a local file, or bundled:PATH.
+        source: FORMAT:PATH, with wildcards; a path of a file in ``format``; hf:... and tfds:..., see ``hubs``;
+            esconv:PATH#train (or valid, test), of the official split of the raw ESConv.json; or several with weights, a
+            mixture: each dialogue is taken as often as its source's weight says, a fraction by the ``seed``.
 
-    Returns:
-        Dialogues with at least one supporter turn that answers a seeker, in the file's order.
+    Texts are treated alike, whatever the format: byte order marks are taken out, turns in which nothing can be seen are left
+    out, and a dialogue ends before a turn that holds half a character (a lone surrogate), for that is no text.
 
     Raises:
-        InputError: naming file and line for a broken row, or the file when nothing usable is in it.
+        InputError: naming file and line for a broken row, or the source when nothing usable is in it.
+        TransientError: the network.
     """
-    file = bundled(path)
-    dialogues = []
-    read, rows = READERS[format]
+    if isinstance(source, str):
+        return _one(source, format)
+    parts = [_one(part.source, format) for part in source]
+    dialogues, times, counts = list[Dialogue](), list[int](), Counter[str]()
+    seen = Counter(d.id for part in parts for d in part.dialogues)
+    rng = np.random.default_rng((seed, 2))
+    for number, (part, given) in enumerate(zip(parts, source, strict=True), start=1):
+        drawn = rng.random(len(part.dialogues))
+        for dialogue, chance in zip(part.dialogues, drawn, strict=True):
+            often = int(given.weight) + (chance < given.weight % 1)
+            if often:
+                name = dialogue.id if seen[dialogue.id] == 1 else f"{number}-{dialogue.id}"
+                dialogues.append(replace(dialogue, id=name))
+                times.append(int(often))
+        counts += part.counts
+    origin = ", ".join(part.origin for part in parts)
+    if not dialogues:
+        raise InputError(f"{origin}: no dialogue is left by the weights; raise them")
+    return Corpus(origin, dialogues, counts, [x for part in parts for x in part.dropped], times)
+
+
+def fingerprint(source: Sources, format: str = "sample") -> str:
+    """A hash of what a source holds; of a single file, that of its bytes. Raises InputError."""
+    if not isinstance(source, str):
+        parts = [[fingerprint(part.source, format), part.weight] for part in source]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    if hubs.is_hub(source):
+        return hashlib.sha256(json.dumps(hubs.rows(source), sort_keys=True).encode()).hexdigest()
+    _, files, split = _files(source, format)
+    hashes = [bundled_hash(str(file)) for file in files]
+    return (
+        hashes[0]
+        if len(hashes) == 1 and not split
+        else hashlib.sha256(json.dumps([hashes, split]).encode()).hexdigest()
+    )
+
+
+def content(config: Config, key: str) -> str:
+    """A hash of what a setting names, a corpus or a file. Raises InputError."""
+    if not key.startswith("data."):
+        return setting_hash(config, key)
+    source = getattr(config.data, key.removeprefix("data."))
+    return fingerprint(source, "messages" if key == "data.replay" else config.data.format)
+
+
+def _one(source: str, format: str) -> Corpus:
+    if hubs.is_hub(source):
+        rows = hubs.rows(source)
+        if not rows:
+            raise InputError(f"{source}: the split is empty; name another one")
+        fitting = [f for f in FORMATS.values() if f.fits(rows[0])]
+        if not fitting:
+            raise InputError(
+                f"{source}: the columns {', '.join(map(str, rows[0]))} are those of no known format ({', '.join(FORMATS)}); save "
+                "its rows as one of these, for example as JSON Lines of messages"
+            )
+        return _dialogues(source, fitting[0], [fitting[0].unpack(rows)])
+    known, files, split = _files(source, format)
+    rows_of = [known.unpack(_fitting(known, known.rows(file), file)) for file in files]
+    return _dialogues(source, known, [_official(rows, split) for rows in rows_of] if split else rows_of)
+
+
+def _files(source: str, format: str) -> tuple[Format, list[Path], str]:
+    """A source's format, its files and its split. Raises InputError."""
+    name, colon, rest = source.partition(":")
+    if colon and name in FORMATS:
+        format, path = name, rest
+    elif colon and name != "bundled" and not Path(source).exists() and not {"/", "\\", "."} & set(name):
+        close = similar(name, [*FORMATS, "hf", "tfds", "bundled"])
+        hint = f": did you mean {' or '.join(close)}?" if close else f"; known: {', '.join(FORMATS)}, hf, tfds, bundled"
+        raise InputError(f"{source}: {name!r} is no format of corpora{hint}")
+    else:
+        path = source
+    path, _, split = path.partition("#") if format in ("esconv", "pesconv") else (path, "", "")
+    if split and split not in SPLITS:
+        raise InputError(f"{source}: no such split; allowed: {', '.join(f'#{name}' for name in SPLITS)}")
+    given = bundled(path).expanduser()
+    if given.exists() or not any(c in str(given) for c in "*?["):
+        return FORMATS[format], [given], split
+    files = [Path(found) for found in sorted(glob(str(given), recursive=True)) if Path(found).is_file()]
+    if not files:
+        raise InputError(f"{source}: no file's name matches; give a path, or wildcards that match")
+    return FORMATS[format], files, split
+
+
+def _fitting(known: Format, rows: list[Line], file: Path) -> list[Line]:
+    """The rows, all of the format. Raises InputError that names another format of which they look."""
+    for row in rows:
+        if not known.fits(row) and (other := next((f.name for f in FORMATS.values() if f.fits(row)), None)):
+            raise InputError(f"{row.where}: this looks like {other}, not {known.name}; give {other}:{file}")
+    return rows
+
+
+def _official(rows: list[Line], split: str) -> list[Line]:
+    """A part of ESConv's official split: shuffled by Python's ``random`` with the seed 13, then 70, 15 and 15 percent of the
+    dialogues (process.py of github.com/thu-coai/Emotional-Support-Conversation)."""
+    shuffled = list(rows)
+    random.Random(13).shuffle(shuffled)
+    first, second = int(0.7 * len(rows)), int(0.85 * len(rows))
+    return {"train": shuffled[:first], "valid": shuffled[first:second], "test": shuffled[second:]}[split]
+
+
+def _dialogues(origin: str, known: Format, files: Sequence[list[Line]]) -> Corpus:
+    """The dialogues of rows. Raises InputError naming a broken row, or the origin when nothing is usable."""
+    dialogues, counts, dropped = list[Dialogue](), Counter[str](), list[tuple[str, str]]()
     first: dict[str, str] = {}
-    for row in rows(file):
-        try:
-            dialogues.append(read(row))
-            name = str(dialogues[-1].id)
-            if first.setdefault(name, row.where) != row.where:  # they would be drawn from with the same noise
-                raise ValueError(f"the id {name!r} is that of {first[name].removeprefix(f'{file}, ')} too")
-        except (KeyError, TypeError, AttributeError, ValueError) as e:
-            what = f"the field {e} is missing" if isinstance(e, KeyError) else str(e)
-            raise InputError(f"{row.where}: {what}; expected a row of format {format}") from e
-    usable = [d for d in dialogues if d.supporter_turns()]
-    if not usable:
-        raise InputError(f"{file}: no dialogue with a supporter's answer in it ({len(dialogues)} rows read)")
-    return usable
+    for number, rows in enumerate(files, start=1):
+        for row in rows:
+            counts["rows"] += 1
+            try:
+                require(row, known.fields)
+                dialogue = _finished(known.read(row, counts), known.collapse, counts)
+                if len(files) > 1:
+                    dialogue = replace(dialogue, id=f"{number}-{dialogue.id}")
+                if (
+                    first.setdefault(dialogue.id, row.where) != row.where
+                ):  # they would be drawn from with the same noise
+                    place = first[dialogue.id].removeprefix(f"{row.where.rpartition(', ')[0]}, ")
+                    raise ValueError(f"the id {dialogue.id!r} is that of {place} too")
+            except (KeyError, TypeError, AttributeError, ValueError) as e:
+                what = f"the field {e} is missing" if isinstance(e, KeyError) else str(e)
+                raise InputError(f"{row.where}: {what}; expected a row of format {known.name}") from e
+            if dialogue.supporter_turns():
+                dialogues.append(dialogue)
+            else:
+                counts["no_answer"] += 1
+                dropped.append(("no_answer", row.where))
+    if not dialogues:
+        raise InputError(
+            f"{origin}: no dialogue with a supporter's answer in it ({counts['rows']} rows read); roles must alternate, and the "
+            "seeker (user) must come first"
+        )
+    return Corpus(origin, dialogues, counts, dropped)
 
 
-def read_conversations(path: str) -> list[tuple[str, list[Message]]]:
-    """Read JSON Lines of {"id", "messages"}; the last message must be the assistant's. Raises InputError."""
-    file = bundled(path)
-    out = []
-    for row in read_jsonl(file, ("id", "messages")):
-        messages = check_messages(row["messages"], row.where, last="assistant")
-        if all(m["role"] != "user" for m in messages):
-            raise InputError(f"{row.where}: there is no user message before the assistant's")
-        out.append((str(row["id"]), messages))
-    if not out:
-        raise InputError(f"{file}: empty; expected one JSON object a line with id and messages")
-    return out
+def _finished(dialogue: Dialogue, collapse: bool, counts: Counter[str]) -> Dialogue:
+    """A dialogue whose texts obey the one rule for texts, see ``read``."""
+    turns: list[Turn] = []
+    for turn in dialogue.turns:
+        text = _without_marks(turn.text, counts)
+        if has_halves(text):
+            counts["lone_surrogates"] += 1
+            break
+        counts["unseen_turns"] += is_empty(text)
+        turns.append(replace(turn, text=text))
+    names = ("id", "profile", "emotion", "problem", "situation", "system")
+    labels = {name: getattr(dialogue, name).replace(BOM, "").strip() for name in names}
+    whole = {
+        name: text if not has_halves(text) else text.encode(errors="ignore").decode() for name, text in labels.items()
+    }
+    return replace(dialogue, turns=normalise(turns, collapse), **whole)
+
+
+def _without_marks(text: str, counts: Counter[str]) -> str:
+    if BOM in text:
+        counts["byte_order_marks"] += 1
+    return text.replace(BOM, "")
 
 
 def check_messages(messages: Any, where: str, last: str) -> list[Message]:
     """Check a chat: a list of {"role", "content"} whose last role is ``last``. Raises InputError naming ``where``.
 
-    Other keys are allowed where they say nothing: null or empty, or a weight of 1.
+    Content may be text parts. Other keys are allowed where they say nothing: null or empty, or a weight of 1.
     """
     roles = ("system", "user", "assistant")
     if not isinstance(messages, list) or not messages:
         raise InputError(f"{where}: expected a non-empty list of messages, objects with role and content")
+    out: list[Message] = []
     for i, m in enumerate(messages):
-        if not isinstance(m, dict) or m.get("role") not in roles or not isinstance(m.get("content"), str):
-            raise InputError(f"{where}: message {i} must have a role among {', '.join(roles)} and a text as content")
-        if lost := _lost(m, ("role", "content")):
+        try:
+            if not isinstance(m, dict) or m.get("role") not in roles:
+                raise ValueError
+            out.append({"role": m["role"], "content": text_of(m.get("content")).replace(BOM, "")})
+        except (ValueError, KeyError) as e:
+            raise InputError(
+                f"{where}: message {i} must have a role among {', '.join(roles)} and a text as content"
+            ) from e
+        if lost := lost_key(m, ("role", "content")):
             raise InputError(f"{where}: message {i} {lost}")
-        if m["role"] == "assistant" and is_empty(m["content"]):
+        if m["role"] == "assistant" and is_empty(out[-1]["content"]):
             raise InputError(f"{where}: message {i} is an answer in which nothing can be seen; take the row out")
     if messages[-1]["role"] != last:
         raise InputError(f"{where}: the last message must be the {last}'s, not the {messages[-1]['role']}'s")
-    return [{"role": m["role"], "content": m["content"]} for m in messages]
-
-
-def _lost(message: dict[str, Any], known: tuple[str, ...]) -> str | None:
-    """Which key of a message says something that no reader would hear, if one does."""
-    for key, value in message.items():
-        says_nothing = value is None or value in ([], {}, "") or (key == "weight" and value == 1)
-        if key not in known and not says_nothing:
-            return (
-                f"has the key {key!r} ({json.dumps(value)[:40]}), which would be lost; allowed: {', '.join(known)}; "
-                "take the key or the row out"
-            )
-    return None
-
-
-def _objects(row: Line, field: str) -> list[dict[str, Any]]:
-    """The turns of a row. Raises ValueError."""
-    found = row[field]
-    if not isinstance(found, list) or not all(isinstance(t, dict) for t in found):
-        raise ValueError(f"{field} must be a list of objects")
-    return found
-
-
-def _text(value: Any) -> str:
-    """A turn's text. Raises ValueError."""
-    if not isinstance(value, str):
-        raise ValueError(f"a turn's text is {json.dumps(value):.40}, and must be a text")
-    return value
-
-
-def _sample_rows(file: Path) -> list[Line]:
-    return read_jsonl(file, ("id", "profile", "emotion", "problem", "situation", "turns"))
-
-
-def _sample(row: Line) -> Dialogue:
-    turns = []
-    for t in _objects(row, "turns"):
-        if t["role"] not in ("seeker", "supporter"):
-            raise ValueError(f"role {t['role']!r} is not seeker or supporter")
-        turns.append(Turn(t["role"], _text(t["text"]), t.get("strategy")))
-        if lost := _lost(t, ("role", "text", "strategy")):
-            raise ValueError(f"a turn {lost}")
-    labels = {k: row[k] for k in ("profile", "emotion", "problem", "situation")}
-    return Dialogue(id=row["id"], turns=normalise(turns), where=row.where, **labels)
-
-
-ESCONV_FIELDS = ("emotion_type", "problem_type", "situation", "dialog")
-
-
-def _esconv_rows(file: Path) -> list[Line]:
-    """The rows of JSON Lines or of one JSON array, out of the hub's "text" where they lie in it."""
-    text = read_whole(file, "a JSON Lines file, or a JSON array of dialogues")
-    rows = json_array(text, str(file)) if text.lstrip().startswith("[") else read_jsonl(file)
-    whole = [
-        json_object(r["text"], r.where, r.number) if list(r) == ["text"] and isinstance(r["text"], str) else r
-        for r in rows
-    ]
-    for row in whole:
-        require(row, ESCONV_FIELDS)
-    return whole
-
-
-def _esconv(row: Line) -> Dialogue:
-    # "usr" and "sys" in the prepared files, "seeker" and "supporter" in the raw one, "speaker" and "listener" in the failed set.
-    speakers: dict[str, Role] = {"usr": "seeker", "seeker": "seeker", "speaker": "seeker"}
-    speakers |= {"sys": "supporter", "supporter": "supporter", "listener": "supporter"}
-    turns = []
-    for t in _objects(row, "dialog"):
-        if str(t["speaker"]) not in speakers:
-            raise ValueError(f"speaker {t['speaker']!r} is not among {', '.join(speakers)}")
-        raw = "content" in t and "text" not in t
-        strategy = (t.get("annotation") or {}).get("strategy") if raw else t.get("strategy")
-        turns.append(Turn(speakers[t["speaker"]], _text(t["content" if raw else "text"]), strategy))
-    return Dialogue(
-        id=f"esconv-{row.number:05d}",
-        turns=normalise(turns),
-        emotion=row["emotion_type"],
-        problem=row["problem_type"],
-        situation=row["situation"],
-        where=row.where,
-    )
-
-
-READERS: dict[str, tuple[Callable[[Line], Dialogue], Callable[[Path], list[Line]]]] = {
-    "sample": (_sample, _sample_rows),
-    "esconv": (_esconv, _esconv_rows),
-}
+    return out

@@ -25,6 +25,11 @@ def is_empty(text: str) -> bool:
     return UNSEEN.fullmatch(text) is not None
 
 
+def has_halves(text: str) -> bool:
+    """Whether half a character (a lone surrogate) stands in a text, which is no text then."""
+    return not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text)
+
+
 def words(text: str) -> list[str]:
     """The words of a text, in lower case and without punctuation."""
     return list(WORD.findall(APOSTROPHES.sub("'", text.lower())))

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from esjax.eval.metrics import distinct, mean_words
 from esjax.evolve.experiment import Experiment, adapter_folder
-from esjax.evolve.filters import REPLY_REASONS, pattern_hashes
+from esjax.evolve.filters import KINDS, REPLY_REASONS, pattern_hashes
 from esjax.run.directory import RunDir, bundled_hash
 from esjax.run.files import publish_text, sha256
 from esjax.run.journal import gather
@@ -31,12 +31,12 @@ def compare(experiment: Experiment, run: RunDir) -> list[dict[str, Any]]:
 
 
 def _model(experiment: Experiment, run: RunDir, t: int) -> dict[str, Any]:
-    c, asked, folder = experiment.config, experiment.asked, adapter_folder(run.path, t)
+    c, asked, folder = experiment.config, experiment.corpora.asked, adapter_folder(run.path, t)
     predictions, scores = run.path / "eval" / f"m{t}.jsonl", run.path / "eval" / f"m{t}.scores.json"
 
     def work() -> None:
         adapter = experiment.adapter(folder)
-        rows = experiment.test_rows
+        rows = experiment.corpora.test_rows
         scorer = Scorer(experiment.backbone, c.sft.row_length, rows_at_once("sft", c.sft))
         with progress(f"m{t} reference scoring", len(rows)) as advance:
             logprobs = np.concatenate(
@@ -83,11 +83,16 @@ def _model(experiment: Experiment, run: RunDir, t: int) -> dict[str, Any]:
 
     inputs = {
         "adapter": sha256(folder),
-        "data.test": bundled_hash(c.data.test),
         "prompts.system": bundled_hash(c.prompts.system),
     }
-    inputs |= pattern_hashes(c.filters)
-    run.stage(f"eval/m{t}", [predictions, scores], inputs, work, ("seed", "model", "lora", "data", "filters", "reply"))
+    inputs |= experiment.corpora.inputs("test") | pattern_hashes(c.filters, c.screen)
+    run.stage(
+        f"eval/m{t}",
+        [predictions, scores],
+        inputs,
+        work,
+        ("seed", "model", "lora", "data", "filters", "screen", "reply"),
+    )
     row: dict[str, Any] = json.loads(scores.read_text())
     return row
 
@@ -107,5 +112,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
     for label, key in lines.items():
         out.add_row(label, *(f"{row[key]:.{2 if key in ('perplexity', 'words') else 3}f}" for row in rows))
     for reason in REPLY_REASONS:
+        if reason in KINDS[1:] and not any(row["would_drop"][reason] for row in rows):
+            continue  # screened for only where the settings say so
         out.add_row(f"would be dropped: {reason}", *(f"{100 * row['would_drop'][reason]:.0f}%" for row in rows))
     return out

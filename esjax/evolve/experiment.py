@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,21 +10,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from esjax.corpus.dialogue import Dialogue, Message
-from esjax.corpus.sources import read_conversations, read_dialogues
+from esjax.corpus.dialogue import Message
 from esjax.errors import InputError
+from esjax.evolve.corpora import Corpora
 from esjax.evolve.filters import Filters
 from esjax.evolve.models import adapter_folder, run_model
-from esjax.evolve.pairs import Context, contexts
 from esjax.evolve.reflect import Instructions, form, parse
 from esjax.hub.fetch import cache_root, resolve
 from esjax.hub.identity import identity
 from esjax.model.lora import Adapter, load_adapter, lora_from, read_lora
 from esjax.model.weights import Backbone, compute_dtype, load_backbone
-from esjax.rows import Rows
 from esjax.run.directory import check_base, check_made, read_manifest
 from esjax.run.files import sha256
 from esjax.run.progress import say
@@ -35,7 +31,6 @@ from esjax.sample.generate import Generator
 from esjax.sample.rowbook import Request
 from esjax.settings.files import read_text
 from esjax.settings.schema import Config
-from esjax.tokens.answers import Chat
 from esjax.tokens.encode import Encoder
 from esjax.tokens.tokenizer import ChatTokenizer
 
@@ -71,108 +66,11 @@ class Experiment:
 
     @cached_property
     def filters(self) -> Filters:
-        return Filters.load(self.config.filters)
+        return Filters.load(self.config.filters, self.config.screen)
 
     @cached_property
-    def train(self) -> list[Dialogue]:
-        """The training dialogues, each up to its first sign of crisis: what comes from there on no phase trains on."""
-        return self._screened[0]
-
-    def crisis_facts(self) -> dict[str, int]:
-        """For the manifest."""
-        return {"crisis_answers": self._screened[1]} if self._screened[1] else {}
-
-    @cached_property
-    def _screened(self) -> tuple[list[Dialogue], int]:
-        path = self.config.data.train
-        kept, lost = self.filters.before_crisis(read_dialogues(self.config.data.format, path))
-        if lost:
-            say(f"{path}: {lost} answers in or after a crisis are not trained on (filters.crisis_patterns)")
-        if not kept:
-            raise InputError(
-                f"{path}: every dialogue shows signs of crisis (filters.crisis_patterns) before its first answer is "
-                "over; give dialogues to train on"
-            )
-        return kept, lost
-
-    @cached_property
-    def valid(self) -> list[Dialogue]:
-        return read_dialogues(self.config.data.format, self.config.data.valid)
-
-    @cached_property
-    def test(self) -> list[Dialogue]:
-        return read_dialogues(self.config.data.format, self.config.data.test)
-
-    @cached_property
-    def sft_rows(self) -> tuple[list[Rows], dict[str, Any]]:
-        """Phase 1's examples: all training dialogues, and enough replay conversations to make up their share; and counts.
-
-        Raises InputError when none fits data.window.
-        """
-        c, encoder = self.config, self.encoder
-        encoder.counts.clear()
-        examples = self._fitting(c.data.train, "dialogue", self._rows(self.train))
-        facts: dict[str, Any] = {"dialogues": len(self.train), "dialogue_rows": len(examples)} | self.crisis_facts()
-        if c.data.replay is not None and c.data.replay_share > 0:
-            replay, facts["crisis_conversations"] = self._replay_rows(c.data.replay)
-            want = round(len(examples) * c.data.replay_share / (1 - c.data.replay_share))
-            order = np.random.default_rng((c.seed, 1)).permutation(len(replay))
-            examples += [replay[order[i % len(replay)]] for i in range(want)]
-            facts["replay_rows"] = want
-        facts |= {"history": dict(encoder.counts), "target_tokens": int(sum((e.weight != 0).sum() for e in examples))}
-        return examples, facts
-
-    def _replay_rows(self, file: str) -> tuple[list[Rows], int]:
-        """Rows of the replay conversations, each up to its first sign of crisis, and how many had one."""
-        chats, short = [], 0
-        for name, messages in read_conversations(file):
-            calm = self.filters.chat_before_crisis(messages)
-            short += calm != messages
-            if calm:
-                answers = [
-                    i
-                    for i, m in enumerate(calm)
-                    if m["role"] == "assistant" and any(x["role"] == "user" for x in calm[:i])
-                ]
-                chats.append(Chat(calm, tuple(answers), f"{file}, id {name}"))
-        if short:
-            say(f"{file}: {short} conversations end before a crisis (filters.crisis_patterns)")
-        return self._fitting(
-            file, "conversation without a crisis" if short else "conversation", self.encoder.examples(chats)
-        ), short
-
-    @cached_property
-    def valid_rows(self) -> list[Rows]:
-        return self._fitting(self.config.data.valid, "dialogue", self._rows(self.valid))
-
-    @cached_property
-    def test_rows(self) -> list[Rows]:
-        return self._fitting(self.config.data.test, "dialogue", self._rows(self.test))
-
-    def _rows(self, dialogues: list[Dialogue]) -> list[Rows]:
-        return self.encoder.examples([self.encoder.chat(d) for d in dialogues])
-
-    def _fitting(self, file: str, what: str, rows: list[Rows]) -> list[Rows]:
-        if not rows:
-            raise InputError(f"{file}: no {what} fits data.window={self.config.data.window} tokens; raise it")
-        return rows
-
-    @cached_property
-    def pool(self) -> tuple[list[Context], Counter[str]]:
-        """All contexts of phase 2, and what became of their histories. Raises InputError when none fits."""
-        self.encoder.counts.clear()
-        setting = "data.window" if self.config.evolve.context_tokens is None else "evolve.context_tokens"
-        pool = contexts(self.train, self.encoder, self.config.context_room, self.config.data.train, f"raise {setting}")
-        return pool, Counter(self.encoder.counts)
-
-    @cached_property
-    def asked(self) -> list[Context]:
-        """The contexts that are answered for the closing table. Raises InputError when none fits."""
-        c = self.config
-        remedy = "raise data.window or lower reply.max_tokens"
-        pool = contexts(self.test, self.encoder, c.data.window - c.reply.max_tokens, c.data.test, remedy)
-        count = min(c.reply.max_contexts or len(pool), len(pool))
-        return [pool[i * len(pool) // count] for i in range(count)]
+    def corpora(self) -> Corpora:
+        return Corpora(self.config, self.encoder, self.filters)
 
     @cached_property
     def instructions(self) -> Instructions:

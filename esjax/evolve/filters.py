@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from esjax.corpus.dialogue import Dialogue, Message
-from esjax.corpus.text import plain, words
-from esjax.errors import InputError
+from esjax.corpus.dialogue import Message
+from esjax.corpus.text import words
 from esjax.run.directory import bundled_hash
-from esjax.settings.files import read_text
-from esjax.settings.schema import FilterSettings
+from esjax.safety.screen import KINDS, Screen, compiled
+from esjax.settings.schema import FilterSettings, ScreenSettings
 
 # In the order in which they are tried; a pair is counted under the first that applies. After these come the pair's own:
 # near_identical, too_short, too_long, and row_too_long (it does not fit a training row).
-REPLY_REASONS = ("crisis", "truncated", "empty", "scaffolding", "speaks_for_seeker", "repetition")
+REPLY_REASONS = (*KINDS, "truncated", "empty", "scaffolding", "speaks_for_seeker", "repetition")
 QUOTED_WORDS = 8  # so many words in a row from the seeker's own messages: the reply speaks as the seeker
 
 
@@ -25,44 +23,20 @@ class Filters:
     """The limits and the compiled patterns."""
 
     settings: FilterSettings
-    crisis: tuple[re.Pattern[str], ...]
+    screen: Screen
     scaffolding: tuple[re.Pattern[str], ...]
 
     @classmethod
-    def load(cls, settings: FilterSettings) -> Filters:
+    def load(cls, settings: FilterSettings, screen: ScreenSettings) -> Filters:
         """Compile the pattern files. Raises InputError naming a file and a broken expression."""
-        return cls(settings, _patterns(settings.crisis_patterns), _patterns(settings.scaffolding_patterns))
-
-    def calm(self, texts: Sequence[str]) -> int | None:
-        """How many texts come before the first that shows signs of crisis; None when none does."""
-        for n, text in enumerate(texts):
-            if any(p.search(form) for form in (text, plain(text)) for p in self.crisis):
-                return n
-        return None
-
-    def before_crisis(self, dialogues: Sequence[Dialogue]) -> tuple[list[Dialogue], int]:
-        """Dialogues up to the first turn that shows signs of crisis, for that turn's answer and all later ones are no
-        targets in any phase; those without an answer before it are left out. Also: how many answers are lost."""
-        kept, lost = [], 0
-        for dialogue in dialogues:
-            cut = replace(dialogue, turns=dialogue.turns[: self.calm([t.text for t in dialogue.turns])])
-            lost += len(dialogue.supporter_turns()) - len(cut.supporter_turns())
-            if cut.supporter_turns():
-                kept.append(cut)
-        return kept, lost
-
-    def chat_before_crisis(self, messages: list[Message]) -> list[Message]:
-        """The same for a chat, which ends with an answer; empty when none is left."""
-        calm = messages[: self.calm(["" if m["role"] == "system" else m["content"] for m in messages])]
-        while calm and calm[-1]["role"] != "assistant":
-            calm = calm[:-1]
-        return calm if any(m["role"] == "user" for m in calm) else []
+        return cls(settings, Screen.load(screen, settings.crisis_patterns), compiled(settings.scaffolding_patterns))
 
     def reply_fault(self, context: list[Message], reply: str, finish: str) -> str | None:
         """Why a reply to this context would be dropped, or None. ``finish`` is "stop" or "length"."""
         seeker = [m["content"] for m in context if m["role"] == "user"]
-        if self.calm([*seeker, reply]) is not None:
-            return "crisis"
+        asked = [self.screen.dropped(text, supporter=False) for text in seeker]
+        if kind := next(filter(None, [*asked, self.screen.dropped(reply, supporter=True)]), None):
+            return kind
         if finish != "stop":
             return "truncated"
         said = words(reply)
@@ -91,12 +65,17 @@ class Filters:
         return None
 
 
-def pattern_hashes(settings: FilterSettings) -> dict[str, str]:
+def pattern_hashes(filters: FilterSettings, screen: ScreenSettings) -> dict[str, str]:
     """Hashes of the pattern files, by setting: inputs of whatever is filtered."""
-    files = {
-        "filters.crisis_patterns": settings.crisis_patterns,
-        "filters.scaffolding_patterns": settings.scaffolding_patterns,
-    }
+    return screen_hashes(filters, screen) | {"filters.scaffolding_patterns": bundled_hash(filters.scaffolding_patterns)}
+
+
+def screen_hashes(filters: FilterSettings, screen: ScreenSettings) -> dict[str, str]:
+    """The same of what is screened, for those kinds that are looked for."""
+    looked_for = [kind for kind in KINDS[1:] if getattr(screen, kind) != "keep"]
+    files = {f"screen.{kind}_patterns": getattr(screen, f"{kind}_patterns") for kind in looked_for}
+    if screen.crisis != "keep":
+        files["filters.crisis_patterns"] = filters.crisis_patterns
     return {name: bundled_hash(file) for name, file in files.items()}
 
 
@@ -110,15 +89,3 @@ def _quotes(said: list[str], seeker: list[str]) -> bool:
     own = " ".join(words(" ".join(seeker)))
     spans = (" ".join(said[i : i + QUOTED_WORDS]) for i in range(len(said) - QUOTED_WORDS + 1))
     return any(f" {span} " in f" {own} " for span in spans)
-
-
-def _patterns(path: str) -> tuple[re.Pattern[str], ...]:
-    lines = [line.strip() for line in read_text(path).split("\n")]
-    expressions = [line for line in lines if line and not line.startswith("#")]
-    compiled = []
-    for expression in expressions:
-        try:
-            compiled.append(re.compile(expression, re.IGNORECASE | re.MULTILINE))
-        except (re.error, OverflowError, RecursionError) as e:
-            raise InputError(f"{path}: {expression!r:.200} is not a regular expression ({e})") from e
-    return tuple(compiled)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from esjax.corpus.dialogue import Dialogue, Message
+from esjax.corpus.readers import preference
+from esjax.corpus.readers.base import json_rows
 from esjax.corpus.sources import check_messages
-from esjax.corpus.text import spaced
+from esjax.corpus.text import has_halves, spaced
 from esjax.errors import InputError
 from esjax.evolve.filters import Filters
 from esjax.rows import Rows, prompt_with_replies, trunk_with_replies
-from esjax.run.jsonl import Line, read_jsonl, where_of
+from esjax.run.jsonl import Line, require, where_of
+from esjax.safety.screen import Screen
 from esjax.settings.schema import DpoSettings
 from esjax.tokens.batches import share_trunks
 from esjax.tokens.encode import Encoder, Pair, Prompt
@@ -113,11 +117,19 @@ def build_pairs(
 
 
 def read_pairs(path: Path) -> list[Line]:
-    """Read preference pairs from anywhere, in TRL's conversational form. Raises InputError naming file and line."""
-    rows = read_jsonl(path, ("prompt", "chosen", "rejected"))
+    """Read preference pairs from anywhere, in any of TRL's forms, as its conversational one.
+
+    Raises InputError naming file and line.
+    """
+    rows = json_rows(path)
     if not rows:
         raise InputError(f"{path}: empty; expected one JSON object a line with prompt, chosen and rejected")
     for row in rows:
+        require(row, preference.FORMAT.fields)
+        try:
+            preference.normal(row)
+        except ValueError as e:
+            raise InputError(f"{row.where}: {e}") from e
         row["prompt"] = check_messages(row["prompt"], f"{row.where}, prompt", last="user")
         for side in ("chosen", "rejected"):
             row[side] = check_messages(row[side], f"{row.where}, {side}", last="assistant")
@@ -130,20 +142,41 @@ def read_pairs(path: Path) -> list[Line]:
     return rows
 
 
-def without_crisis(pairs: list[Line], filters: Filters) -> list[Line]:
-    """The pairs in which neither the seeker nor a reply shows signs of crisis. Raises InputError when none is left."""
+class ScreenedPairs(NamedTuple):
+    """The pairs that are trained on, and what was found in all."""
 
-    def texts(pair: Line) -> list[str]:
-        asked = [m["content"] for m in pair["prompt"] if m["role"] == "user"]
-        return [*asked, pair["chosen"][0]["content"], pair["rejected"][0]["content"]]
+    kept: list[Line]
+    dropped: Counter[str]
+    found: list[dict[str, Any]]  # rows of screened.jsonl
 
-    kept = [p for p in pairs if filters.calm(texts(p)) is None]
+
+def screened_pairs(pairs: list[Line], screen: Screen) -> ScreenedPairs:
+    """Leave out the pairs that hold what is dropped, in the prompt or a reply, and those with half a character.
+
+    Raises InputError when none is left.
+    """
+    kept, dropped, found = list[Line](), Counter[str](), list[dict[str, Any]]()
+    for number, pair in enumerate(pairs, start=1):
+        said = [*pair["prompt"], *pair["chosen"], *pair["rejected"]]
+        reasons = ["lone_surrogates"] if any(has_halves(m["content"]) for m in said) else []
+        for turn, m in enumerate(said) if not reasons else ():
+            for kind, excerpt in screen.find(m["content"], supporter=m["role"] == "assistant"):
+                if kind == "crisis" and m["role"] != "user" and turn < len(pair["prompt"]):
+                    continue  # the supporter asked about it
+                action = screen.actions[kind]
+                where = {"id": str(pair.get("id", number)), "turn": turn}
+                found.append({"source": "pairs", "kind": kind, "action": action, **where, "excerpt": excerpt})
+                reasons += [kind] if action == "drop" else []
+        if reasons:
+            dropped[reasons[0]] += 1
+        else:
+            kept.append(pair)
     if not kept:
+        counts = ", ".join(f"{n} {reason}" for reason, n in sorted(dropped.items()))
         raise InputError(
-            f"{pairs[0].where} and all {len(pairs)} pairs: signs of crisis (filters.crisis_patterns), so none is trained on; "
-            "give other pairs"
+            f"{pairs[0].where} and all {len(pairs)} pairs are left out ({counts}; see the screen settings); give other pairs"
         )
-    return kept
+    return ScreenedPairs(kept, dropped, found)
 
 
 def pair_of(row: dict[str, Any], number: int) -> Pair:

@@ -10,12 +10,13 @@ import numpy as np
 
 from esjax.errors import RunError
 from esjax.evolve.experiment import Experiment, adapter_folder
-from esjax.evolve.pairs import Trunk, read_pairs, trunks, without_crisis
+from esjax.evolve.filters import screen_hashes
+from esjax.evolve.pairs import Trunk, read_pairs, screened_pairs, trunks
 from esjax.hub.fetch import public_name
 from esjax.hub.shards import INDEX, SINGLE
 from esjax.model.lora import Adapter, peft_tensors, save_adapter
 from esjax.run.directory import RunDir, bundled_hash
-from esjax.run.files import replacing, sha256
+from esjax.run.files import publish_jsonl, replacing, sha256
 from esjax.run.journal import gather
 from esjax.run.progress import say
 from esjax.runtime.context import current
@@ -31,19 +32,15 @@ Row = dict[str, Any]
 
 def sft(experiment: Experiment, run: RunDir) -> None:
     """Phase 1: LoRA supervised fine-tuning on every supporter turn, with replay. Writes sft/adapter, M_0."""
-    c = experiment.config
+    c, corpora = experiment.config, experiment.corpora
     inputs = {
         "weights": experiment.identity.get(SINGLE) or experiment.identity[INDEX],
-        "data.train": bundled_hash(c.data.train),
-        "data.valid": bundled_hash(c.data.valid),
-    }
-    inputs["prompts.system"] = bundled_hash(c.prompts.system)
-    inputs["filters.crisis_patterns"] = bundled_hash(c.filters.crisis_patterns)
-    if c.data.replay:
-        inputs["data.replay"] = bundled_hash(c.data.replay)
+        "prompts.system": bundled_hash(c.prompts.system),
+    } | corpora.inputs("train", "valid", "replay")
 
     def work() -> Row:
-        (examples, facts), valid = experiment.sft_rows, experiment.valid_rows
+        (examples, facts), valid = corpora.sft_rows, corpora.valid_rows
+        corpora.write_screened(run)
         if facts["history"]:
             say(f"  histories: {counted(facts['history'])} (window {c.data.window})")
         scorer = Scorer(experiment.backbone, c.sft.row_length, rows_at_once("sft", c.sft))
@@ -69,7 +66,7 @@ def sft(experiment: Experiment, run: RunDir) -> None:
         _save(experiment, adapter_folder(run.path, 0), train(phase, experiment.backbone, fresh))
         return facts
 
-    run.stage("sft", [adapter_folder(run.path, 0)], inputs, work, ("seed", "model", "lora", "data", "sft"))
+    run.stage("sft", [adapter_folder(run.path, 0)], inputs, work, ("seed", "model", "lora", "data", "screen", "sft"))
 
 
 def dpo(experiment: Experiment, run: RunDir, pairs: Path, name: str, start: Callable[[], Adapter]) -> None:
@@ -169,19 +166,18 @@ def write_references(experiment: Experiment, adapter: Adapter, pairs: Sequence[R
 def score_pairs(experiment: Experiment, run: RunDir, source: Path, start: Adapter, start_hash: str) -> Path:
     """Copy foreign pairs into the run directory with reference log-probs under the model that DPO starts from."""
     target = run.path / "pairs.jsonl"
-    read = read_pairs(source)
-    rows = without_crisis(read, experiment.filters)
-    crisis = len(read) - len(rows)
+    rows, dropped, found = screened_pairs(read_pairs(source), experiment.filters.screen)
 
     def work() -> Row:
-        if crisis:
-            say(f"  kept {len(rows)} of {len(read)} pairs; dropped: {crisis} crisis")
+        if dropped:
+            say(f"  kept {len(rows)} of {len(rows) + dropped.total()} pairs; dropped: {counted(dropped)}")
         write_references(experiment, start, rows, target, "dpo")
-        return {"kept": len(rows), "dropped": {"crisis": crisis}} if crisis else {}
+        publish_jsonl(run.path / "screened.jsonl", found)
+        return {"kept": len(rows), "dropped": dict(dropped)} if dropped else {}
 
-    inputs = {"pairs": sha256(source), "start": start_hash}
-    inputs["filters.crisis_patterns"] = bundled_hash(experiment.config.filters.crisis_patterns)
-    run.stage("pairs", [target], inputs, work, ("seed", "model", "lora", "dpo"))
+    c = experiment.config
+    inputs = {"pairs": sha256(source), "start": start_hash} | screen_hashes(c.filters, c.screen)
+    run.stage("pairs", [target], inputs, work, ("seed", "model", "lora", "screen", "dpo"))
     return target
 
 

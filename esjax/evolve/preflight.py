@@ -25,7 +25,7 @@ def check_sft(experiment: Experiment, run: RunDir) -> None:
 def check_evolve(experiment: Experiment, run: RunDir) -> None:
     """The same for phase 1, all rounds and the closing table."""
     run.check_base(experiment.identity)
-    c = experiment.config
+    c, corpora = experiment.config, experiment.corpora
     with current().processes.in_step():
         rounds = [int(found[1]) for name in run.manifest["stages"] if (found := re.match(r"round(\d+)/", name))]
         begun = max((t for t in rounds if run.made(f"round{t}/replies")), default=0)
@@ -36,10 +36,10 @@ def check_evolve(experiment: Experiment, run: RunDir) -> None:
         _check_sft(experiment, run)
         rows_at_once("dpo", c.dpo)
         check_split("evolve.batch", c.evolve.batch)
-        _ = experiment.filters, experiment.asked, experiment.test_rows
+        _ = corpora.leaks, corpora.asked, corpora.test_rows
         if all(_done(run, f"round{t}/replies") for t in range(1, c.evolve.rounds + 1)):
             return
-        pool, _ = experiment.pool
+        pool, _ = corpora.pool
         longest, most = max(x.tokens for x in pool), experiment.backbone.arch.max_positions
         _, reflect, refine, *reflection = lengths(experiment, longest)
         drawn = c.evolve.draft.max_tokens + sum(reflection)
@@ -59,7 +59,7 @@ def _check_sft(experiment: Experiment, run: RunDir) -> None:
         )
     rows_at_once("sft", c.sft)
     if not _done(run, "sft"):
-        _ = experiment.sft_rows, experiment.valid_rows
+        _ = experiment.corpora.leaks, experiment.corpora.sft_rows, experiment.corpora.valid_rows
 
 
 def _done(run: RunDir, name: str) -> bool:

@@ -60,24 +60,23 @@ class Round:
     def improve(self) -> None:
         """All stages of the round, in order."""
         c, prompts = self.config, self.config.prompts
-        pool, counts = self.experiment.pool
+        pool, counts = self.experiment.corpora.pool
         chosen = draw(pool, c.evolve.contexts_per_round, (c.seed, self.t))
         cut = counted(counts)
         say(f"round {self.t}: {len(chosen)} of {len(pool)} contexts{', of all ' + cut if cut else ''}")
 
-        read = {"data.train": c.data.train} | {f"prompts.{k}": v for k, v in prompts.model_dump().items()}
-        read["filters.crisis_patterns"] = c.filters.crisis_patterns  # says which contexts there are
-        inputs = self.teacher | {name: bundled_hash(path) for name, path in read.items()}
+        read = {f"prompts.{k}": bundled_hash(v) for k, v in prompts.model_dump().items()}
+        inputs = self.teacher | self.experiment.corpora.inputs("train") | read
         made = [self.files[name] for name in KINDS]
-        stage, hangs_on = f"round{self.t}/replies", ("seed", "model", "lora", "data", "evolve")
+        stage, hangs_on = f"round{self.t}/replies", ("seed", "model", "lora", "data", "screen", "evolve")
         self.run.stage(stage, made, inputs, lambda: self._replies(chosen, pool), hangs_on)
 
         inputs = {name: sha256(self.files[name]) for name in KINDS}
-        inputs |= pattern_hashes(c.filters)
+        inputs |= pattern_hashes(c.filters, c.screen)
         outputs = [self.files["pairs"], self.files["dropped"]]
         inputs |= self.teacher
         self.run.stage(
-            f"round{self.t}/pairs", outputs, inputs, self._pairs, ("seed", "model", "lora", "filters", "dpo")
+            f"round{self.t}/pairs", outputs, inputs, self._pairs, ("seed", "model", "lora", "filters", "screen", "dpo")
         )
         dpo(self.experiment, self.run, self.files["pairs"], f"round{self.t}/dpo", lambda: self.adapter)
 
@@ -95,7 +94,7 @@ class Round:
                 journal.finish()
         if generator.usage.steps:
             say(f"  {generator.usage}")
-        return {"contexts": len(chosen)} | self.experiment.crisis_facts()
+        return {"contexts": len(chosen)} | self.experiment.corpora.screen_facts()
 
     def _pairs(self) -> Row:
         """Filter, then score the kept pairs under M_(t-1): the reference of this round's DPO."""

@@ -38,9 +38,10 @@ class RunDir:
     then on it keeps what defines the result of whatever was made in it, see ``_check_config``.
     """
 
-    def __init__(self, place: str | Path, config: Config) -> None:
-        """``place`` is a folder that all hosts share, or an address such as gs://BUCKET/RUN."""
-        self.path, self.config = buckets.local(place), config
+    def __init__(self, place: str | Path, config: Config, content: Callable[[Config, str], str] | None = None) -> None:
+        """``place`` is a folder that all hosts share, or an address such as gs://BUCKET/RUN; ``content`` hashes what a setting
+        names."""
+        self.path, self.config, self._content = buckets.local(place), config, content or setting_hash
         self.manifest_path = self.path / "manifest.json"
         self.manifest: dict[str, Any] = {"stages": {}}
         self._used = self._claimed = False
@@ -135,7 +136,7 @@ class RunDir:
         for name, entry in self.manifest["stages"].items():
             for key in entry["inputs"].keys() & marked(Config, CONTENT) if self.made(name) else ():
                 file = reduce(getattr, key.split("."), self.config)
-                if file is not None and bundled_hash(str(file)) != entry["inputs"][key]:
+                if file is not None and self._content(self.config, key) != entry["inputs"][key]:
                     begun = "is done" if entry["status"] == "done" else "was begun"
                     raise InputError(
                         f"{self.path}: stage {name} {begun}, but {key} changed since ({file}); restore it or choose another "
@@ -303,6 +304,11 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {
         p: version(p) for p in ("esjax", "jax", "flax", "optax", "transformers")
     }
+
+
+def setting_hash(config: Config, key: str) -> str:
+    """SHA-256 of the file that a setting names. Raises InputError when it is not there."""
+    return bundled_hash(str(reduce(getattr, key.split("."), config)))
 
 
 def bundled_hash(path: str) -> str:

@@ -40,33 +40,36 @@ def where_of(row: dict[str, Any], number: int) -> str:
     return row.where if isinstance(row, Line) else f"id {row.get('id', number)}"
 
 
-def read_jsonl(path: Path, required: Iterable[str] = ()) -> list[Line]:
-    """Read JSON Lines. Raises InputError naming file and line when a line is not a JSON object or lacks a field."""
+def read_jsonl(path: Path, required: Iterable[str] = (), halves: bool = False) -> list[Line]:
+    """Read JSON Lines. Raises InputError naming file and line when a line is not a JSON object or lacks a field.
+
+    ``halves``: whether texts may hold halves of characters (lone surrogates), for the reader to deal with.
+    """
     rows = []
     for number, line in enumerate(read_whole(path, "a JSON Lines file").split("\n"), start=1):
         if line.strip():
-            rows.append(json_object(line.removeprefix(BOM), f"{path}, line {number}", number))
+            rows.append(json_object(line.removeprefix(BOM), f"{path}, line {number}", number, halves))
             require(rows[-1], required)
     return rows
 
 
-def json_array(text: str, where: str) -> list[Line]:
+def json_array(text: str, where: str, halves: bool = False) -> list[Line]:
     """The objects of one JSON array, numbered from 1. Raises InputError naming ``where`` and the object."""
-    whole = _parsed(text, where)
+    whole = _parsed(text, where, halves)
     if not isinstance(whole, list):
         raise InputError(f"{where}: expected a JSON array, found {type(whole).__name__}")
-    return [_line(row, f"{where}, object {i}", i) for i, row in enumerate(whole, start=1)]
+    return [line_of(row, f"{where}, object {i}", i) for i, row in enumerate(whole, start=1)]
 
 
-def json_object(text: str, where: str, number: int = 0) -> Line:
+def json_object(text: str, where: str, number: int = 0, halves: bool = False) -> Line:
     """One JSON object. Raises InputError naming ``where`` for what is none, or holds what no text or number can be."""
-    return _line(_parsed(text, where), where, number)
+    return line_of(_parsed(text, where, halves), where, number)
 
 
-def _parsed(text: str, where: str) -> Any:
+def _parsed(text: str, where: str, halves: bool) -> Any:
     try:
         row = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number, parse_float=finite)
-        if "\\u" in text:
+        if "\\u" in text and not halves:
             json.dumps(row, ensure_ascii=False).encode()
     except json.JSONDecodeError as e:
         place = f"line {e.lineno}, column {e.colno}" if e.lineno > 1 else f"column {e.colno}"
@@ -88,7 +91,8 @@ def require(row: Line, fields: Iterable[str]) -> None:
             raise InputError(f"{row.where}: the field {field!r} is missing; required: {', '.join(fields)}")
 
 
-def _line(row: Any, where: str, number: int) -> Line:
+def line_of(row: Any, where: str, number: int) -> Line:
+    """A row with its place. Raises InputError for what is no JSON object."""
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}")
     out = Line(row)

@@ -112,7 +112,8 @@ def _checked(tree: dict[str, Any], together: bool, where: str) -> Config:
         return config.validate_together() if together else config
     except ValidationError as e:
         first = e.errors()[0]
-        key = ".".join(str(p) for p in first["loc"])
+        # Of a setting that may be one of several types, the place names the type, too.
+        key = ".".join(str(p) for p in first["loc"] if p != "str" and "[" not in str(p))
         value = "" if first["type"] == "missing" else f"={first['input']!r:.100}"
         raise InputError(f"setting {key}{value}: {first['msg']} {where}".rstrip()) from e
     except InputError as e:
@@ -185,7 +186,7 @@ def _value(key: str, kind: str, text: str) -> Any:
         raise InputError(f"--{key} is empty; give a value{', or null for none' if 'null' in kind.split('|') else ''}")
     if text == "null":
         return None
-    if text[0] in "'\"" or (kind == "list" and text[0] == "["):
+    if text[0] in "'\"" or ("list" in kind.split("|") and text[0] == "["):
         try:
             return yaml.safe_load(text)
         except yaml.YAMLError:

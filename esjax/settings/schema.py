@@ -68,23 +68,65 @@ class LoraSettings(Settings):
     """Linear layers that get an adapter, by their Hugging Face names; one that matches nothing is an error."""
 
 
+class Source(Settings):
+    """One source of a mixture."""
+
+    source: str
+    """As data.train."""
+    weight: float = Field(1.0, gt=0)
+    """How often an epoch of phase 1 takes each of its dialogues; of 0.3 three in ten, drawn by the seed, are taken at all."""
+
+
+Sources = str | tuple[Source, ...]
+
+
 class DataSettings(Settings):
     """The dialogues, the replay data and the window."""
 
-    format: Literal["sample", "esconv"] = "sample"
-    """Schema of the dialogue files: the sample corpus' own, or ESConv's JSON lines."""
-    train: Annotated[str, CONTENT]
-    """Training dialogues, a JSON Lines file; bundled:PATH is a file shipped with esjax."""
-    valid: Annotated[str, CONTENT]
+    format: Literal[
+        "sample", "esconv", "pesconv", "extes", "augesc", "empathetic", "messages", "sharegpt", "alpaca"
+    ] = "sample"
+    """Format of files that are given without one."""
+    train: Annotated[Sources, CONTENT]
+    """Training dialogues: FORMAT:PATH with wildcards, hf:ORG/NAME[@REVISION][/SPLIT], tfds:NAME[/CONFIG][:VERSION]/SPLIT,
+    esconv:PATH#train, a path of data.format (bundled:PATH comes with esjax), or a list of {source, weight}."""
+    valid: Annotated[Sources, CONTENT]
     """Validation dialogues."""
-    test: Annotated[str, CONTENT]
+    test: Annotated[Sources, CONTENT]
     """Held-out dialogues for the closing table."""
-    replay: Annotated[str | None, CONTENT] = None
-    """General instruction data, JSON Lines of {"id", "messages"}, mixed into SFT so that general ability stays."""
+    leaks: Literal["error", "allow"] = "error"
+    """What happens where a dialogue, its near copy or its situation stands in two of train, valid and test."""
+    replay: Annotated[Sources | None, CONTENT] = None
+    """General instruction data, a source as data.train, mixed into SFT so that general ability stays."""
     replay_share: float = Field(0.0, ge=0.0, lt=1.0)
-    """Share of the SFT examples of an epoch that are replay."""
+    """Share of an epoch of SFT that is replay, beside all dialogues."""
+    replay_by: Literal["examples", "tokens"] = "examples"
+    """What the share is of: examples, or target tokens."""
     window: int = Field(1024, ge=16)
     """Longest example in tokens: longer histories lose their oldest turns, and the cut is counted."""
+
+
+Screening = Literal["keep", "mark", "drop"]
+
+
+class ScreenSettings(Settings):
+    """What texts hold that a model should not learn, in every phase. keep: not looked for; mark: counted and listed in
+    RUN/screened.jsonl; drop: also, a dialogue ends before the first such turn, and a pair or a generated reply is left out."""
+
+    crisis: Screening = "drop"
+    """Signs of crisis in any turn (filters.crisis_patterns): no phase should train on them."""
+    personal: Screening = "drop"
+    """E-mail addresses, phone numbers, URLs and long numbers: a model may repeat them to others."""
+    names: Screening = "keep"
+    """People who say their name: most corpora have invented ones."""
+    experience: Screening = "mark"
+    """A supporter who claims to have lived through something, which is not true of a model: dropping them costs many answers."""
+    personal_patterns: Annotated[str, CONTENT] = "bundled:prompts/personal.txt"
+    """Regular expressions of personal data, one a line."""
+    names_patterns: Annotated[str, CONTENT] = "bundled:prompts/names.txt"
+    """Regular expressions of people's names, one a line."""
+    experience_patterns: Annotated[str, CONTENT] = "bundled:prompts/experience.txt"
+    """Regular expressions of a life of one's own, one a line."""
 
 
 class PromptSettings(Settings):
@@ -210,7 +252,7 @@ class FilterSettings(Settings):
     max_repetition: float = Field(0.2, ge=0, le=1)
     """Highest share of a reply's 4-word sequences that repeat an earlier one."""
     crisis_patterns: Annotated[str, CONTENT] = "bundled:prompts/crisis.txt"
-    """Regular expressions, one a line; a context whose seeker matches one is never trained on."""
+    """Regular expressions of signs of crisis, one a line; see screen.crisis."""
     scaffolding_patterns: Annotated[str, CONTENT] = "bundled:prompts/scaffolding.txt"
     """Regular expressions, one a line; a reply that matches one shows traces of the prompts."""
 
@@ -233,6 +275,7 @@ class Config(Settings):
     mesh: MeshSettings = MeshSettings()
     lora: LoraSettings = LoraSettings()
     data: DataSettings
+    screen: ScreenSettings = ScreenSettings()
     prompts: PromptSettings = PromptSettings()
     sft: SftSettings = SftSettings()
     evolve: EvolveSettings = EvolveSettings()

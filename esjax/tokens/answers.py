@@ -5,11 +5,10 @@ Where a template or a text does not allow it, a chat's prompts are encoded one b
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,8 @@ import numpy as np
 
 from esjax.corpus.dialogue import Message
 from esjax.errors import within
-from esjax.run.files import replacing, write_text
+from esjax.run.files import write_text
+from esjax.run.memo import held
 from esjax.tokens.skeleton import Assembled, Skeletons
 from esjax.tokens.tokenizer import ChatTokenizer
 
@@ -70,27 +70,20 @@ Span = tuple[int, int, int, int, int]  # HEAD to END within a piece
 
 
 def stored(folder: Path | None, skeletons: Skeletons, chats: Sequence[Chat], room: int, whole: bool) -> Answers:
-    """``cut_out``, kept in a folder under a hash of all that it hangs on, and mapped from there into memory.
-
-    The processes of a machine wait for the first one to encode a corpus.
-    """
+    """``cut_out``, kept in a folder under a hash of all that it hangs on, and mapped from there into memory."""
     if folder is None:
         return cut_out(skeletons, chats, room, whole)
-    digest = hashlib.sha256(json.dumps([FORMAT, skeletons.tokenizer.fingerprint, room, whole]).encode())
-    for chat in chats:
-        digest.update(json.dumps([[m["role"], m["content"]] for m in chat.messages]).encode())
-        digest.update(json.dumps(chat.answers).encode())
-    place = folder / digest.hexdigest()[:32]
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not place.exists():
-            made = cut_out(skeletons, chats, room, whole)
-            with replacing(place) as temporary:
-                temporary.mkdir()
-                np.save(temporary / "ids.npy", made.ids)
-                np.save(temporary / "table.npy", made.table)
-                write_text(temporary / "counts.json", json.dumps(made.counts) + "\n")
+    hangs_on = [FORMAT, skeletons.tokenizer.fingerprint, room, whole]
+    texts = ([[[m["role"], m["content"]] for m in chat.messages], chat.answers] for chat in chats)
+
+    def write(place: Path) -> None:
+        made = cut_out(skeletons, chats, room, whole)
+        place.mkdir()
+        np.save(place / "ids.npy", made.ids)
+        np.save(place / "table.npy", made.table)
+        write_text(place / "counts.json", json.dumps(made.counts) + "\n")
+
+    place = held(folder, chain(hangs_on, texts), write)
     ids, table = (np.load(place / f"{name}.npy", mmap_mode="r") for name in ("ids", "table"))
     return Answers(ids, table, json.loads((place / "counts.json").read_text()))
 

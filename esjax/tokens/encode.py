@@ -76,26 +76,27 @@ class Encoder:
             return messages
         return [{"role": "system", "content": self.system}, *messages]
 
-    def chat(self, dialogue: Dialogue) -> Chat:
-        """A dialogue as a chat with the system message, whose answers are the supporter's."""
-        messages = self.with_system(dialogue.messages(len(dialogue.turns)))
+    def chat(self, dialogue: Dialogue, system: bool = True) -> Chat:
+        """A dialogue as a chat, with the run's ``system`` message or as it is, whose answers are the supporter's."""
+        own = dialogue.messages(len(dialogue.turns))
+        messages = self.with_system(own) if system else own
         first = len(messages) - len(dialogue.turns)  # what stands before the dialogue's own turns
         return Chat(messages, tuple(first + i for i in dialogue.supporter_turns()), dialogue.where)
 
-    def examples(self, chats: Sequence[Chat]) -> list[Rows]:
-        """SFT rows: a trunk a chat with all its answers as targets where the template allows, else a row an answer.
+    def examples(self, chats: Sequence[Chat]) -> list[list[Rows]]:
+        """SFT rows of each chat: a trunk with all its answers as targets where the template allows, else a row an answer.
 
         Chats longer than the window lose their oldest turns. Raises InputError naming a chat.
         """
         found = self._answers(chats, self.window, whole=True)
-        out: list[Rows] = []
+        out: list[list[Rows]] = [[] for _ in chats]
         starts = np.flatnonzero((np.diff(found.table[:, [CHAT, HEAD]], axis=0, prepend=-1) != 0).any(axis=1))
         for same in np.split(found.table, starts[1:]) if len(starts) else []:
             tokens = np.concatenate([found.prompt(same[-1]), found.ids[same[-1, PROMPT] : same[-1, END]]])
             weight = np.zeros(len(tokens), np.float32)
             for stop, end in same[:, [PROMPT, END]] + len(tokens) - same[-1, END] - 1:
                 weight[stop:end] = 1.0
-            out.append(rows.trunk(tokens, weight))
+            out[same[0, CHAT]].append(rows.trunk(tokens, weight))
         return out
 
     def prompts(self, chats: Sequence[Chat], room: int) -> list[Prompt]:
