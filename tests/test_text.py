@@ -167,9 +167,9 @@ def test_files_in_another_encoding_are_refused(tmp_path: Path, codec: str) -> No
     file = tmp_path / "text.jsonl"
     bom = "\ufeff" if codec == "utf-16-be" else ""
     file.write_bytes((bom + GOOD % "é").encode(codec))
-    for read in (read_jsonl, lambda f: read_text(str(f)), lambda f: load(str(f), [])):
+    for open_it in (read_jsonl, lambda f: read_text(str(f)), lambda f: load(str(f), [])):
         with pytest.raises(InputError, match="UTF-16" if bom or codec == "utf-16" else "not UTF-8") as e:
-            read(file)
+            open_it(file)
         assert str(file) in str(e.value)
 
 

@@ -90,7 +90,7 @@ class Screen:
                     break
                 out.found.append(Found(kind, self.actions[kind], dialogue.id, turn, excerpt))
                 if self.actions[kind] == "drop":
-                    end, reason = max(turn, 0), kind
+                    end, reason = turn, kind
             cut = dialogue if end is None else replace(dialogue, turns=dialogue.turns[:end])
             if end is not None:
                 out.answers[reason] += len(dialogue.supporter_turns()) - len(cut.supporter_turns())
@@ -100,9 +100,9 @@ class Screen:
         return out
 
     def _findings(self, dialogues: Sequence[Dialogue], folder: Path | None) -> list[list[tuple[int, str, str]]]:
-        """Turn, kind and excerpt of all findings of each dialogue; the turn -1 is its system message."""
+        """Turn, kind and excerpt of all findings of each dialogue."""
         patterns = {kind: [p.pattern for p in patterns] for kind, patterns in self.patterns.items()}
-        texts = ([d.system, [[t.role, t.text] for t in d.turns]] for d in dialogues)
+        texts = ([[t.role, t.text] for t in d.turns] for d in dialogues)
         hangs_on = chain([self.actions, patterns], texts)
         found: list[list[tuple[int, str, str]]] = remembered(
             folder, hangs_on, lambda: [list(self._of(d)) for d in dialogues]
@@ -110,11 +110,8 @@ class Screen:
         return found
 
     def _of(self, dialogue: Dialogue) -> Iterable[tuple[int, str, str]]:
-        texts = [
-            (-1, False, dialogue.system),
-            *((n, t.role == "supporter", t.text) for n, t in enumerate(dialogue.turns)),
-        ]
-        return ((n, f.kind, f.excerpt) for n, supporter, text in texts for f in self.find(text, supporter))
+        turns = enumerate(dialogue.turns)
+        return ((n, f.kind, f.excerpt) for n, t in turns for f in self.find(t.text, t.role == "supporter"))
 
 
 def first_match(patterns: Sequence[re.Pattern[str]], forms: Sequence[str]) -> str | None:
