@@ -36,6 +36,8 @@ def rows(source: str) -> list[Line]:
 
 def _from_hub(source: str, name: str) -> list[dict[str, Any]]:
     import datasets
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     folder, split = _folder(name)
     try:
@@ -53,13 +55,30 @@ def _from_hub(source: str, name: str) -> list[dict[str, Any]]:
                 f"{source}: expected hf:ORG/NAME[@REVISION][/SPLIT], or hf:FOLDER[/SPLIT] of a folder that exists"
             )
         repository, revision, config, split = match.groups()
-        return list(datasets.load_dataset(repository, config, revision=revision, split=split or "train"))
+        split = split or "train"
+        try:
+            return list(datasets.load_dataset(repository, config, revision=revision, split=split))
+        except ConnectionError:
+            # Offline the library knows what it has prepared; a repository that was only downloaded lies in the hub's cache.
+            try:
+                folder = Path(
+                    snapshot_download(repository, repo_type="dataset", revision=revision, local_files_only=True)
+                )
+            except LocalEntryNotFoundError:
+                folder = None
+            if folder is None:
+                raise
+            return list(datasets.load_dataset(str(folder), config, split=split))
     except InputError:
         raise
     except ValueError as e:  # no such split or config: the library says which there are
         raise InputError(f"{source}: {' '.join(str(e).split())[:300]}") from e
     except Exception as e:
         remedy = "check the name, log in, or download it elsewhere (save_to_disk) and give hf:FOLDER"
+        if "OfflineModeIsEnabled" in str(e):  # and it is not in the cache: no retry will help
+            raise InputError(
+                f"{source} is not in the cache of datasets, and it is told to stay offline; {remedy}"
+            ) from e
         raise unreachable(f"{source} could not be loaded with datasets", e, remedy) from e
 
 
@@ -87,7 +106,7 @@ def _from_tfds(source: str, name: str) -> list[dict[str, Any]]:
     except InputError:
         raise
     except Exception as e:
-        where = f"{' '.join(str(e).split())[:300]}"
+        where = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
         raise InputError(
             f"{source}: could not be read with tensorflow_datasets ({where}); build it (README), in the folder $TFDS_DATA_DIR"
         ) from e
