@@ -61,6 +61,58 @@ def export(args: argparse.Namespace, given: Overrides) -> None:
     _model(f"{args.run_dir}:{args.model}", given).export(args.out, args.format)
 
 
+def data(args: argparse.Namespace, given: Overrides) -> None:
+    """Look at corpora: inspect one, export it as messages, check splits for leaks, or build a TFDS dataset.
+
+    check ends with exit code 1 where it finds leaks.
+    """
+    from esjax import data as corpora
+    from esjax.run.jsonl import json_text
+
+    config, (first, *more) = given.load(together=False), args.sources
+    for option, value, action in (
+        ("--out", args.out, "export"),
+        ("--row", args.row, "inspect"),
+        ("--model", args.model, "inspect"),
+    ):
+        if value is not None and args.action != action:
+            raise InputError(f"{option}: only esjax data {action} makes use of it; leave it out")
+    if more and args.action in ("inspect", "export"):
+        raise InputError(f"esjax data {args.action} takes one source, not {len(args.sources)}")
+    if args.action == "inspect" and args.row is not None:
+        if args.model is None:
+            raise InputError("--row needs --model, whose tokenizer and template make the row")
+        made = corpora.row(first, config, args.model, args.row)
+        _print(
+            json_text(made, ensure_ascii=False) if args.json else corpora.marked(made, sys.stdout.isatty()),
+            plain=args.json,
+        )
+    elif args.action == "inspect":
+        facts = corpora.inspect(first, config, args.model)
+        _print(json_text(facts, ensure_ascii=False) if args.json else corpora.table(facts), plain=args.json)
+    elif args.action == "export":
+        if args.out is None:
+            raise InputError("esjax data export needs --out FILE")
+        count = corpora.export(first, config, args.out)
+        _print(json_text({"dialogues": count}) if args.json else f"{count} dialogues written to {args.out}", plain=True)
+    elif args.action == "build":
+        from esjax.corpus.tfds_builder import build as build_dataset
+
+        splits = dict(zip(("train", "valid", "test"), args.sources, strict=False))
+        folder = build_dataset(args.name, splits, config.data.format, args.data_dir)
+        read_back = ", ".join(f"tfds:esjax_dialogues/{args.name}/{split}" for split in splits)
+        _print(json_text({"folder": str(folder)}) if args.json else f"{folder}; read it as {read_back}", plain=True)
+    else:
+        leaks = corpora.check(args.sources, config)
+        if args.json:
+            _print(json_text([leak._asdict() for leak in leaks]), plain=True)
+        if leaks:
+            listed = "; ".join(map(str, leaks[:10])) + (f"; and {len(leaks) - 10} more" if len(leaks) > 10 else "")
+            raise RunError(f"{len(leaks)} leaks: {listed}; take one of each out")
+        if not args.json:
+            _print(f"no leaks between {' and '.join(args.sources)}", plain=True)
+
+
 def bench(args: argparse.Namespace, given: Overrides) -> None:
     """Measure sampling and training on this machine: one JSON line a job, with random weights and a workload file's sizes.
 
@@ -126,7 +178,7 @@ def plan(args: argparse.Namespace, given: Overrides) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 1 the run failed, 2 bad input, 75 try again, 130 interrupted, 143 stopped by SIGTERM."""
-    parser, commands = build((evolve, sft, dpo, sample, score, plan, bench, export))
+    parser, commands = build((evolve, sft, dpo, sample, score, plan, bench, export, data))
     continues = True
     with open_runtime():
         try:
@@ -219,10 +271,14 @@ def _join(args: argparse.Namespace) -> None:
         current().join(distributed.start(*explicit, args.join_timeout))
 
 
-def _print(table: object) -> None:
+def _print(table: object, plain: bool = False) -> None:
+    """Print a result; ``plain``: as it is, on one line however long."""
     from rich.console import Console
 
     if not current().processes.writer:
+        return
+    if plain:
+        print(table)
         return
     wide = None if sys.stdout.isatty() else 100
     Console(width=wide).print(table)

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from esjax import __version__
 from esjax.errors import InputError
-from esjax.evolve.models import EXPORT, SAMPLE, SCORE, uses
+from esjax.evolve.models import DATA, EXPORT, SAMPLE, SCORE, uses
 from esjax.settings.files import Overrides, keys
 from esjax.settings.schema import Config
 
@@ -107,6 +107,23 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
             type=_path,
         ),
     ),
+    "data": (
+        ("action", {"choices": ("inspect", "export", "check", "build"), "help": "what to do"}),
+        (
+            "sources",
+            {
+                "metavar": "SOURCE",
+                "nargs": "+",
+                "help": "FORMAT:PATH, hf:ORG/NAME/SPLIT, ..., as data.train; check and build take those of train, valid and test",
+            },
+        ),
+        _given("--model", "M", "inspect: a model, for lengths in its tokens and for --row: a folder, hf:ORG/NAME, ..."),
+        _number("--row", "inspect: show this row of SFT, from 1, with its targets marked"),
+        _given("--out", "FILE", "export: the JSON Lines to write; must not exist", type=_path),
+        _given("--name", "NAME", "build: tfds:esjax_dialogues/NAME/SPLIT reads the dataset", default="default"),
+        _given("--data-dir", "DIR", "build: where TFDS keeps datasets; $TFDS_DATA_DIR when left out", type=_path),
+        _switch("--json", "one JSON object instead of a table"),
+    ),
     "export": (
         _need("--run-dir", "DIR", "the run: a folder or a URL"),
         _need("--model", "mT", "which model of the run: m0, m1, ..."),
@@ -119,7 +136,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
 }
 # The settings (or whole sections) that a command makes use of, where those are not all. Any other may stand in the config
 # file, which is a whole experiment's, but is refused on the command line.
-READ = {"sample": SAMPLE, "score": SCORE, "export": EXPORT, "bench": ("model.attention", "model.remat")}
+READ = {"sample": SAMPLE, "score": SCORE, "export": EXPORT, "bench": ("model.attention", "model.remat"), "data": DATA}
 
 
 def read_by(command: str) -> list[str]:

@@ -30,6 +30,7 @@ RANKS = {
     "bench": 12,
     "export": 12,
     "opened": 13,
+    "data": 13,
     "options": 13,
     "api": 14,
     "cli": 15,

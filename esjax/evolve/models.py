@@ -20,6 +20,7 @@ SAMPLE = (
     *("seed", *EXPORT, "model.cache_dtype", "model.decoding_weights", "mesh", "prompts.system"),
     *("reply.temperature", "reply.top_p", "reply.top_k", "reply.max_tokens", "reply.batch"),
 )
+DATA = ("seed", "model.sha256", "data.format", "data.window", "screen", "filters.crisis_patterns", "prompts.system")
 REFLECT = ("evolve.reflection", "prompts.principles", "prompts.reflect")
 USED = (*SAMPLE, *SCORE, *REFLECT)
 FIXED = ("model.source", "lora.rank", "lora.alpha", "lora.targets")  # the model's own: taken where they say what is so
