@@ -53,7 +53,9 @@ def inspect(source: str, config: Config, model: str | None) -> dict[str, Any]:
     letters = {script: len(regex.findall(rf"\p{{{script}}}", text)) for script in SCRIPTS}
     facts: dict[str, Any] = {
         "source": source,
-        "rows": corpus.counts["rows"], "dialogues": len(dialogues), "turns": len(turns),
+        "rows": corpus.counts["rows"],
+        "dialogues": len(dialogues),
+        "turns": len(turns),
         "answers": sum(len(d.supporter_turns()) for d in dialogues),
         "left_out_or_mended": {k: n for k, n in sorted(corpus.counts.items()) if n and k != "rows"},
         "screening": dict(Counter(f"{f.action} {f.kind}" for f in screened.found)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -71,6 +72,8 @@ def _from_hub(source: str, name: str) -> list[dict[str, Any]]:
             return list(datasets.load_dataset(str(folder), config, split=split))
     except InputError:
         raise
+    except IndexError:  # so the library meets a saved dataset without rows
+        return []
     except ValueError as e:  # no such split or config: the library says which there are
         raise InputError(f"{source}: {' '.join(str(e).split())[:300]}") from e
     except Exception as e:
@@ -98,7 +101,7 @@ def _from_tfds(source: str, name: str) -> list[dict[str, Any]]:
     if not slash:
         raise InputError(f"{source}: the split is missing; expected tfds:NAME[/CONFIG][:VERSION]/SPLIT")
     try:
-        builder = tfds.builder(dataset)
+        builder = tfds.builder(dataset, data_dir=os.environ.get("TFDS_DATA_DIR"))
         if split not in builder.info.splits:
             there = ", ".join(builder.info.splits) or "none, as it is not built"
             raise InputError(f"{source}: no split {split!r}; there are {there}")

@@ -112,8 +112,9 @@ def _checked(tree: dict[str, Any], together: bool, where: str) -> Config:
         return config.validate_together() if together else config
     except ValidationError as e:
         first = e.errors()[0]
-        # Of a setting that may be one of several types, the place names the type, too.
-        key = ".".join(str(p) for p in first["loc"] if p != "str" and "[" not in str(p))
+        # Of a setting that may be one of several types all are told of; the place that lies deepest is what is wrong.
+        first = max((x for x in e.errors() if x["loc"][:2] == first["loc"][:2]), key=lambda x: len(x["loc"]))
+        key = ".".join(str(p) for p in first["loc"] if p not in ("str", "constrained-str") and "[" not in str(p))
         value = "" if first["type"] == "missing" else f"={first['input']!r:.100}"
         raise InputError(f"setting {key}{value}: {first['msg']} {where}".rstrip()) from e
     except InputError as e:

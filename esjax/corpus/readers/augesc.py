@@ -16,7 +16,7 @@ from esjax.settings.files import read_whole
 def rows(file: Path) -> list[Line]:
     """The lines of a text file, or rows of JSON with the literal in "text" (the hub's) or "dialog"."""
     text = read_whole(file, "a text file with a Python list a line")
-    if text.lstrip().startswith("{"):
+    if text.lstrip().startswith(("{", "[{")):
         return json_rows(file)
     lines = enumerate(text.split("\n"), start=1)
     return [line_of({"text": line}, f"{file}, line {n}", n) for n, line in lines if line.strip()]
