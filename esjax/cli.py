@@ -116,7 +116,8 @@ def data(args: argparse.Namespace, given: Overrides) -> None:
 def bench(args: argparse.Namespace, given: Overrides) -> None:
     """Measure sampling and training on this machine: one JSON line a job, with random weights and a workload file's sizes.
 
-    Of the settings below only model.attention and model.remat count: the workload file says the rest.
+    Of the settings below model.attention and model.remat count: the workload file says the rest. The task data prepares the
+    training dialogues of data.train with the tokenizer of model.source, repeated to 2,170 dialogues; it uses no device.
     """
     import jax.numpy as jnp
     import numpy as np
@@ -138,18 +139,25 @@ def bench(args: argparse.Namespace, given: Overrides) -> None:
     work = read_workload(args.workload, args.profile)
     dtype = jnp.dtype(work.dtype)
     sampled = [task for task in tasks if task in ("sample", "round")]
-    trained = [task for task in tasks if task not in sampled]
+    trained = [task for task in tasks if task in ("dpo", "sft")]
     if args.micro_rows is not None and not trained:
         raise InputError("--micro-rows: only the tasks dpo and sft have rows; leave it out")
 
     def show(line: dict[str, object]) -> None:
         print(json_text(line), flush=True)
 
+    naive = args.compare == "naive"
+    if "data" in tasks:
+        from esjax.bench import data
+
+        show(data.bench(config, naive))
+    if tasks == ["data"]:
+        return
     how = choose_execution(config.model.attention, config.model.remat, dtype)
     if args.micro_rows is not None:  # said before anything runs
         for job in training.jobs(work, trained, naive=False):
             training.check_micro_rows(job, len(job.batch(np.random.default_rng(0))[0].tokens), args.micro_rows)
-    ceilings, naive = measured_ceilings(dtype), args.compare == "naive"
+    ceilings = measured_ceilings(dtype)
     for task in sampled:
         for unshared in (False, True) if naive and task == "round" else (False,):
             show(sampling.bench(work, task, how, ceilings, unshared, args.trace))

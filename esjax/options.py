@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from esjax import __version__
 from esjax.errors import InputError
-from esjax.evolve.models import DATA, EXPORT, SAMPLE, SCORE, uses
+from esjax.evolve.models import BENCH, DATA, EXPORT, SAMPLE, SCORE, uses
 from esjax.settings.files import Overrides, keys
 from esjax.settings.schema import Config
 
@@ -97,8 +97,8 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
     "bench": (
         _given("--profile", "NAME", "a profile of the workload file: gpu, cpu, tiny or 8b", default="cpu"),
         _given("--workload", "FILE", "sizes of the work", default="bundled:configs/workload.json"),
-        _given("--tasks", "A,B", "which of sample, round, dpo and sft", default="sample,round,dpo,sft"),
-        ("--compare", {"choices": ["naive"], "help": "measure the unshared form of round and dpo beside it"}),
+        _given("--tasks", "A,B", "which of sample, round, dpo, sft and data", default="sample,round,dpo,sft"),
+        ("--compare", {"choices": ["naive"], "help": "measure the unshared form of round, dpo and data beside it"}),
         _number("--micro-rows", "rows computed at once; all when left out"),
         _given(
             "--trace",
@@ -136,7 +136,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
 }
 # The settings (or whole sections) that a command makes use of, where those are not all. Any other may stand in the config
 # file, which is a whole experiment's, but is refused on the command line.
-READ = {"sample": SAMPLE, "score": SCORE, "export": EXPORT, "bench": ("model.attention", "model.remat"), "data": DATA}
+READ = {"sample": SAMPLE, "score": SCORE, "export": EXPORT, "bench": BENCH, "data": DATA}
 
 
 def read_by(command: str) -> list[str]:

@@ -25,14 +25,16 @@ TEMPLATES = {
     "llama3": "{% for m in messages %}<|im_start|>{{ m['role'] }}<|im_start|>\n\n{{ m['content'] | trim }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant<|im_start|>\n\n{% endif %}",
     "mistral": "{% set ns = namespace(system='') %}{% for m in messages %}{% if m['role'] == 'system' %}"
-    "{% set ns.system = m['content'] + '\n\n' %}{% elif m['role'] == 'user' %}<|im_start|>[INST] "
-    "{{ ns.system + m['content'] }}[/INST]<|im_start|>{% set ns.system = '' %}{% else %} {{ m['content'] }}<|im_end|>{% endif %}{% endfor %}",
+    "{% set ns.system = m['content'] + '\n\n' %}{% elif m['role'] == 'user' %}"
+    "<|im_start|>[INST] {{ ns.system + m['content'] }}[/INST]<|im_start|>{% set ns.system = '' %}"
+    "{% else %} {{ m['content'] }}<|im_end|>{% endif %}{% endfor %}",
     "gemma": "{% for m in messages %}<|im_start|>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
     "{{ m['content'] | trim }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>model\n{% endif %}",
     "counting": "{{ messages | selectattr('role', 'equalto', 'user') | list | length }} asked<|im_end|>\n"
     + CHAT_TEMPLATE,
-    "last": "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and loop.last %}"
-    "(last) {% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "last": "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' and loop.last %}(last) {% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
     "merging": "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}",
 }

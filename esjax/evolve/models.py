@@ -20,6 +20,10 @@ SAMPLE = (
     *("seed", *EXPORT, "model.cache_dtype", "model.decoding_weights", "mesh", "prompts.system"),
     *("reply.temperature", "reply.top_p", "reply.top_k", "reply.max_tokens", "reply.batch"),
 )
+BENCH = (
+    *("model.attention", "model.remat", "model.source", "model.sha256", "data.train", "data.format", "data.window"),
+    *("prompts.system", "seed"),
+)
 DATA = ("seed", "model.sha256", "data.format", "data.window", "screen", "filters.crisis_patterns", "prompts.system")
 REFLECT = ("evolve.reflection", "prompts.principles", "prompts.reflect")
 USED = (*SAMPLE, *SCORE, *REFLECT)

@@ -86,10 +86,10 @@ class Screen:
         for number, (dialogue, findings) in enumerate(zip(dialogues, self._findings(dialogues, folder), strict=True)):
             end = None
             for turn, kind, excerpt in findings:
-                if end is not None and turn >= end:
+                if end is not None and turn > end:
                     break
                 out.found.append(Found(kind, self.actions[kind], dialogue.id, turn, excerpt))
-                if self.actions[kind] == "drop":
+                if self.actions[kind] == "drop" and end is None:
                     end, reason = turn, kind
             cut = dialogue if end is None else replace(dialogue, turns=dialogue.turns[:end])
             if end is not None:

@@ -105,7 +105,7 @@ def cut_out(skeletons: Skeletons, chats: Sequence[Chat], room: int, whole: bool)
         found = None if made is None else _cut(chat, made, groups, room, whole)
         if found is None:
             with within(chat.where):
-                found = _cut_plain(skeletons.tokenizer, chat, groups, room, whole)
+                found = cut_plain(skeletons.tokenizer, chat, groups, room, whole)
         counts += found.counts
         for answer, start, piece, span in found.rows:
             table.append((chat.number, answer, start, *(size + sum(map(len, found.pieces[:piece])) + x for x in span)))
@@ -141,7 +141,7 @@ def _cut(chat: Chat, made: Encoded, groups: list[tuple[int, ...]], room: int, wh
     return _Found([made.ids], rows, counts)
 
 
-def _cut_plain(tokenizer: ChatTokenizer, chat: Chat, groups: list[tuple[int, ...]], room: int, whole: bool) -> _Found:
+def cut_plain(tokenizer: ChatTokenizer, chat: Chat, groups: list[tuple[int, ...]], room: int, whole: bool) -> _Found:
     """The same, each prompt and each answer encoded for itself.
 
     Raises InputError where the chat template does not keep a prompt as a prefix of the answered chat, or does not end answers.
