@@ -41,6 +41,7 @@ def bench(config: Config, naive: bool) -> dict[str, Any]:
             chats, began = [encoder.chat(d) for d in dialogues], time.perf_counter()
             contexts = encoder.prompts(chats, config.context_room)
             facts[f"contexts_{turn}seconds"] = round(time.perf_counter() - began, 2)
+            facts.setdefault("contexts_peak_mib", _peak())
             began = time.perf_counter()
             rows = [row for made in encoder.examples(chats) for row in made]
             facts[f"rows_{turn}seconds"] = round(time.perf_counter() - began, 2)
@@ -62,4 +63,9 @@ def bench(config: Config, naive: bool) -> dict[str, Any]:
         "packing_seconds": round(time.perf_counter() - began, 2),
         "fill_rate": round(fill_rate(lengths, steps, ROW), 4),
     }
-    return facts | {"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
+    return facts | {"peak_mib": _peak()}
+
+
+def _peak() -> int:
+    """The most memory that this process has held, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024

@@ -18,6 +18,7 @@ TAKEN, MOST_TAKEN, TRIES = (
     12,
     6,
 )  # rows packed anew at a time, with so many examples at most; how often, for each row
+ENOUGH = 1.01  # so many times the rows that would be full are few enough
 
 
 def share_trunks(prompts: Sequence[Sequence[int]], sizes: Sequence[int], room: int) -> list[list[int]]:
@@ -92,21 +93,28 @@ def pack(lengths: Sequence[int], row_length: int, seed: tuple[int, ...] = (0,)) 
         )
     rng = np.random.default_rng(seed)
     packed = _best_fit([int(i) for i in np.argsort(-sizes, kind="stable")], sizes, row_length)
-    fewest = -(-int(sizes.sum()) // row_length)
+    filled = np.asarray([sizes[row].sum() for row in packed])
+    enough = sizes.sum() / row_length * ENOUGH
     for _ in range(TRIES * len(packed)):
-        if len(packed) <= fewest:
+        if len(packed) - 1 < enough:
             break
-        empty = np.asarray([row_length + 1.0 - sizes[row].sum() for row in packed])
-        some = set(rng.choice(len(packed), min(TAKEN, len(packed)), replace=False, p=empty / empty.sum()).tolist())
-        before = [packed[r] for r in some]
-        left = [i for row in before for i in row]
-        if len(left) <= MOST_TAKEN:
-            after = []
-            while left:
-                after.append(_fullest(left, sizes, row_length))
-                left = [i for i in left if i not in after[-1]]
-            if _fullness(after, sizes) > _fullness(before, sizes):
-                packed = [row for r, row in enumerate(packed) if r not in some] + after
+        empty = row_length + 1.0 - filled
+        some = rng.choice(len(packed), min(TAKEN, len(packed)), replace=False, p=empty / empty.sum()).tolist()
+        left = [i for r in some for i in packed[r]]
+        if len(left) > MOST_TAKEN:
+            continue
+        after: list[Packed] = []
+        while left:
+            after.append(_fullest(left, sizes, row_length))
+            left = [i for i in left if i not in after[-1]]
+        totals = [int(sizes[row].sum()) for row in after]
+        if len(after) <= len(some) and sum(n * n for n in totals) > (filled[some] ** 2).sum():
+            for r, row, n in zip(some, after, totals, strict=False):
+                packed[r], filled[r] = row, n
+            for r in sorted(some[len(after) :], reverse=True):  # rows that are no longer needed
+                packed[r], filled[r] = packed[-1], filled[-1]
+                packed.pop()
+                filled = filled[:-1]
     return sorted(sorted(row) for row in packed)
 
 
@@ -136,10 +144,6 @@ def _fullest(examples: list[int], sizes: np.ndarray, row_length: int) -> list[in
 def _subsets(n: int) -> np.ndarray:
     """All subsets of n things, int64 [2^n, n] of 0 and 1."""
     return (np.arange(1 << n)[:, None] >> np.arange(n)) & 1
-
-
-def _fullness(packed: list[Packed], sizes: np.ndarray) -> int:
-    return sum(int(sizes[row].sum()) ** 2 for row in packed)
 
 
 def fill_rate(lengths: Sequence[int], steps: Sequence[Sequence[Packed]], row_length: int) -> float:
