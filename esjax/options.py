@@ -117,7 +117,11 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
                 "help": "FORMAT:PATH, hf:ORG/NAME/SPLIT, ..., as data.train; check and build take those of train, valid and test",
             },
         ),
-        _given("--model", "M", "inspect: a model, for lengths in its tokens and for --row: a folder, hf:ORG/NAME, ..."),
+        _given(
+            "--model",
+            "M",
+            "inspect: a model, for lengths in its tokens and for --row: RUN_DIR:m1 (with its settings), a folder, ...",
+        ),
         _number("--row", "inspect: show this row of SFT, from 1, with its targets marked"),
         _given("--out", "FILE", "export: the JSON Lines to write; must not exist", type=_path),
         _given("--name", "NAME", "build: tfds:esjax_dialogues/NAME/SPLIT reads the dataset", default="default"),

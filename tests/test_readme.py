@@ -81,7 +81,7 @@ def test_every_example_runs(
                 ran.append("pytest")
             else:
                 subprocess.run(["bash", "-c", line], check=True)
-    assert set(ran) == {"evolve", "sft", "dpo", "sample", "score", "export", *PARSED, "python", "pytest"}
+    assert set(ran) == {"evolve", "sft", "dpo", "sample", "score", "export", "data", *PARSED, "python", "pytest"}
     assert parsed == ["plan", "bench"]
     table = re.findall(r"^\s*Held-out dialogues.*$", capsys.readouterr().out, re.MULTILINE)
     assert len(table) == ran.count("evolve")
