@@ -361,6 +361,27 @@ def test_batches_hold_every_example_where_the_packing_says() -> None:
     assert found != {i: e.tokens.tolist() for i, e in enumerate(made_of[::-1])}
 
 
+@pytest.mark.parametrize("hosts", [1, 2, 8])
+def test_the_rows_of_all_hosts_are_the_step_s(hosts: int) -> None:
+    """Step i is the same global batch, however many hosts build their shares of it."""
+    made_of = [rows.trunk([100 + i] * n, [1.0] * (n - 1) + [0.0]) for i, n in enumerate([5, 9, 4, 4, 9, 2] * 5)]
+    for step in batches.schedule([len(e.tokens) for e in made_of], 10, 8, 2, seed=1):
+        whole = batches.batch(made_of, step, 10, range(8))
+        share = 8 // hosts
+        parts = [batches.batch(made_of, step, 10, range(h * share, (h + 1) * share)) for h in range(hosts)]
+        for name, field in zip(rows.Rows._fields, whole, strict=True):
+            assert np.array_equal(np.concatenate([getattr(p, name) for p in parts]), field)
+
+
+def test_real_dialogues_fill_their_rows(esconv: Path, tokenizer: ChatTokenizer) -> None:
+    encoder = Encoder(tokenizer, 2048, SYSTEM)
+    for name in ("train_part", "valid"):
+        dialogues = read_dialogues("esconv", str(esconv / f"{name}.jsonl"))
+        lengths = [len(row.tokens) for made in encoder.examples([encoder.chat(d) for d in dialogues]) for row in made]
+        steps = batches.schedule(lengths, 2048, 8, 1, seed=0)
+        assert batches.fill_rate(lengths, steps, 2048) >= 0.97, (name, sum(lengths))
+
+
 def test_an_example_longer_than_a_row_is_bad_input() -> None:
     """Foreign pairs come from a file (``esjax dpo --pairs``), so their lengths are anybody's."""
     with pytest.raises(InputError, match="11 tokens"):
