@@ -373,8 +373,8 @@ def test_the_rows_of_all_hosts_are_the_step_s(hosts: int) -> None:
             assert np.array_equal(np.concatenate([getattr(p, name) for p in parts]), field)
 
 
-def test_real_dialogues_fill_their_rows(esconv: Path, tokenizer: ChatTokenizer) -> None:
-    encoder = Encoder(tokenizer, 2048, SYSTEM)
+def test_real_dialogues_fill_their_rows(esconv: Path, smollm_folder: Path) -> None:
+    encoder = Encoder(ChatTokenizer(smollm_folder), 2048, SYSTEM)
     for name in ("train_part", "valid"):
         dialogues = read_dialogues("esconv", str(esconv / f"{name}.jsonl"))
         lengths = [len(row.tokens) for made in encoder.examples([encoder.chat(d) for d in dialogues]) for row in made]
