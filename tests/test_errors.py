@@ -180,7 +180,7 @@ main(sys.argv[2:])
 """
 
 
-@pytest.mark.parametrize("limit", [2_000, 8_000, 40_000])
+@pytest.mark.parametrize("limit", [8_000, *(pytest.param(n, marks=pytest.mark.slow) for n in (2_000, 40_000))])
 def test_full_disk(tiny_folder: Path, tmp_path: Path, limit: int) -> None:
     """No file may grow over the limit: the config is then too large (2 kB), or the checkpoint and the adapter (40 kB)."""
     run = tmp_path / "run"
@@ -220,7 +220,7 @@ def test_commands_refuse_bad_files(refused: Callable[..., str], tiny_run: Path, 
 
 
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounting a small file system needs root")
-@pytest.mark.parametrize("size", ["60k", "300k"])
+@pytest.mark.parametrize("size", ["60k", pytest.param("300k", marks=pytest.mark.slow)])
 def test_a_really_full_disk_is_one_line(tiny_folder: Path, tmp_path: Path, size: str) -> None:
     """A file system too small for a checkpoint; given more room, the same command continues."""
     disk = tmp_path / "disk"
