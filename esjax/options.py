@@ -200,7 +200,7 @@ def _settings_help(command: str) -> str:
         kind, default, text = known[name]
         if kind == "list":
             kind, default = "A,B,...", ",".join(default)
-        elif "|" in kind and "|null" not in kind:
+        elif "|" in kind and "|null" not in kind and "list" not in kind:
             kind = "{" + kind.replace("|", ",") + "}"
         else:
             kind = kind.upper().replace("|NULL", "|null")

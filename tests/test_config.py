@@ -13,6 +13,7 @@ from conftest import REPOSITORY
 from esjax.cli import main
 from esjax.corpus.readers import FORMATS
 from esjax.errors import InputError
+from esjax.evolve.models import BENCH
 from esjax.settings import files
 from esjax.settings.files import Overrides, changed, dump, keys, load, similar
 from esjax.settings.identity import changes, differing
@@ -368,7 +369,7 @@ def test_the_form_that_help_prints_is_accepted(minimal: str, capsys: pytest.Capt
     with pytest.raises(SystemExit):
         main(["bench", "--help"])
     shown = re.findall(r"^  --([a-z0-9_.]+\.\S+)", capsys.readouterr().out, re.MULTILINE)
-    assert shown == ["model.attention", "model.remat"]
+    assert {"model.attention", "model.remat", "data.train"} <= set(shown) == set(BENCH)
 
 
 # --- writing and comparing -------------------------------------------------------------------------------------------

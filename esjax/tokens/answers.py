@@ -5,6 +5,7 @@ Where a template or a text does not allow it, a chat's prompts are encoded one b
 
 from __future__ import annotations
 
+import io
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -79,8 +80,10 @@ def stored(folder: Path | None, skeletons: Skeletons, chats: Sequence[Chat], roo
     def write(place: Path) -> None:
         made = cut_out(skeletons, chats, room, whole)
         place.mkdir()
-        np.save(place / "ids.npy", made.ids)
-        np.save(place / "table.npy", made.table)
+        for name, array in (("ids", made.ids), ("table", made.table)):
+            buffer = io.BytesIO()  # numpy's own writing does not say that a disk is full
+            np.save(buffer, array)
+            (place / f"{name}.npy").write_bytes(buffer.getvalue())
         write_text(place / "counts.json", json.dumps(made.counts) + "\n")
 
     place = held(folder, chain(hangs_on, texts), write)
