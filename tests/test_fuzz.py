@@ -124,12 +124,25 @@ def either(read: Callable[[], Any], file: Path) -> Any:
         return None
 
 
+SAID = [["usr", "I moved."], ["sys", "Where to?"]]
+OTHERS: dict[str, Any] = {
+    "pesconv": ESCONV | {"persona": ["I am tall."]},
+    "extes": {
+        "scene": "Work",
+        "description": "A desk.",
+        "content": [{"User": "a"}, {"AI Strategy": "Others", "AI": "b"}],
+    },
+    "augesc": {"text": str(SAID)},
+    "sharegpt": {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+    "alpaca": {"instruction": "Add.", "input": "1 2", "output": "3"},
+}
 LINES: dict[str, tuple[Any, Callable[[Path], Any]]] = {
     "sample": (
         json.loads(bundled("bundled:data/sample/train.jsonl").read_text().splitlines()[0]),
         lambda f: read_dialogues("sample", str(f)),
     ),
     "esconv": (ESCONV, lambda f: read_dialogues("esconv", str(f))),
+    **{name: (row, lambda f, name=name: read_dialogues(name, str(f))) for name, row in OTHERS.items()},
     "conversations": ({"id": "a", "messages": CHAT}, lambda f: read_conversations(str(f))),
     "chats": ({"id": "a", "messages": CHAT[:1]}, lambda f: read_chats(f, "user")),
     "pairs": (PAIR, read_pairs),

@@ -164,6 +164,8 @@ class Corpora:
                 f"replay: {len(taken)} of {len(examples)} examples ({shares[0]:.1%}), {shares[1]:.1%} of the target tokens"
             )
             tokens += drawn
+        if encoder.tokenizer.told_date:
+            facts["date_told"] = encoder.tokenizer.told_date
         return examples, facts | {"history": dict(encoder.counts), "target_tokens": tokens}
 
     @cached_property

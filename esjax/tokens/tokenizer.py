@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer
 from esjax.corpus.dialogue import Message
 from esjax.errors import InputError, within
 from esjax.tokens.folder import end_of_turn, load_tokenizer, stop_tokens
-from esjax.tokens.template import stable
+from esjax.tokens.template import TODAY, stable
 
 # Stand-ins in a chat's text, see ChatTokenizer._render; no text that holds a control token may hold characters from here on.
 TWIN = 0xF0000  # + n: the n-th control token where the template itself wrote it
@@ -124,6 +124,11 @@ class ChatTokenizer:
     def last_control(self, text: str) -> int:
         """Where the last control token's name begins in a text; -1 where there is none."""
         return max((match.start() for match in self._names.finditer(text)), default=-1)
+
+    @property
+    def told_date(self) -> str | None:
+        """The date that a template which prints one is told."""
+        return f"{TODAY:%Y-%m-%d}" if "strftime_now" in self.hf.get_chat_template() else None
 
     @cached_property
     def end_text(self) -> str:
