@@ -182,6 +182,14 @@ def test_empathetic_dialogues(tmp_path: Path) -> None:
     assert read_as("empathetic", tmp_path, *rows).dialogues == [first, second]  # the hub's columns
     with pytest.raises(InputError, match="this looks like esconv"):
         read_as("empathetic", tmp_path, ESCONV)
+    for broken, message in (
+        (CSV.replace("hit:1_conv:2,2", "hit:1_conv:2,two"), "line 4: invalid literal for int"),
+        (CSV.replace("hit:1_conv:2,2,sad", "hit:1_conv:2"), "line 4: "),
+        (CSV + "hit:2,1\n", "line 6: the field 'context' is missing"),
+    ):
+        file.write_text(broken)
+        with pytest.raises(InputError, match=message):
+            read(f"empathetic:{file}")
 
 
 def test_chats_with_weights_parts_and_a_system_message(tmp_path: Path) -> None:

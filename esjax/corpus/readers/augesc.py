@@ -28,7 +28,7 @@ def read(row: Line, counts: Counts) -> Dialogue:
     try:
         said = ast.literal_eval(written.strip()) if isinstance(written, str) else written
     except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
-        raise ValueError(f"not a Python literal ({str(e).splitlines()[0]:.80})") from e
+        raise ValueError(f"not a Python literal ({(str(e) or type(e).__name__).splitlines()[0]:.80})") from e
     turns = []
     for turn in said if isinstance(said, list) else [said]:
         if not isinstance(turn, list | tuple) or len(turn) != 2 or turn[0] not in SPEAKERS:

@@ -7,7 +7,8 @@ from typing import Any
 
 from esjax.corpus.dialogue import Dialogue, Turn
 from esjax.corpus.readers.base import Counts, Format, json_rows, label, text_of
-from esjax.run.jsonl import Line, line_of
+from esjax.errors import InputError
+from esjax.run.jsonl import Line, line_of, require
 from esjax.settings.files import read_whole
 
 FIELDS = ("conv_id", "utterance_idx", "context", "prompt", "speaker_idx", "utterance")
@@ -25,13 +26,18 @@ def rows(file: Path) -> list[Line]:
 
 
 def unpack(rows: list[Line]) -> list[Line]:
-    """One row a conversation, with its utterances in their order."""
+    """One row a conversation, with its utterances in their order. Raises InputError naming a broken row."""
     grouped: dict[str, Line] = {}
     for row in rows:
-        if all(name in row for name in FIELDS):
-            first = grouped.setdefault(str(row["conv_id"]), line_of({**row, "said": []}, row.where, row.number))
-            first["said"].append((int(row["utterance_idx"]), str(row["speaker_idx"]), text_of(row["utterance"])))
-    return list(grouped.values()) or rows
+        require(row, FIELDS)
+        try:
+            said = int(row["utterance_idx"]), str(row["speaker_idx"]), text_of(row["utterance"])
+        except (ValueError, TypeError) as e:
+            raise InputError(f"{row.where}: {e}; expected a row of format empathetic") from e
+        grouped.setdefault(str(row["conv_id"]), line_of({**row, "said": []}, row.where, row.number))["said"].append(
+            said
+        )
+    return list(grouped.values())
 
 
 def read(row: Line, counts: Counts) -> Dialogue:
