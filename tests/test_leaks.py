@@ -11,6 +11,7 @@ from conftest import Refused, read_dialogues
 
 from esjax.corpus.dialogue import Dialogue
 from esjax.corpus.leaks import Leak, find_leaks
+from esjax.settings.files import bundled
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +77,8 @@ def test_a_run_with_a_leak_is_refused_before_it_begins(
     tiny_config_file: Path, tmp_path: Path, refused: Refused, splits: dict[str, list[Dialogue]]
 ) -> None:
     train = tmp_path / "train.jsonl"
-    lines = Path("data/sample/train.jsonl").read_text().splitlines(keepends=True)
-    train.write_text("".join([*lines, Path("data/sample/valid.jsonl").read_text().splitlines(keepends=True)[0]]))
+    own, other = (bundled(f"bundled:data/sample/{n}.jsonl").read_text().splitlines(True) for n in ("train", "valid"))
+    train.write_text("".join([*own, other[0]]))
     options = ("--data.train", train, "--data.valid", "bundled:data/sample/valid.jsonl")
     line = refused("sft", "--config", tiny_config_file, "--run-dir", tmp_path / "run", *options)
     name = splits["valid"][0].id
