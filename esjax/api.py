@@ -10,15 +10,16 @@ A chat is a list of messages, {"role": "system" | "user" | "assistant", "content
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esjax.opened import devices, open_model
+from esjax.errors import InputError
+from esjax.opened import Model, devices, open_model
 from esjax.runtime.context import open_runtime
-from esjax.settings.files import load
+from esjax.settings.files import Overrides, load
 from esjax.settings.schema import Config
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from esjax.evolve.experiment import Experiment
     from esjax.run.directory import RunDir
 
-__all__ = ["Run", "dpo", "evolve", "load_config", "open_model", "sft", "stop_on_sigterm"]
+__all__ = ["Run", "dpo", "evaluate", "evolve", "load_config", "open_model", "sft", "stop_on_sigterm"]
 
 
 def load_config(file: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -53,14 +54,28 @@ class Run:
     """A finished run of the method. Its models are ``open_model(f"{run.folder}:m0")``, ``m1``, ..."""
 
     folder: Path
-    rows: list[dict[str, Any]]  # the closing comparison on held-out dialogues: one mapping a model, M_0 first
+    records: list[dict[str, Any]]  # the comparison on held-out dialogues: one a metric and model, with its differences
 
     @property
     def table(self) -> Table:
-        """The comparison as a table of ``rich``, which notebooks render."""
-        from esjax.eval.compare import table
+        """The models' headline metrics as a table of ``rich``, which notebooks render."""
+        return self.tables()[0]
 
-        return table(self.rows)
+    @property
+    def differences(self) -> Table:
+        """The paired differences between the models, with intervals, in the same way."""
+        return self.tables()[-1]
+
+    def tables(self, all_metrics: bool = False) -> list[Table]:
+        """Both, of the headline metrics or of all."""
+        from esjax.eval.compare import title
+        from esjax.eval.table import tables
+
+        return tables(self.records, title, all_metrics)
+
+    def value(self, metric: str, model: str) -> float:
+        """The mean of a metric ("perplexity", "specificity", ...) of a model ("backbone", "m0", "m1", ...)."""
+        return float(next(r["value"] for r in self.records if (r["metric"], r["model"]) == (metric, model)))
 
 
 def evolve(config: Config, run_dir: str | Path) -> Run:
@@ -79,20 +94,21 @@ def evolve(config: Config, run_dir: str | Path) -> Run:
 
     Example:
         >>> run = esjax.evolve(config, "runs/a")
-        >>> [row["perplexity"] for row in run.rows]
+        >>> run.value("perplexity", "m2")
         >>> run.table
     """
-    from esjax.eval.compare import compare
+    from esjax.eval.compare import check, compare
     from esjax.evolve import preflight, rounds
     from esjax.run.progress import say
     from esjax.runtime.programs import summary
 
     with _opened(config, run_dir) as (experiment, run):
         preflight.check_evolve(experiment, run)
+        check(experiment)
         rounds.evolve(experiment, run)
-        rows = compare(experiment, run)
+        records = compare(experiment, run, run.path, config.evolve.rounds)
         say(summary())
-        return Run(run.path, rows)
+        return Run(run.path, records)
 
 
 def sft(config: Config, run_dir: str | Path) -> Path:
@@ -133,6 +149,7 @@ def dpo(config: Config, run_dir: str | Path, pairs: str | Path, model: str | Non
     from esjax.evolve import phases, preflight
     from esjax.evolve.experiment import start_of_dpo
     from esjax.evolve.filters import Filters
+    from esjax.evolve.models import KEPT_AS
     from esjax.evolve.pairs import read_pairs, screened_pairs
 
     file = Path(pairs)
@@ -141,8 +158,148 @@ def dpo(config: Config, run_dir: str | Path, pairs: str | Path, model: str | Non
         start, origin = start_of_dpo(model, experiment)
         preflight.check_dpo(experiment, run, read)
         scored = phases.score_pairs(experiment, run, file, start, origin)
-        phases.dpo(experiment, run, scored, "dpo", lambda: start)
-        return run.path / "dpo" / "adapter"
+        phases.dpo(experiment, run, scored, "dpo", lambda: start, lambda: start)
+        return run.path / "dpo" / KEPT_AS[config.train.what]
+
+
+def evaluation_config(run_dir: str, given: Overrides, out: object) -> Config:
+    """A run's settings with what was given over them. Raises InputError where these need a folder of their own."""
+    from esjax.evolve.models import run_settings
+    from esjax.settings.identity import differing
+
+    config = run_settings(f"{run_dir}:m0", given.settings())
+    own = run_settings(f"{run_dir}:m0", {})
+    if config is None or own is None:
+        raise AssertionError("the name says that it is a run's")
+    if out is None and (changed := differing(own, config)):
+        raise InputError(
+            f"{', '.join(changed)}: the run was evaluated with other values; give --out for a folder of its own"
+        )
+    return config
+
+
+def evaluate(config: Config, run_dir: str | Path, out: str | Path | None = None) -> Run:
+    """Compare the models of a run (and the backbone) on held-out dialogues, as ``evolve`` does at its end. Resumable.
+
+    Args:
+        config: the run's settings (``load_config("RUN/config.yaml")``), with other ones in ``reply``, ``eval`` and ``data.test``
+            where ``out`` is given.
+        run_dir: the run, a folder or a URL.
+        out: a folder for replies and results; the run's own when left out.
+
+    Returns the run with its records. Errors as for ``evolve``.
+
+    Example:
+        >>> other = esjax.load_config("runs/a/config.yaml", {"data.test": "esconv:test.json"})
+        >>> esjax.evaluate(other, "runs/a", "evals/esconv").table
+    """
+    from esjax.eval.compare import check, compare, finished
+    from esjax.run import buckets
+
+    run = buckets.copied(str(run_dir))
+    last = finished(run)
+    with _opened(config, run_dir if out is None else out) as (experiment, home):
+        home.check_base(experiment.identity, experiment.revision)
+        check(experiment, run)
+        return Run(home.path, compare(experiment, home, home.path if out is None else run, last))
+
+
+def evaluate_predictions(
+    predictions: Sequence[str], source: str, out: str | Path, given: Overrides, model: str | None = None
+) -> list[dict[str, Any]]:
+    """Compare systems' replies to the dialogues of a source, each with the first; the command `eval --predictions`.
+
+    Args:
+        predictions: files of {"id": DIALOGUE/TURN, "text"}, as FILE or NAME=FILE.
+        source: the dialogues, as ``data.test``.
+        out: a folder for results.parquet and results.json; it must not exist.
+        given: settings.
+        model: under which specificity is measured; left out, it is not.
+
+    Returns the records of results.json. Raises InputError.
+    """
+    from esjax.eval import others
+    from esjax.eval.judges.ask import judged, prompts_folder
+    from esjax.eval.judges.open import check_judge, open_judge
+    from esjax.eval.measure import measure
+    from esjax.evolve.filters import Filters
+    from esjax.evolve.models import USED, uses
+    from esjax.run.files import check_writable
+
+    if Path(out).exists():
+        raise InputError(f"{out} exists; give a new folder as --out")
+    check_writable(Path(out), "--out")
+    config, asked = given.load(together=False), given.settings()
+    judge = config.eval.judge if config.eval.judge.source is not None else None
+    if judge is not None:
+        check_judge(judge)
+        folder = prompts_folder(judge.prompts)
+    opened = None if model is None else open_model(model, {k: v for k, v in asked.items() if uses(USED, k)})
+    systems = others.read_systems(others.named(predictions), source, config)
+    with devices(config):
+        filters = Filters.load(config.filters, config.screen)
+        values = measure(systems, config, filters, None if opened is None else opened.opened)
+        if judge is not None:
+            pairs = [(name, next(iter(systems))) for name in list(systems)[1:]]
+            values += judged(open_judge(judge), judge.asks, folder, systems, pairs)
+    return others.write(Path(out), values, list(systems), config)
+
+
+def evaluate_choices(
+    choices: str | Path, model: str, given: Overrides, out: str | Path | None = None
+) -> list[dict[str, Any]]:
+    """How often a model finds the right one of a few answers likeliest; the command `eval --choices`.
+
+    Args:
+        choices: a file in EmoBench's format (EA.jsonl or EU.jsonl).
+        model: as for ``open_model``.
+        given: settings.
+        out: a JSON file for the records; it must not exist. None writes none.
+
+    Returns a record for each task and category, with Wilson's interval. Raises InputError.
+    """
+    from esjax.eval.choices import accuracies, read_items
+    from esjax.run.files import check_writable, write_text
+    from esjax.run.jsonl import json_text
+
+    if out is not None:
+        if Path(out).exists():
+            raise InputError(f"{out} exists; give a new file as --out")
+        check_writable(Path(out), "--out")
+    items = read_items(Path(choices))
+    opened = Model(model, given)
+    with devices(opened.config):
+        records = [a._asdict() for a in accuracies(*opened.opened, items)]
+    if out is not None:
+        write_text(Path(out), json_text(records, indent=1) + "\n")
+    return records
+
+
+def judge_agreement(ratings: str | Path, given: Overrides) -> list[dict[str, Any]]:
+    """How far the judge of ``eval.judge`` agrees with people; the command `eval judge-check`.
+
+    Args:
+        ratings: JSON Lines of {"id", "messages", "reply", "rubric", "rating"} or {"id", "messages", "replies", "preferred"}.
+        given: settings.
+
+    Returns a record for pairs and for each rubric: weighted kappa with its interval over dialogues, the share of equal
+    answers, the share of one verdict in both orders, and of answers without a verdict. Raises InputError, TransientError.
+    """
+    from esjax.eval.judges import check
+    from esjax.eval.judges.ask import prompts_folder
+    from esjax.eval.judges.open import open_judge
+    from esjax.evolve.models import uses
+
+    config = given.load(together=False)
+    for key in given.single:
+        if not uses(("eval.judge", "eval.resamples", "seed"), key):
+            raise InputError(f"--{key}: judge-check makes no use of it; leave it out")
+    if config.eval.judge.source is None:
+        raise InputError("eval.judge.source is not set: name the judge that is to be checked")
+    rows, folder = check.read_ratings(Path(ratings)), prompts_folder(config.eval.judge.prompts)
+    with devices(config):
+        made = check.agreement(open_judge(config.eval.judge), folder, rows, config.eval.resamples, config.seed)
+    return check.records(made)
 
 
 @contextmanager

@@ -12,24 +12,25 @@ from typing import NoReturn
 
 from esjax import api
 from esjax.errors import InputError, RunError, is_full_disk, outcome
-from esjax.evolve.models import FIXED, run_settings
+from esjax.evolve.models import FIXED, backbone_settings, is_adapter, run_settings, start_settings
 from esjax.opened import Model, prepare_jax
 from esjax.options import build, read_by
 from esjax.runtime.context import current, open_runtime
 from esjax.settings.files import Overrides, keys, similar
 from esjax.settings.schema import Config
 
-CONTINUES = ("evolve", "sft", "dpo", "sample", "score")  # the commands that go on from what a killed one finished
+# The commands that go on from what a killed one finished.
+CONTINUES = ("evolve", "sft", "dpo", "sample", "score", "eval")
 
 
 def evolve(args: argparse.Namespace, given: Overrides) -> None:
     """Run the whole method: phase 1, all rounds of phase 2, and the closing table. Resumable: run it again after a kill."""
-    _print(api.evolve(_config(given), args.run_dir).table)
+    _print(*api.evolve(_config(given, _adapter(args)), args.run_dir).tables())
 
 
 def sft(args: argparse.Namespace, given: Overrides) -> None:
     """Run phase 1 alone: supervised fine-tuning that makes M_0 (evolve continues from it)."""
-    api.sft(_config(given), args.run_dir)
+    api.sft(_config(given, _adapter(args)), args.run_dir)
 
 
 def dpo(args: argparse.Namespace, given: Overrides) -> None:
@@ -54,11 +55,46 @@ def score(args: argparse.Namespace, given: Overrides) -> None:
     _model(args.model, given).score_file(args.data, args.out)
 
 
+def eval(args: argparse.Namespace, given: Overrides) -> None:
+    """Compare models on held-out dialogues: a run's models, or any systems' replies; metrics with intervals over dialogues.
+
+    Or, of a single model, multiple choice (--choices); or how far a judge agrees with people (judge-check RATINGS).
+    """
+    from esjax.eval.table import accuracy, agreements, tables
+
+    if args.choices is not None:
+        if args.run_dir or args.predictions or args.reference_data or args.judge_check or args.model is None:
+            raise InputError("--choices FILE needs --model M, and takes --out and settings, nothing else")
+        _print(accuracy(api.evaluate_choices(args.choices, args.model, given, args.out)))
+        return
+    if args.judge_check is not None:
+        if args.run_dir or args.predictions or args.reference_data or args.model or args.out:
+            raise InputError("esjax eval judge-check takes RATINGS and settings, nothing else")
+        _print(agreements(api.judge_agreement(args.judge_check, given)))
+        return
+    if (args.run_dir is None) == (args.predictions is None):
+        raise InputError("give --run-dir, or --predictions with --reference-data and --out")
+    if args.predictions is None:
+        for option, value in (("--reference-data", args.reference_data), ("--model", args.model)):
+            if value is not None:
+                raise InputError(f"{option}: only with --predictions")
+        with current().processes.in_step():
+            config = api.evaluation_config(args.run_dir, given, args.out)
+        _print(*api.evaluate(config, args.run_dir, args.out).tables(args.all))
+        return
+    if args.reference_data is None or args.out is None:
+        raise InputError("--predictions needs --reference-data and --out")
+    records = api.evaluate_predictions(args.predictions, args.reference_data, args.out, given, args.model)
+    _print(*tables(records, str, args.all))
+
+
 def export(args: argparse.Namespace, given: Overrides) -> None:
-    """Write a run's model as a Hugging Face folder (merged) or PEFT adapter, after reloading and comparing it."""
-    if not re.fullmatch(r"m\d+", args.model):
+    """Write a run's model, or an adapter from elsewhere, for Hugging Face or llama.cpp, after reloading and comparing it."""
+    if args.run_dir is not None and not re.fullmatch(r"m\d+", args.model):
         raise InputError(f"--model {args.model}: give m0, m1, ..., a model of the run")
-    _model(f"{args.run_dir}:{args.model}", given).export(args.out, args.format)
+    spec = args.model if args.run_dir is None else f"{args.run_dir}:{args.model}"
+    how = {"dtype": args.dtype, "shard_gib": args.shard_gib, "push_to": args.push_to}
+    _model(spec, given).export(args.out, args.format, **how)
 
 
 def data(args: argparse.Namespace, given: Overrides) -> None:
@@ -69,8 +105,9 @@ def data(args: argparse.Namespace, given: Overrides) -> None:
     from esjax import data as corpora
     from esjax.run.jsonl import json_text
 
-    own = None if args.model is None else run_settings(args.model, given.settings())
-    config, (first, *more) = own or given.load(together=False), args.sources
+    config, (first, *more) = given.load(together=False), args.sources
+    if args.model is not None:
+        config = run_settings(args.model, given.settings()) or backbone_settings(args.model, config, given)
     for option, value, action in (
         ("--out", args.out, "export"),
         ("--row", args.row, "inspect"),
@@ -83,13 +120,13 @@ def data(args: argparse.Namespace, given: Overrides) -> None:
     if args.action == "inspect" and args.row is not None:
         if args.model is None:
             raise InputError("--row needs --model, whose tokenizer and template make the row")
-        made = corpora.row(first, config, args.model, args.row)
+        made = corpora.row(first, config, args.row)
         _print(
             json_text(made, ensure_ascii=False) if args.json else corpora.marked(made, sys.stdout.isatty()),
             plain=args.json,
         )
     elif args.action == "inspect":
-        facts = corpora.inspect(first, config, args.model)
+        facts = corpora.inspect(first, config, tokens=args.model is not None)
         _print(json_text(facts, ensure_ascii=False) if args.json else corpora.table(facts), plain=args.json)
     elif args.action == "export":
         if args.out is None:
@@ -187,7 +224,7 @@ def plan(args: argparse.Namespace, given: Overrides) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 1 the run failed, 2 bad input, 75 try again, 130 interrupted, 143 stopped by SIGTERM."""
-    parser, commands = build((evolve, sft, dpo, sample, score, plan, bench, export, data))
+    parser, commands = build((evolve, sft, dpo, sample, score, eval, plan, bench, export, data))
     continues = True
     with open_runtime():
         try:
@@ -198,6 +235,8 @@ def main(argv: list[str] | None = None) -> None:
             for option, word in pairwise([*arguments, "-"]):
                 if option.startswith("--") and (not word or option.endswith("=")):
                     raise InputError(f"{option.rstrip('=')} is empty; give a value")
+            if arguments[:2] == ["eval", "judge-check"]:  # no positional: a setting's value would be taken for it
+                arguments = ["eval", "--judge-check", *arguments[2:]]
             args, overrides = parser.parse_known_args(arguments)
             continues = args.command in CONTINUES
             _check_names(args.command, commands[args.command], overrides)
@@ -236,10 +275,19 @@ def _config(given: Overrides, model: str | None = None) -> Config:
     """The settings of what trains: those of the run whose model it starts from, or of --config, with options over them."""
     with current().processes.in_step():
         own = None
+        if model is not None and is_adapter(model):
+            return start_settings(model, given)
         if model is not None:
             given.load(together=False)
             own = run_settings(model, given.settings(), together=True)
         return own or given.load()
+
+
+def _adapter(args: argparse.Namespace) -> str | None:
+    """The PEFT folder that phase 1 starts from, if one is given. Raises InputError for any other model."""
+    if args.model is not None and not is_adapter(args.model):
+        raise InputError(f"--model {args.model}: give a PEFT folder to start from; a backbone is --model.source")
+    return None if args.model is None else str(args.model)
 
 
 def _model(spec: str, given: Overrides) -> Model:
@@ -280,14 +328,14 @@ def _join(args: argparse.Namespace) -> None:
         current().join(distributed.start(*explicit, args.join_timeout))
 
 
-def _print(table: object, plain: bool = False) -> None:
-    """Print a result; ``plain``: as it is, on one line however long."""
+def _print(*tables: object, plain: bool = False) -> None:
+    """Print results; ``plain``: as it is, on one line however long."""
     from rich.console import Console
 
     if not current().processes.writer:
         return
     if plain:
-        print(table)
+        print(*tables)
         return
     wide = None if sys.stdout.isatty() else 100
-    Console(width=wide).print(table)
+    Console(width=wide).print(*tables)

@@ -17,7 +17,6 @@ from esjax.corpus.leaks import Leak, find_leaks
 from esjax.corpus.sources import read
 from esjax.corpus.text import words
 from esjax.errors import InputError
-from esjax.evolve.models import run_model
 from esjax.hub.fetch import resolve
 from esjax.run.files import publish_jsonl
 from esjax.safety.screen import Screen
@@ -43,9 +42,9 @@ SCRIPTS = (
 EXAMPLES, MOST_NAMES = 10, 12
 
 
-def inspect(source: str, config: Config, model: str | None) -> dict[str, Any]:
+def inspect(source: str, config: Config, tokens: bool) -> dict[str, Any]:
     """Counts of what a source holds, what was left out and why, what screening finds, and ten dialogues; lengths are
-    minimum, median, mean and maximum. With a model, lengths in its tokens, too. Raises InputError."""
+    minimum, median, mean and maximum. With ``tokens``, lengths in tokens of the config's model, too. Raises InputError."""
     corpus = read(source, config.data.format, config.seed)
     dialogues = corpus.dialogues
     turns = [t for d in dialogues for t in d.turns]
@@ -70,13 +69,13 @@ def inspect(source: str, config: Config, model: str | None) -> dict[str, Any]:
         **{f"{name}s": _names(getattr(d, name) for d in dialogues) for name in ("emotion", "problem")},
         "scripts": {s: round(n / max(1, sum(letters.values())), 4) for s, n in letters.items() if n},
     }
-    if model is not None:
-        facts |= _tokens(dialogues, config, model)
+    if tokens:
+        facts |= _tokens(dialogues, config)
     return facts | {"examples": [_row(d) for d in dialogues[:EXAMPLES]]}
 
 
-def _tokens(dialogues: Sequence[Dialogue], config: Config, model: str) -> dict[str, Any]:
-    encoder = _encoder(config, model)
+def _tokens(dialogues: Sequence[Dialogue], config: Config) -> dict[str, Any]:
+    encoder = _encoder(config)
     chats = [encoder.chat(d) for d in dialogues]
     rows = [row for made in encoder.examples(chats) for row in made]
     history = dict(encoder.counts)
@@ -88,16 +87,14 @@ def _tokens(dialogues: Sequence[Dialogue], config: Config, model: str) -> dict[s
     }
 
 
-def _encoder(config: Config, model: str) -> Encoder:
-    """``model`` is a source, or the RUN_DIR:mT whose settings ``config`` holds."""
-    source = config.model.source if run_model(model) else model
-    tokenizer = ChatTokenizer(resolve(source, config.model.sha256 if source == config.model.source else None))
+def _encoder(config: Config) -> Encoder:
+    tokenizer = ChatTokenizer(resolve(config.model.source, config.model.sha256), config.model.chat_template)
     return Encoder(tokenizer, config.data.window, read_text(config.prompts.system))
 
 
-def row(source: str, config: Config, model: str, number: int) -> dict[str, Any]:
+def row(source: str, config: Config, number: int) -> dict[str, Any]:
     """A training row of phase 1, counted from 1: its decoded text in parts, targets or not. Raises InputError."""
-    corpus, encoder = read(source, config.data.format, config.seed), _encoder(config, model)
+    corpus, encoder = read(source, config.data.format, config.seed), _encoder(config)
     made = encoder.examples([encoder.chat(d) for d in corpus.dialogues])
     rows = [(d.id, r) for d, each in zip(corpus.dialogues, made, strict=True) for r in each]
     if not 1 <= number <= len(rows):

@@ -53,6 +53,14 @@ class Drawing(TypedDict, total=False):
     json_schema: Any  # or a JSON schema, as a mapping or a file's path, that every reply obeys
 
 
+class Writing(TypedDict, total=False):
+    """How a model is exported."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "q8_0"]  # of weights; auto: model.dtype's, of GGUF float16
+    shard_gib: float  # merged: the largest file of weights; 4 when left out
+    push_to: str | None  # ORG/NAME at the Hugging Face hub, private where it is new
+
+
 def open_model(spec: str | Path, overrides: Mapping[str, Any] | None = None, file: str | Path | None = None) -> Model:
     """Open a model: fetch it if need be, and load it onto the devices.
 
@@ -229,22 +237,29 @@ class Model:
             work = ask(replace(experiment), adapter)
             work.to_file(out, identity(model_hash(self.spec, experiment), file))
 
-    def export(self, out: str | Path, format: Literal["merged", "peft"] = "merged") -> None:
-        """Write a run's model as a Hugging Face folder, reloaded and compared before it is called done. Uses one device.
+    def export(
+        self, out: str | Path, format: Literal["merged", "peft", "gguf"] = "merged", **how: Unpack[Writing]
+    ) -> None:
+        """Write a trained model as a Hugging Face folder with a model card, reloaded and compared before it is called done.
+
+        Uses one device. The written model is read again and compared; memory for one model is enough, for this one's weights
+        are given back before, and loaded again when next needed.
 
         Args:
             out: the folder to write; it must not exist.
-            format: "merged", a whole model, or "peft", the adapter, which names its base.
+            format: "merged", a whole model; "peft", the adapter, which names its base; or "gguf", a file for llama.cpp.
+            how: dtype, shard_gib and push_to, see ``Writing``.
 
         Raises:
-            InputError: ``out`` exists, or this is a bare backbone.
+            InputError: ``out`` exists, this is a bare backbone, or nobody is logged in at the hub.
+            TransientError: the network.
             RunError: the reloaded model is another one; nothing was written.
 
         Example:
             >>> esjax.open_model("runs/a:m2").export("hf/", "merged")
         """
         from esjax.evolve.experiment import open_model
-        from esjax.export import export
+        from esjax.export import Form, export
         from esjax.run.outfile import held
 
         with held(Path(out), "folder"):
@@ -252,7 +267,10 @@ class Model:
             import jax
 
             opened = self.opened if jax.device_count() == 1 else open_model(self.spec, self.config)
-            export(*opened, format, Path(out))
+            try:
+                export(*opened, Path(out), Form(format, **how), self.spec)
+            finally:
+                self.__dict__.pop("opened", None)
 
 
 def prepare_jax() -> None:

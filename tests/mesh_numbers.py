@@ -19,7 +19,8 @@ import numpy as np
 from definition import remasked
 
 from esjax import rows
-from esjax.model.layers import LINEARS, Lora
+from esjax.model.families import LINEARS
+from esjax.model.layers import Lora
 from esjax.model.lora import Adapter, flatten, unflatten
 from esjax.model.weights import Backbone, load_backbone
 from esjax.rows import Rows
@@ -135,7 +136,7 @@ def main(folder: str, *jobs: str) -> None:
         shape, options = json.loads(job)
         context = jax.set_mesh(make_mesh(jax.devices(), tuple(shape))) if shape else contextlib.nullcontext()
         with context:
-            backbone = load_backbone(Path(folder), Lora(LINEARS, 4, 2.0), np.dtype("float32"), "auto", "full")
+            backbone = load_backbone(Path(folder), Lora(LINEARS, 4, 2.0), np.dtype("float32"))
             how = backbone.execution._replace(
                 attention=options.get("attention", "chunked"), weights=options.get("weights", "apart"), interpret=True
             )

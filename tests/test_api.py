@@ -116,9 +116,11 @@ def test_dpo_and_sft_from_python_make_what_evolve_makes(tiny_run: Path, tiny_con
 def test_a_finished_run_gives_its_table_again(tiny_run: Path, tiny_config: Config) -> None:
     before = signal.getsignal(signal.SIGTERM)
     run = esjax.evolve(tiny_config, tiny_run)
-    assert [row["model"] for row in run.rows] == ["M_0", "M_1", "M_2"]
+    assert list(dict.fromkeys(r["model"] for r in run.records)) == ["backbone", "m0", "m1", "m2"]
+    assert run.value("perplexity", "m2") != run.value("perplexity", "m0")
     assert run.folder == tiny_run
-    assert len(run.table.rows) > 4
+    assert len(run.table.rows) == len(run.differences.rows) > 8
+    assert "M_2 - M_0" in [str(c.header) for c in run.differences.columns]
     assert "M_2" in str(run.table._repr_mimebundle_([], []))  # what a notebook shows
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -130,7 +132,7 @@ def test_export_is_read_by_transformers(model: Model, tmp_path: Path) -> None:
     assert torch_model(tmp_path / "hf").config.hidden_size == 64
     with pytest.raises(InputError, match="exists; give a new folder"):
         model.export(tmp_path / "hf")
-    with pytest.raises(InputError, match="only a run's model can be exported"):
+    with pytest.raises(InputError, match="only a run's model or an adapter can be exported"):
         opened.export(tmp_path / "again")
 
 

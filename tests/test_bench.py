@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import Refused
+from families import llama
 from oracles import BARE
 
 from esjax import rows
@@ -25,7 +26,6 @@ from esjax.model.attention import choose_path
 from esjax.model.cache import cache_shapes
 from esjax.model.cached import layered
 from esjax.model.decoder import Execution
-from esjax.model.families import Architecture
 from esjax.model.lora import lora_from
 from esjax.model.weights import Backbone, bind, choose_execution
 from esjax.sample.constrain import free
@@ -167,7 +167,7 @@ def test_auto_attention() -> None:
 
 def test_flops_by_formula_are_close_to_the_compilers() -> None:
     """For causal rows dense attention counts each pair of tokens twice, so the two differ by half of attention."""
-    arch = Architecture("llama", 512, 256, 3, 4, 2, 64, 512, 1e-5, 1e4, None, False, False, 4096)
+    arch = llama(512, 256, 3, 4, 2, 64, 512)
     batch = rows.stack([rows.trunk([1] * 128, [1.0] * 127 + [0.0])] * 4)
     for lora in (lora_from(LoraSettings(rank=8)), None):
         formula = bench.model_flops(arch, lora, batch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -13,15 +14,18 @@ from typing import Any
 
 import fsspec
 import pytest
-from conftest import tiny_overrides
+from conftest import Refused, tiny_overrides
 from emulator import BUCKET, emulator
 from test_hosts import Job, apart, start
 from test_resume import files
 
+import esjax
 from esjax.cli import main
 from esjax.errors import InputError, TransientError
+from esjax.hub.fetch import resolve
 from esjax.run import buckets
 from esjax.run.journal import Journal
+from esjax.train.keep import Best
 
 SOON = "import esjax.run.buckets as b; b.HEARTBEAT, b.DEAD_AFTER = 0.5, 2.0\n"
 
@@ -307,3 +311,66 @@ def test_a_file_option_takes_no_url(tmp_path: Path, capsys: pytest.CaptureFixtur
         main(["score", "--model", "x", "--data", "gs://bucket/chats.jsonl", "--out", str(tmp_path / "out.jsonl")])
     assert end.value.code == 2
     assert "gs://bucket/chats.jsonl: give a path on this machine" in capsys.readouterr().err
+
+
+# --- a model in a bucket ---------------------------------------------------------------------------------------------
+
+
+def test_a_folder_in_a_bucket_is_a_model(
+    objects: Any, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fetched once for each state of it; what is not part of the model stays there."""
+    monkeypatch.setenv("ESJAX_CACHE", str(tmp_path / "cache"))
+    source = f"gs://{BUCKET}/{tmp_path.name}/tiny"
+    driver, root = fsspec.core.url_to_fs(source, use_listings_cache=False)
+    with pytest.raises(InputError, match=r"no config\.json lies in it"):
+        resolve(source, None)
+    for file in tiny_folder.iterdir():
+        driver.put_file(str(file), f"{root}/{file.name}")
+    for other in ("consolidated.safetensors", "original/tokenizer.model", "modeling_own.py"):
+        driver.pipe_file(f"{root}/{other}", b"x")
+    folder = resolve(source, None)
+    brought = {p.name for p in folder.iterdir()} - {"esjax.json"}
+    assert brought == {p.name for p in tiny_folder.iterdir()}
+    assert all((folder / name).read_bytes() == (tiny_folder / name).read_bytes() for name in brought)
+    with monkeypatch.context() as patch:  # what is there is not fetched again
+        patch.setattr(driver, "get_file", lambda *_: pytest.fail("fetched again"))
+        assert fsspec.core.url_to_fs(source, use_listings_cache=False)[0] is driver
+        assert resolve(f"{source}/", None) == folder
+    model = esjax.open_model(source)
+    assert model.sample([{"role": "user", "content": "Hello."}], max_tokens=3)
+    config = json.loads((tiny_folder / "config.json").read_text()) | {"rope_theta": 5000.0}
+    driver.pipe_file(f"{root}/config.json", json.dumps(config).encode())
+    changed = resolve(source, None)
+    assert changed != folder
+    assert json.loads((changed / "config.json").read_text())["rope_theta"] == 5000.0
+
+
+def test_no_bucket_is_no_model(objects: Any, refused: Refused, tmp_path: Path) -> None:
+    ask = ["score", "--model", "gs://nowhere/model", "--data", tmp_path / "x.jsonl", "--out", tmp_path / "out.jsonl"]
+    (tmp_path / "x.jsonl").write_text(
+        '{"id": "a", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+    )
+    assert "gs://nowhere/model" in refused(*ask)
+
+
+def test_a_best_step_outlives_its_machine(url: str, bucket: buckets.Bucket) -> None:
+    """What is kept lies in the bucket while training goes on, and is gone when it is forgotten."""
+
+    def save(place: Path, adapter: str) -> None:
+        place.mkdir(parents=True)
+        (place / "weights").write_text(adapter)
+
+    folder = bucket.local / "round1" / "dpo" / "best"
+    best = Best(folder, "loss", save, lambda place: (place / "weights").read_text())
+    best.offer(2, {"loss": 0.7}, "two")
+    best.offer(4, {"loss": 0.6}, "four")
+    assert there(url)["round1/dpo/best/step4/weights"] == b"four"
+    assert json.loads(there(url)["round1/dpo/best/best.json"]) == [[2, 0.7], [4, 0.6]]
+    shutil.rmtree(folder)  # another machine begins with an empty folder, and fetches
+    bucket.pull(folder)
+    best.rewind(5)
+    assert best.taken() == "four"
+    best.forget()
+    assert not any("best" in name for name in there(url))
+    assert not folder.exists()

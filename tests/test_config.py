@@ -239,6 +239,22 @@ def test_settings_that_do_not_fit_together(minimal: str, good: str, bad: str, na
     assert named in refused(minimal, [f"--{word}" for word in bad.split()])
 
 
+@pytest.mark.parametrize(("source", "hashed"), sorted(files.HASH_OF.items()))
+def test_a_hash_stays_with_its_source(tmp_path: Path, source: str, hashed: str) -> None:
+    """The hash in a config is that of the source in it: another source on the command line goes without."""
+    file = written(tmp_path, dump(load(None, {source: "one", hashed: "1" * 64})))
+    for given, expected in (
+        ({}, "1" * 64),
+        ({source: "one"}, "1" * 64),
+        ({source: "other"}, None),
+        ({source: "other", hashed: "2" * 64}, "2" * 64),
+        ({hashed: "2" * 64}, "2" * 64),
+    ):
+        assert setting(load(file, given), hashed) == expected
+        assert setting(changed(load(file), given), hashed) == expected
+        assert setting(load(file, given), "seed") == 0
+
+
 @pytest.mark.parametrize("key", ["model.source", "data.train", "data.valid", "data.test"])
 def test_what_has_no_default_must_be_given(tmp_path: Path, key: str) -> None:
     section, name = key.split(".")
@@ -316,7 +332,7 @@ def test_anchors_merges_and_small_numbers_in_a_file(tmp_path: Path) -> None:
         ("tempratur", TEMPERATURES),
         ("beta", ["dpo.beta"]),
         ("dpo.bta", ["dpo.beta"]),
-        ("answer.top_p", ["reply.top_p"]),
+        ("replies.top_p", ["reply.top_p"]),
         ("zzzzqqqq", []),
     ],
 )

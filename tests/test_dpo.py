@@ -431,7 +431,7 @@ def rescored(experiment: Experiment, adapter: Adapter, pairs: list[dict[str, Any
 def first_step(experiment: Experiment, pairs: Path, folder: Path, start: Adapter) -> dict[str, float]:
     """Metrics of the first step of DPO on a file of pairs."""
     run = RunDir(folder, experiment.config)
-    phases.dpo(experiment, run, pairs, "dpo", lambda: copied(start))
+    phases.dpo(experiment, run, pairs, "dpo", lambda: copied(start), lambda: start)
     return json.loads((run.path / "dpo" / "metrics.jsonl").read_text().splitlines()[0])
 
 
@@ -445,6 +445,21 @@ def test_adapter_off_is_no_reference(second_round: Round, tmp_path: Path) -> Non
     first = first_step(experiment, rescored(experiment, m1, pairs, tmp_path / "m1.jsonl"), tmp_path / "right", m1)
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert first["margin"] == pytest.approx(0, abs=1e-4)
+
+
+def test_a_loss_that_stays_at_ln_2_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    def said(drifts: list[float], steps: int) -> int:
+        watch = phases.watch_start(FLOAT32)
+        for number, drift in enumerate(drifts):
+            watch(number, steps, {"drift": drift, "loss": 0.69, "preference_loss": 0.69, "margin": 0.0})
+        return capsys.readouterr().err.count("the loss still is 0.6900, ln 2")
+
+    assert said([0.0] * 40, 40) == 1
+    assert said([0.0, 1e-6, *[0.01] * 38], 40) == 0  # the first steps of a warm-up
+    assert said([0.0] * 4 + [0.01] * 36, 40) == 0
+    assert said([0.0, 0.01, *[0.0] * 5, 0.01], 40) == 1
+    with pytest.raises(RunError, match="does not start at its reference"):
+        said([0.1], 40)
 
 
 def test_stored_reference_is_that_of_the_round_start(second_round: Round, tiny_run: Path, tmp_path: Path) -> None:

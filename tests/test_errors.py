@@ -121,7 +121,7 @@ def test_settings(refused: Callable[..., str], tiny_folder: Path, tmp_path: Path
     assert "unknown setting sfft" in refused("evolve", "--run-dir", run, "--config", file)
     assert "--run-dir" in refused("evolve")
     line = refused(*evolve(run, tiny_folder, "--lora.targets", "[q_proj, query]"))
-    assert "lora.targets: 'query' matches no linear layer; allowed: q_proj" in line
+    assert "lora.targets: 'query' matches no linear layer; allowed: all-linear, q_proj" in line
 
 
 @pytest.mark.parametrize(

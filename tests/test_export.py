@@ -7,6 +7,8 @@ here, and with each other. The other way round, an adapter that PEFT made loads 
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +27,10 @@ from transformers import AutoTokenizer
 from esjax.cli import main
 from esjax.errors import InputError
 from esjax.evolve.experiment import Experiment, adapter_folder, open_model
-from esjax.export import export
+from esjax.export import Form, export
 from esjax.model.lora import load_adapter, read_lora
 from esjax.model.weights import load_backbone
+from esjax.run.files import write_jsonl
 from esjax.run.jsonl import read_jsonl
 from esjax.settings.files import load
 from esjax.tokens.tokenizer import ChatTokenizer
@@ -130,11 +133,9 @@ def test_an_adapter_of_peft_loads(tiny_folder: Path, tmp_path: Path, targets: li
 
 REFUSED = [
     ("use_dora", True),
-    ("use_rslora", True),
     ("bias", "all"),
     ("peft_type", "IA3"),
-    ("rank_pattern", {"q_proj": 1}),
-    ("alpha_pattern", {"q_proj": 16}),
+    ("rank_pattern", {"q_proj": 1}),  # which the tensors are not of
     ("alora_invocation_tokens", [7, 8]),
     ("init_lora_weights", "pissa"),
 ]
@@ -149,8 +150,110 @@ def test_an_adapter_that_esjax_cannot_compute_is_refused(
     assert read_lora(tmp_path).rank == 2
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
-    with pytest.raises(InputError, match=key):
+    with pytest.raises(InputError, match="rank 1" if key == "rank_pattern" else key):
         read_lora(tmp_path)
+
+
+def test_an_adapter_s_folder_is_a_model(tiny_run: Path, exported: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    """It scores as the run's model does, and training starts from it: DPO at its reference, SFT at its loss."""
+    adapter, chats = exported / "m1-peft", tmp_path / "chats.jsonl"
+    pairs = tiny_run / "round2" / "pairs.jsonl"
+    write_jsonl(chats, [{"id": p["id"], "messages": [*p["prompt"], *p["chosen"]]} for p in read_jsonl(pairs)])
+    system = ["--prompts.system", str(load(str(tiny_run / "config.yaml")).prompts.system)]
+
+    def scores(model: str, *more: str) -> list[float]:
+        out = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
+        main(["score", "--model", model, "--data", str(chats), "--out", str(out), *more])
+        return [row["logprob"] for row in read_jsonl(out)]
+
+    expected = scores(f"{tiny_run}:m1")
+    assert scores(str(adapter), *system) == pytest.approx(expected, abs=1e-4)
+    assert scores(str(tiny_folder), *system) != pytest.approx(expected, abs=1e-2)
+
+    base = list(tiny_overrides(tiny_folder))
+    where = base.index("--model.source")
+    without = base[:where] + base[where + 4 :]  # neither source nor hash, nor the rank: the adapter brings them
+    assert "--lora.rank" in without
+    without = [w for i, w in enumerate(without) if i not in (j := without.index("--lora.rank"), j + 1)]
+    main(["dpo", "--run-dir", str(tmp_path / "d"), "--pairs", str(pairs), "--model", str(adapter), *without])
+    assert read_jsonl(tmp_path / "d" / "dpo" / "metrics.jsonl")[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    saved = load(str(tmp_path / "d" / "config.yaml"))
+    assert (saved.lora.rank, saved.lora.start, saved.model.source) == (4, str(adapter), str(tiny_folder))
+    main(["sft", "--run-dir", str(tmp_path / "s"), "--model", str(adapter), *without, "--sft.learning_rate", "1e-30"])
+    same = scores(f"{tmp_path / 's'}:m0")
+    assert same == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_layer_that_is_gone_is_said(exported: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    """The configuration names it for all layers; zeros in its place would be another model."""
+    folder = tmp_path / "adapter"
+    shutil.copytree(exported / "m1-peft", folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    kept = {key: x for key, x in tensors.items() if "layers.1.mlp.up_proj" not in key}
+    assert len(kept) == len(tensors) - 2
+    save_file(kept, folder / "adapter_model.safetensors")
+    backbone = load_backbone(tiny_folder, read_lora(folder), jnp.dtype("float32"))
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj\.lora_[AB]\.weight is missing"):
+        load_adapter(folder, backbone.adapter_shapes)
+
+
+def test_another_base_than_an_adapter_s_own_is_said(
+    exported: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Refused
+) -> None:
+    other, chats = tmp_path / "other", tmp_path / "chats.jsonl"
+    shutil.copytree(tiny_folder, other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] + 1
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    write_jsonl(
+        chats, [{"id": "c", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    )
+
+    def said(base: Path, adapter: Path = exported / "m1-peft") -> str:
+        out = tmp_path / f"{base.name}-{adapter.name}.jsonl"
+        main(["score", "--model", str(adapter), "--model.source", str(base), "--data", str(chats), "--out", str(out)])
+        return capsys.readouterr().err
+
+    assert "another base" not in said(tiny_folder)
+    line = next(line for line in said(other).splitlines() if "made on another base" in line)
+    assert re.search(r"1 of \d+ files differ by their SHA-256: model\.safetensors$", line)
+    broken = tmp_path / "broken"
+    shutil.copytree(exported / "m1-peft", broken)
+    (broken / "esjax.json").write_text("[]")
+    ask = ["score", "--model", broken, "--data", chats, "--out", tmp_path / "broken.jsonl"]
+    assert "esjax.json: not what esjax wrote" in refused(*ask)
+    (broken / "esjax.json").unlink()  # as another tool's adapter: nothing is known, nothing is said
+    assert "another base" not in said(other, broken)
+
+
+def test_an_adapter_is_exported_without_a_run(
+    exported: Path, tiny_run: Path, tiny_folder: Path, tmp_path: Path, refused: Refused
+) -> None:
+    """As the run's model is; and a run's model is named without --run-dir, too."""
+    for name, model in (("adapter", exported / "m1-peft"), ("named", f"{tiny_run}:m1")):
+        main(["export", "--model", str(model), "--format", "merged", "--out", str(tmp_path / name)])
+    ours, theirs, named = (
+        load_file(f / "model.safetensors") for f in (tmp_path / "adapter", exported / "m1-merged", tmp_path / "named")
+    )
+    assert ours.keys() == theirs.keys() == named.keys()
+    assert all(np.array_equal(ours[k], theirs[k]) and np.array_equal(named[k], theirs[k]) for k in theirs)
+    m0 = load_file(exported / "m0-merged" / "model.safetensors")
+    assert not all(np.array_equal(ours[k], m0[k]) for k in theirs)
+    ask = ["export", "--format", "merged", "--out", tmp_path / "none", "--model"]
+    assert "only a run's model or an adapter" in refused(*ask, tiny_folder)
+    assert "m1 does not exist" in refused(*ask, "m1")
+
+
+def test_another_shape_beside_an_adapter_is_refused(exported: Path, tmp_path: Path, refused: Refused) -> None:
+    start = ["--run-dir", tmp_path / "run", "--model", exported / "m1-peft", "--lora.rank", "8"]
+    assert "lora.rank" in refused("sft", *start)
+    assert "leave it out" in refused("evolve", *start)
+    assert not (tmp_path / "run").exists()
+
+
+def test_only_an_adapter_s_folder_starts_phase_1(tiny_folder: Path, tmp_path: Path, refused: Refused) -> None:
+    line = refused("sft", "--run-dir", tmp_path / "run", "--model", tiny_folder, *tiny_overrides(tiny_folder))
+    assert "give a PEFT folder to start from" in line
 
 
 def test_an_export_is_the_model_however_odd_its_folder(tiny_folder: Path, tmp_path: Path) -> None:
@@ -173,8 +276,8 @@ def test_an_export_is_the_model_however_odd_its_folder(tiny_folder: Path, tmp_pa
     expected = torch_logits(torch_model(folder), TOKENS)
     assert worst(Ours(experiment.backbone).sequence(TOKENS, 16, adapter), expected) <= TIGHT
     assert worst(torch_logits(torch_model(tiny_folder), TOKENS), expected[:, :-64]) > TOLERANCE
-    for form in ("merged", "peft"):
-        export(experiment, adapter, form, out / form)  # type: ignore[arg-type]
+    for form in ("peft", "merged"):
+        export(experiment, adapter, out / form, Form(form), "odd")  # type: ignore[arg-type]
         assert set(ChatTokenizer(out / form).hf.chat_template) == {"default", "rag"}
     assert worst(torch_logits(torch_model(out / "merged"), TOKENS), expected) <= TIGHT
     again = load_backbone(out / "merged", None, jnp.dtype("float32"))

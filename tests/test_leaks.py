@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,9 @@ from conftest import Refused, read_dialogues
 
 from esjax.corpus.dialogue import Dialogue
 from esjax.corpus.leaks import Leak, find_leaks
-from esjax.settings.files import bundled
+from esjax.errors import InputError
+from esjax.evolve.experiment import Experiment
+from esjax.settings.files import bundled, load
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +88,25 @@ def test_a_run_with_a_leak_is_refused_before_it_begins(
     assert f"train {name} and valid {name} (copy, 100% alike)" in line
     assert "data.leaks=allow" in line
     assert not (tmp_path / "run" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("split", ["test", "train"])
+def test_replay_is_training_data(
+    split: str, tiny_config_file: Path, tmp_path: Path, splits: dict[str, list[Dialogue]]
+) -> None:
+    """A test dialogue in it is a leak; a training dialogue is only trained on twice."""
+    d = splits[split][0]
+    file = tmp_path / "replay.jsonl"
+    file.write_text(json.dumps({"id": "copied", "messages": d.messages(len(d.turns))}) + "\n")
+    overrides = [
+        f"--data.{split}=bundled:data/sample/{split}.jsonl",
+        f"--data.replay={file}",
+        "--data.replay_share=0.5",
+    ]
+    config = load(str(tiny_config_file), overrides)
+    corpora = Experiment.open(config).corpora
+    if split == "train":
+        assert corpora.leaks == []
+        return
+    with pytest.raises(InputError, match=f"test {d.id} and replay copied"):
+        _ = corpora.leaks

@@ -53,7 +53,10 @@ def numbers(four_heads: Path, request: pytest.FixtureRequest) -> dict[str, Numbe
         "splash": ([2, 2, 2], {"what": ["dpo"], "attention": "splash"}),
     }
     command = [sys.executable, str(Path(__file__).with_name("mesh_numbers.py")), str(four_heads)]
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    flags = (
+        "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # compiled fast rather than well
+    )
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [*command, *(json.dumps(j) for j in jobs.values())],
         env=environment,
@@ -225,7 +228,10 @@ def test_sizes_that_do_not_divide_end_the_command(
     tiny_folder: Path, tmp_path: Path, options: list[str], message: str
 ) -> None:
     command = [sys.executable, "-m", "esjax", "sft", "--run-dir", str(tmp_path / "run"), *tiny_overrides(tiny_folder)]
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    flags = (
+        "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # compiled fast rather than well
+    )
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr[-2000:]
     assert message in done.stderr
@@ -236,7 +242,10 @@ def test_lanes_that_do_not_divide_end_the_command(four_heads: Path, tmp_path: Pa
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"id": "a", "messages": [{"role": "user", "content": "Hi."}]}))
     command = [sys.executable, "-m", "esjax", "sample", "--model", str(four_heads)]
     files = ["--prompts", str(tmp_path / "prompts.jsonl"), "--out", str(tmp_path / "out.jsonl")]
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    flags = (
+        "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # compiled fast rather than well
+    )
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     options = ["--mesh.fsdp", "8", "--reply.batch", "4", "--reply.max_tokens", "4"]
     done = subprocess.run([*command, *files, *options], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import pytest
 import torch
 from conftest import context, examples
 from definition import remasked
+from families import FAMILIES, SMALL, save
 from oracles import (
     BARE,
     Ours,
@@ -34,14 +35,14 @@ from oracles import (
     torch_model,
     worst,
 )
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig
 
 from esjax.errors import InputError
 from esjax.model.cache import Fed, empty_cache
 from esjax.model.cached import layered, prefill, step
 from esjax.model.decoder import Execution, token_logprobs
-from esjax.model.families import Llama3Rope, architecture, read_architecture
-from esjax.model.layers import Lora
+from esjax.model.families import read_architecture
+from esjax.model.layers import Lora, softcap
 from esjax.model.weights import Backbone, bind, load_backbone
 from esjax.rows import Rows, pack, prompt_with_replies, stack, trunk
 from esjax.runtime.programs import products
@@ -131,50 +132,6 @@ def test_greedy_continuations_in_one_batch_are_transformers_token_for_token(
 
 # --- small random models of every family ------------------------------------------------------------------------------
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
-SCALING = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,  # short, so that the sequences below feel it
-}
-
-
-def llama31() -> Any:
-    rope = {**SCALING, "rope_theta": 10000.0}
-    return LlamaForCausalLM(LlamaConfig(**SMALL, head_dim=16, rope_parameters=rope, tie_word_embeddings=True))
-
-
-def mistral() -> Any:
-    rope = {"rope_type": "default", "rope_theta": 10000.0}
-    return MistralForCausalLM(MistralConfig(**SMALL, head_dim=16, sliding_window=None, rope_parameters=rope))
-
-
-def qwen2() -> Any:
-    rope = {"rope_type": "default", "rope_theta": 1e6}
-    return Qwen2ForCausalLM(Qwen2Config(**SMALL, rope_parameters=rope, tie_word_embeddings=True))
-
-
-def sharded() -> Any:
-    rope = {"rope_type": "default", "rope_theta": 10000.0}
-    config = LlamaConfig(**SMALL, head_dim=8, rope_parameters=rope, tie_word_embeddings=False)
-    return LlamaForCausalLM(config)
-
-
-FAMILIES = {"llama31": llama31, "mistral": mistral, "qwen2": qwen2, "sharded": sharded}
-
 
 @dataclass(frozen=True)
 class Pair:
@@ -190,15 +147,13 @@ class Pair:
         return self.ours.backbone
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=[*FAMILIES, "sharded"])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder = tmp_path_factory.mktemp("small") / request.param
-    torch.manual_seed(1)
-    model = FAMILIES[request.param]().eval()
-    with torch.no_grad():
-        for p in model.parameters():  # biases and norms too: their defaults, 0 and 1, would hide a wrong import
-            p.copy_(torch.randn_like(p) * 0.3 + (1.0 if p.ndim == 1 and p.shape[0] == SMALL["hidden_size"] else 0.0))
-    model.save_pretrained(folder, **({"max_shard_size": "40KB"} if request.param == "sharded" else {}))
+    if request.param == "sharded":
+        save("llama-biases", folder, max_shard_size="40KB")
+    else:
+        save(request.param, folder)
     return Pair(request.param, folder, torch_model(folder), Ours(load_backbone(folder, None, FLOAT32)))
 
 
@@ -246,6 +201,8 @@ def test_cached_decoding_agrees(pair: Pair, attention: Any) -> None:
     stem, other, _ = sequences()
     branch = [*stem[:20], *other[:12]]
     whole = [stem, branch]
+    if attention == "dense" and pair.name not in ("llama31", "mistral-window", "gemma2", "gemma3"):
+        pytest.skip("families do not differ in how they attend beyond windows and caps")
     arch, how = pair.backbone.arch, pair.backbone.execution._replace(attention=attention)
     weights = jax.jit(lambda base: layered(bind(pair.backbone.definition, BARE, base), merge=True))(pair.backbone.base)
     loading = jax.jit(lambda cache, chunk: prefill(weights, cache, chunk, how))
@@ -256,7 +213,7 @@ def test_cached_decoding_agrees(pair: Pair, attention: Any) -> None:
     @jax.jit
     def following(fed: Any, clock: Any, cache: Any) -> Any:
         x, cache = step(weights, cache, fed, clock, how)
-        return x @ weights.head.T, cache
+        return softcap(x @ weights.head.T, arch.logits_cap), cache
 
     def decoded(error: int, cache: Any) -> np.ndarray:
         logits = []
@@ -300,27 +257,6 @@ def test_adapters_merged_and_apart_are_the_decoders(tiny: Backbone) -> None:
         assert worst(last(tiny.fresh_adapter(0), merge), expected) > 1e-2
 
 
-def test_rotary_scaling_acts(pair: Pair) -> None:
-    """Without it, the Llama 3.1 model's logits would be others: the agreement above is not for want of effect."""
-    if pair.name != "llama31":
-        assert pair.backbone.arch.rope_scaling is None
-        return
-    assert pair.backbone.arch.rope_scaling == Llama3Rope(8.0, 1.0, 4.0, 16)
-    config = json.loads((pair.folder / "config.json").read_text())
-    rope = config.pop("rope_parameters")
-    older = config | {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}  # as the Hub's Llama 3.1 has it
-    assert architecture(older, "older") == pair.backbone.arch
-    unscaled = architecture(older | {"rope_scaling": None}, "unscaled")
-    (pair.folder / "unscaled").mkdir()
-    plain = {**older, "rope_scaling": None}
-    (pair.folder / "unscaled" / "config.json").write_text(json.dumps(plain))
-    (pair.folder / "unscaled" / "model.safetensors").write_bytes((pair.folder / "model.safetensors").read_bytes())
-    without = load_backbone(pair.folder / "unscaled", None, FLOAT32)
-    assert without.arch == unscaled == replace(pair.backbone.arch, rope_scaling=None)
-    tokens = sequences()[0]
-    assert worst(Ours(without).sequence(tokens, LENGTH), torch_logits(pair.torch, tokens)) > 1e-3
-
-
 def test_several_shards_were_written(pair: Pair, tmp_path: Path) -> None:
     shards = list(pair.folder.glob("model-*.safetensors"))
     assert (len(shards) > 2) == (pair.name == "sharded")
@@ -334,6 +270,8 @@ def test_several_shards_were_written(pair: Pair, tmp_path: Path) -> None:
 
 
 def test_bfloat16_checkpoint_imports(pair: Pair, tmp_path: Path) -> None:
+    if pair.name not in ("sharded", "qwen2", "gemma2"):
+        pytest.skip("the import of another dtype hangs on no family")
     model = torch_model(pair.folder).to(torch.bfloat16)
     model.save_pretrained(tmp_path)
     exact = torch_model(tmp_path)  # the rounded weights, computed with in float32
@@ -366,22 +304,26 @@ def plain_config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "hidden_act": ({"hidden_act": "gelu"}, "hidden_act='gelu'.*silu"),
-    "sliding_window": ({"model_type": "mistral", "sliding_window": 64}, "sliding_window=64"),
-    "rope_type": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "rope.type.*'yarn'"),
-    "rope_type, older": (
-        {"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_parameters": None},
-        "rope.type.*'yarn'",
+    "sliding_window": ({"model_type": "mistral", "sliding_window": 0}, "sliding_window=0"),
+    "rope_type": (
+        {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4, "factor": 4.0}},
+        "rope.type.*'proportional'",
     ),
+    "rope_type, older": ({"rope_scaling": {"type": "ntk", "factor": 4.0}, "rope_parameters": None}, "rope.type.*'ntk'"),
     "llama3 without factor": ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "factor"),
-    "attention_bias": ({"attention_bias": True}, "attention_bias=True"),
-    "mlp_bias": ({"mlp_bias": True}, "mlp_bias=True"),
     "model_type": ({"model_type": "gpt2"}, "model_type='gpt2'.*llama"),
     "quantization_config": ({"quantization_config": {"bits": 4}}, "quantization_config"),
-    "use_sliding_window": (
-        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1},
-        "sliding_window=64",
+    "layer_types": (
+        {"model_type": "qwen2", "layer_types": ["full_attention", "chunked_attention"]},
+        "layer_types.*full_attention or sliding_attention",
     ),
-    "layer_types": ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+    "fewer layers": ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers"),
+    "gemma3 caps": ({"model_type": "gemma3_text", "attn_logit_softcapping": 5.0}, "attn_logit_softcapping=5.0"),
+    "both ways": (
+        {"model_type": "gemma3_text", "use_bidirectional_attention": True},
+        "use_bidirectional_attention=True",
+    ),
+    "gelu": ({"model_type": "gemma2", "hidden_activation": "gelu"}, "hidden_activation='gelu'"),
 }
 
 

@@ -21,7 +21,15 @@ FILES = ("drafts", "reflections", "refinements", "pairs", "dropped")
 def test_run_directory_is_complete(tiny_run: Path) -> None:
     manifest = json.loads((tiny_run / "manifest.json").read_text())
     rounds = [f"round{t}/{s}" for t in (1, 2) for s in ("replies", "pairs", "dpo")]
-    assert list(manifest["stages"]) == ["sft", *rounds, "eval/m0", "eval/m1", "eval/m2"]
+    assert list(manifest["stages"]) == [
+        "sft",
+        *rounds,
+        "eval/backbone",
+        "eval/m0",
+        "eval/m1",
+        "eval/m2",
+        "eval/results",
+    ]
     for t in (1, 2):
         folder = tiny_run / f"round{t}"
         assert {p.name for p in folder.glob("*.jsonl*")} == {f"{n}.jsonl" for n in FILES}  # and no .part of any

@@ -151,7 +151,7 @@ def planned(tiny_folder: Path) -> Planned:
 FREE = {
     r"\[1\]\.keys\[\d+\]": (3,),  # slots of a row, tokens of replies
     r"\[1\]\.values\[\d+\]": (2,),
-    r"\[2\]\.(since|until)": (1,),  # slots of a row
+    r"\[2\]\.(since|until|slot_position)": (1,),  # slots of a row
     r"\[3\]\.constraint\.(next|cost|part|most|least)": (0,),  # its states
     r"\[4\]\.(reference|valid)": (1, 2),  # examples of a row, pairs of an example
 }
@@ -196,7 +196,7 @@ def test_a_run_calls_its_programs_as_they_were_planned(run: Log, planned: Planne
         for size in wrong:
             assert len(faults(plan._replace(sizes=plan.sizes | {path: size}), plan)) == 1
     assert faults(planned.calls["score"], calls[0]) == ["the trees differ"]
-    assert sum(bool(may_grow(path)) for path in plan.sizes) == {"prefill": 6, "decode": 9, "sft": 0, "dpo": 2}[name]
+    assert sum(bool(may_grow(path)) for path in plan.sizes) == {"prefill": 7, "decode": 9, "sft": 0, "dpo": 2}[name]
 
 
 def test_scoring_is_planned_for_its_largest_batch(run: Log, planned: Planned) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import pytest
 from conftest import tiny_overrides
+from families import llama
 from test_plan import SETTINGS, Mesh
 
 import esjax.plan.report
@@ -60,7 +61,7 @@ def search(
             yield Needs(name, 0.0, {"work": rule(name, config, mesh)}, 10.0)
 
     monkeypatch.setattr(esjax.plan.report, "plan", plan)
-    arch = Architecture("llama", 1024, 64, 2, 8, 4, 16, 96, 1e-5, 1e4, None, False, False, 4096)
+    arch = llama(1024, 64, 2, 8, 4, 16, 96)
     hardware = Hardware("made up", [None] * 8, "tpu", None, 10.0)
     found = list(remedies(config, arch, hardware, names or failed, failed, most))
     assert len(found) <= 1

@@ -173,7 +173,7 @@ def test_a_backbone_is_its_weights_config_template_and_tokenizer(tiny_folder: Pa
     shutil.copytree(tiny_folder, folder)
     tensors = load_file(folder / SINGLE)
     (folder / SINGLE).unlink()
-    write_shards(folder, sorted(tensors.items()), 100_000)
+    write_shards(folder, sorted(tensors.items()), len(tensors), 100_000)
     shards = sorted(p.name for p in folder.glob("model-*.safetensors"))
     assert len(shards) > 2
     before = identity(folder)
@@ -231,7 +231,7 @@ def test_what_was_changed_since_is_not_used(refused: Refused, own: tuple[Path, P
     """Pairs whose reference was changed between their stage and DPO, and an adapter that no stage made."""
     run, _ = own
     manifest = json.loads((run / "manifest.json").read_text())
-    for name in ("round2/dpo", "eval/m0", "eval/m1", "eval/m2"):
+    for name in ("round2/dpo", "eval/backbone", "eval/m0", "eval/m1", "eval/m2", "eval/results"):
         del manifest["stages"][name]
     (run / "manifest.json").write_text(json.dumps(manifest))
     shutil.rmtree(run / "round2" / "dpo")
@@ -288,7 +288,7 @@ def test_what_the_end_needs_is_compared_at_the_start(
     text = bundled("bundled:data/sample/test.jsonl").read_text()
     file.write_text(text + "\n" + text.splitlines()[0].replace('"id": "', '"id": "other-'))
     more = ["evolve", "--run-dir", run, *tiny_overrides(tiny_folder), "--evolve.rounds", 3, "--data.test", file]
-    assert f"stage eval/m0 is done, but data.test changed since ({file})" in refused(*more)
+    assert f"stage eval/backbone is done, but data.test changed since ({file})" in refused(*more)
     assert not (run / "round3").exists()
 
 

@@ -40,14 +40,17 @@ KILLS = {
     "round1/pairs": ("esjax.run.journal", "Journal", "add", 3),
     "round1/dpo": ("esjax.run.metrics", "Metrics", "log", 3),
     "round2/replies": ("esjax.run.journal", "Journal", "add", 25),
-    "eval/m1": ("esjax.eval.compare", "", "distinct", 3),
+    "eval/m1": ("esjax.eval.compare", "", "publish_text", 3),
+    "eval/results": ("esjax.eval.measure", "", "specificity", 1),
 }
 
 
 def files(run: Path) -> dict[str, bytes]:
     """Everything that must not depend on how often a run was killed."""
     kept = [p for p in run.rglob("*") if p.is_file() and (p.suffix in (".jsonl", ".yaml") or "adapter" in p.parts)]
-    return {str(p.relative_to(run)): p.read_bytes() for p in [*kept, *run.glob("eval/*.json")]}
+    return {
+        str(p.relative_to(run)): p.read_bytes() for p in [*kept, *run.glob("eval/*.json"), *run.glob("eval/*.parquet")]
+    }
 
 
 def stages(run: Path) -> dict[str, dict[str, object]]:

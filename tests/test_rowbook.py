@@ -332,3 +332,32 @@ def test_chunks_that_fill_up_a_load_write_nothing(chunks: int, size: int) -> Non
     assert load.tokens[:chunks].ravel().tolist() == list(range(1, 4 * chunks + 1))
     assert set(load.row.tolist()) == {2}
     assert (load.start + 4 <= 32).all()
+
+
+def test_a_conversation_computes_what_is_new_alone() -> None:
+    """Two views of it in one row, each going on from where it was; what ended a prompt and did not last is written over."""
+    row = SimulatedRow(64, 4)
+    computed = []
+    first, second = [1] * 8, [2] * 10
+    for turn in range(4):
+        for view in (first, second):
+            view += [1, 2, 2][: 2 + turn % 2]  # what was said
+            prompt = [*view, 1 + turn % 2, 1]  # and a question that the next prompt does not have
+            row.book.groups.append(Group.of([request(prompt)._replace(room=32)]))
+            row.given += 1
+            computed.append(row.place(2))
+            row.start(1)
+            row.finish(0)
+    assert computed[:2] == [8 + 2 + 1, 10 + 2 + 1]  # all but the last token, which decoding computes
+    assert max(computed[2:]) <= 5, computed
+
+
+def test_a_trunk_that_is_needed_does_not_grow() -> None:
+    row = SimulatedRow(40, 4)
+    row.give([1] * 8)
+    row.place(2)
+    row.start(1)
+    row.give([1] * 7 + [2] * 4)
+    row.place(2)  # the first is under way: its slots stay
+    assert row.held[:7] == [tuple([1] * (n + 1)) for n in range(7)]
+    assert len(row.book.pieces) == 2

@@ -15,21 +15,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from definition import remasked
+from families import llama
 from flax import nnx
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from esjax import rows
 from esjax.model.decoder import Decoder, Execution, token_logprobs
-from esjax.model.families import Architecture
-from esjax.model.layers import LINEARS, Lora
+from esjax.model.families import LINEARS
+from esjax.model.layers import Lora
 from esjax.rows import Layout, Rows
 from esjax.settings.schema import DpoSettings
 from esjax.train.losses import Pairs, dpo_loss, sft_loss
 from esjax.train.step import Objective, gradients
 
 VOCAB = 61
-ARCH = Architecture("llama", VOCAB, 32, 2, 4, 2, 16, 48, 1e-5, 1e4, None, False, True, 512)
+ARCH = llama(VOCAB, 32, 2, 4, 2, 16, 48, tied=True, positions=512)
 PATHS = ("dense", "chunked", "pallas", "splash")
 WIDTH, HEIGHT = 160, 2  # of a batch of shared rows: more than one block of every kernel
 NAIVE_WIDTH, NAIVE_HEIGHT = 40, 40

@@ -14,7 +14,9 @@ from esjax.corpus.dialogue import Turn, normalise
 from esjax.corpus.sources import check_messages, read
 from esjax.corpus.text import is_empty, spaced, words
 from esjax.errors import InputError
-from esjax.eval.metrics import distinct, mean_words
+from esjax.eval.metrics import METRICS
+from esjax.eval.metrics.distinct import distinct
+from esjax.eval.replies import Reply
 from esjax.evolve.answers import read_chats
 from esjax.evolve.filters import Filters
 from esjax.evolve.pairs import read_pairs
@@ -55,7 +57,9 @@ def test_replies_without_spaces_are_judged_like_others(filters: Filters) -> None
     assert filters.pair_fault(CHINESE, CHINESE + "好") == "near_identical"
     assert filters.pair_fault(CHINESE, "我在这里陪你，慢慢说，不用着急，先喝口水，好好休息一下吧") is None
     assert filters.pair_fault(CHINESE, "我在这里陪你") == "too_short"
-    assert mean_words([CHINESE]) == 20
+    length = METRICS["words"].each
+    assert length is not None
+    assert length([Reply("d", "d/1", [], "", CHINESE)]) == [20]
     assert distinct(["很难很难"], 1) == 0.5
 
 

@@ -32,7 +32,7 @@ def bench(config: Config, naive: bool) -> dict[str, Any]:
         d = own[n % len(own)]
         turns = tuple(replace(t, text=f"{t.text} {n // len(own)}") for t in d.turns)
         dialogues.append(replace(d, id=str(n), turns=turns))
-    tokenizer = ChatTokenizer(resolve(config.model.source, config.model.sha256))
+    tokenizer = ChatTokenizer(resolve(config.model.source, config.model.sha256), config.model.chat_template)
     system, facts = read_text(config.prompts.system), dict[str, Any]()
     facts |= {"task": "data", "dialogues": DIALOGUES, "start_seconds": round(time.perf_counter() - began, 2)}
     with TemporaryDirectory() as folder:

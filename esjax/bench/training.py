@@ -20,7 +20,7 @@ from esjax import rows
 from esjax.bench.workload import Ceilings, DpoWork, SftWork, Workload, lora_of, memory, parts, tracing
 from esjax.errors import InputError
 from esjax.model.decoder import Decoder, Execution
-from esjax.model.families import LINEARS, Architecture
+from esjax.model.families import Architecture
 from esjax.model.layers import Lora, linear_sizes
 from esjax.rows import Rows
 from esjax.runtime.mesh import batch_groups
@@ -222,7 +222,7 @@ def model_flops(arch: Architecture, lora: Lora | None, batch: Rows) -> float:
     attention = 4.0 * arch.layers * arch.heads * arch.head_size * pairs
     if lora is None:
         return 3 * (linear + head + attention)
-    adapter = 2.0 * arch.layers * lora.rank * sum(sum(sizes[n]) for n in LINEARS if n in lora.targets) * tokens
+    adapter = 2.0 * arch.layers * lora.rank * sum(sum(sizes[n]) for n in lora.targets) * tokens
     return 2 * (linear + head) + 3 * (attention + adapter)
 
 

@@ -35,6 +35,7 @@ class Corpus(NamedTuple):
     dialogues: list[Dialogue]  # those with at least one supporter turn that answers a seeker, in the source's order
     counts: Counter[str]  # "rows" read, and what was left out or mended, by reason
     dropped: list[tuple[str, str]]  # the reason and the place of what was left out
+    formats: tuple[str, ...]  # of its rows
     times: list[int] = []  # noqa: RUF012  never changed: how often a mixture's phase 1 takes each dialogue; empty: once
 
 
@@ -71,7 +72,8 @@ def read(source: Sources, format: str = "sample", seed: int = 0) -> Corpus:
     origin = ", ".join(part.origin for part in parts)
     if not dialogues:
         raise InputError(f"{origin}: no dialogue is left by the weights; raise them")
-    return Corpus(origin, dialogues, counts, [x for part in parts for x in part.dropped], times)
+    dropped, formats = [x for part in parts for x in part.dropped], dict.fromkeys(f for p in parts for f in p.formats)
+    return Corpus(origin, dialogues, counts, dropped, tuple(formats), times)
 
 
 def fingerprint(source: Sources, format: str = "sample") -> str:
@@ -92,10 +94,11 @@ def fingerprint(source: Sources, format: str = "sample") -> str:
 
 def content(config: Config, key: str) -> str:
     """A hash of what a setting names, a corpus or a file. Raises InputError."""
-    if not key.startswith("data."):
+    section, _, name = key.partition(".")
+    if section != "data" and key != "eval.replay":
         return setting_hash(config, key)
-    source = getattr(config.data, key.removeprefix("data."))
-    return fingerprint(source, "messages" if key == "data.replay" else config.data.format)
+    source = getattr(getattr(config, section), name)
+    return fingerprint(source, "messages" if name == "replay" else config.data.format)
 
 
 def _one(source: str, format: str) -> Corpus:
@@ -185,7 +188,7 @@ def _dialogues(origin: str, known: Format, files: Sequence[list[Line]]) -> Corpu
             f"{origin}: no dialogue with a supporter's answer in it ({counts['rows']} rows read); roles must alternate, and the "
             "seeker (user) must come first"
         )
-    return Corpus(origin, dialogues, counts, dropped)
+    return Corpus(origin, dialogues, counts, dropped, (known.name,))
 
 
 def _finished(dialogue: Dialogue, collapse: bool, counts: Counter[str]) -> Dialogue:

@@ -62,10 +62,20 @@ class Corpora:
             say(f"{corpus.origin}: {corpus.counts['rows']} rows; {mended}")
         return corpus
 
+    @cached_property
+    def read_eval_replay(self) -> Corpus | None:
+        """Held-out replay data, if the loss on it is to be measured."""
+        c = self.config
+        return None if c.eval.replay is None else read(c.eval.replay, "messages", c.seed)
+
     def inputs(self, *names: str) -> dict[str, str]:
         """Hashes of what these settings of ``data`` name, and of what it is screened by: inputs of a stage."""
         keys = [f"data.{name}" for name in names if getattr(self.config.data, name) is not None]
         return {key: content(self.config, key) for key in keys} | screen_hashes(self.config.filters, self.config.screen)
+
+    def eval_inputs(self) -> dict[str, str]:
+        """A hash of the held-out replay data, where there is some."""
+        return {} if self.config.eval.replay is None else {"eval.replay": content(self.config, "eval.replay")}
 
     # --- screening and leaks -----------------------------------------------------------------------------------------
 
@@ -99,7 +109,8 @@ class Corpora:
 
     def screen_facts(self) -> dict[str, Any]:
         """For the manifest: what was read, and what was found by kind."""
-        facts: dict[str, Any] = {"corpus": dict(+self.read_train.counts)}
+        formats = {*self.read_train.formats, *(self.read_replay.formats if self.read_replay else ())}
+        facts: dict[str, Any] = {"corpus": dict(+self.read_train.counts), "formats": sorted(formats)}
         parts = {"train": self.screened, "replay": self.screened_replay}
         found = {name: dict(Counter(f"{f.action} {f.kind}" for f in part.found)) for name, part in parts.items()}
         lost = sum((part.answers for part in parts.values()), Counter[str]())
@@ -115,15 +126,24 @@ class Corpora:
     @cached_property
     def leaks(self) -> list[Leak]:
         """Dialogues, near copies or situations that stand in two splits. Raises InputError unless data.leaks allows them."""
-        found = find_leaks(
-            {"train": self.read_train.dialogues, "valid": self.valid, "test": self.test}, cache_root() / "leaks"
-        )
+        splits = {"train": self.read_train.dialogues, "valid": self.valid, "test": self.test}
+        if self.read_replay is not None:
+            splits["replay"] = self.read_replay.dialogues
+        if self.read_eval_replay is not None:
+            splits["eval.replay"] = self.read_eval_replay.dialogues
+        trained = {"train", "replay"}  # what stands in both is trained on twice, which leaks nothing
+        found = [
+            leak
+            for leak in find_leaks(splits, cache_root() / "leaks")
+            if {leak.first.split()[0], leak.second.split()[0]} != trained
+        ]
         if not found:
             return found
         d = self.config.data
         listed = "; ".join(map(str, found[:3]))
         more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
-        what = f"{len(found)} leaks between data.train, data.valid and data.test: {listed}{more}"
+        names = ", ".join(name if "." in name else f"data.{name}" for name in splits)
+        what = f"{len(found)} leaks between {names}: {listed}{more}"
         if d.leaks == "error":
             raise InputError(
                 f"{what}; take one of each out (`esjax data check {d.train} {d.valid} {d.test}` lists them), or set "
@@ -148,8 +168,7 @@ class Corpora:
         facts: dict[str, Any] = {"dialogues": len(self.train), "dialogue_rows": len(examples)} | self.screen_facts()
         tokens = sum(map(_targets, examples))
         if self.read_replay is not None:
-            made = self._examples(self.screened_replay.kept, "conversation", self.read_replay.origin, system=False)
-            replay = [row for rows in made for row in rows]
+            replay = self.replay_rows
             order = np.random.default_rng((self.config.seed, 1)).permutation(len(replay))
             have, share = (len(examples) if d.replay_by == "examples" else tokens), d.replay_share
             want, taken = round(have * share / (1 - share)), list[Rows]()
@@ -169,12 +188,31 @@ class Corpora:
         return examples, facts | {"history": dict(encoder.counts), "target_tokens": tokens}
 
     @cached_property
+    def replay_rows(self) -> list[Rows]:
+        """All replay conversations that fit data.window. Raises InputError when none does."""
+        if self.read_replay is None:
+            return []
+        made = self._examples(self.screened_replay.kept, "conversation", self.read_replay.origin, system=False)
+        return [row for rows in made for row in rows]
+
+    @cached_property
     def valid_rows(self) -> list[Rows]:
         return [row for rows in self._examples(self.valid, "dialogue", str(self.config.data.valid)) for row in rows]
 
     @cached_property
-    def test_rows(self) -> list[Rows]:
-        return [row for rows in self._examples(self.test, "dialogue", str(self.config.data.test)) for row in rows]
+    def test_rows(self) -> list[tuple[str, Rows]]:
+        """The held-out dialogues' rows, each with its dialogue's id."""
+        made = self._examples(self.test, "dialogue", str(self.config.data.test))
+        return [(d.id, row) for d, rows in zip(self.test, made, strict=True) for row in rows]
+
+    @cached_property
+    def eval_replay_rows(self) -> list[tuple[str, Rows]]:
+        """The same of held-out replay data; none where there is none."""
+        corpus = self.read_eval_replay
+        if corpus is None:
+            return []
+        made = self._examples(corpus.dialogues, "conversation", corpus.origin, system=False)
+        return [(d.id, row) for d, rows in zip(corpus.dialogues, made, strict=True) for row in rows]
 
     def _examples(self, dialogues: list[Dialogue], what: str, origin: str, system: bool = True) -> list[list[Rows]]:
         rows = self.encoder.examples([self.encoder.chat(d, system) for d in dialogues])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,12 +17,14 @@ from esjax.corpus.dialogue import Message
 from esjax.errors import InputError
 from esjax.evolve.corpora import Corpora
 from esjax.evolve.filters import Filters
-from esjax.evolve.models import adapter_folder, run_model
-from esjax.evolve.reflect import Instructions, form, parse
-from esjax.hub.fetch import cache_root, resolve
+from esjax.evolve.models import adapter_folder, is_adapter, run_model
+from esjax.evolve.reflect import Instructions, cut_fields, form, parse, whole_words
+from esjax.hub.fetch import RECORD, cache_root, public_name, resolve
 from esjax.hub.identity import identity
-from esjax.model.lora import Adapter, load_adapter, lora_from, read_lora
-from esjax.model.weights import Backbone, compute_dtype, load_backbone
+from esjax.hub.shards import ShardReader
+from esjax.model.families import read_architecture
+from esjax.model.lora import Adapter, lora_from, place_adapter, read_peft
+from esjax.model.weights import FLOAT32, Backbone, Choice, compute_dtype, load_backbone, read_weights
 from esjax.run.directory import check_base, check_made, read_manifest
 from esjax.run.files import sha256
 from esjax.run.progress import say
@@ -48,17 +51,20 @@ class Experiment:
     @classmethod
     def open(cls, config: Config, adapted: bool = True) -> Experiment:
         """Fetch and load everything. Raises InputError; ``adapted`` false loads the bare backbone."""
-        lora = lora_from(config.lora) if adapted else None
         folder = resolve(config.model.source, config.model.sha256)
+        trained: Any = None
+        if adapted:
+            trained = lora_from(config.lora, read_architecture(folder)) if config.train.what == "lora" else "all"
         dtype = compute_dtype(config.model.dtype)
-        tokenizer = ChatTokenizer(folder)
+        tokenizer = ChatTokenizer(folder, config.model.chat_template)
         m = config.model
-        backbone = load_backbone(folder, lora, dtype, m.attention, m.remat, m.decoding_weights)
+        backbone = load_backbone(folder, trained, dtype, Choice(m.attention, m.remat, m.decoding_weights, m.base))
         tokenizer.check_rows(backbone.arch.vocab)
         how = backbone.execution
         say(
             f"computing on {jax.default_backend()} in {dtype}; attention: {how.attention}, rematerialisation: {how.remat}, "
             f"weights while decoding: {how.weights}, cache: {dtype if m.cache_dtype == 'auto' else m.cache_dtype}"
+            + ("" if m.base == "plain" else f"; linear layers are kept in {m.base}")
         )
         encoder = Encoder(tokenizer, config.data.window, read_text(config.prompts.system), cache_root() / "tokens")
         programs = sampling_programs(backbone.definition, dtype, backbone.execution)
@@ -87,8 +93,10 @@ class Experiment:
         return Request(key, prompt, seed, self.config.evolve.reflection, self.form.max_tokens, START, name)
 
     def reflection(self, token_ids: list[int]) -> dict[str, str]:
-        """The fields of a reflection that was drawn: profile, emotional_state and situation."""
-        return parse(self.tokenizer.decode([*self.form.opening, *token_ids]))
+        """The fields of a reflection that was drawn: profile, emotional_state and situation; each ends with a whole word."""
+        fields = parse(self.tokenizer.decode([*self.form.opening, *token_ids]))
+        cut = cut_fields(token_ids, self.tokenizer, self.config.evolve.reflection.field_tokens)
+        return {name: whole_words(text) if c else text for (name, text), c in zip(fields.items(), cut, strict=True)}
 
     @cached_property
     def generator(self) -> Generator:
@@ -109,19 +117,64 @@ class Experiment:
         """Identifies the backbone: the hashes of its files, by name."""
         return identity(self.backbone.folder)
 
+    @property
+    def revision(self) -> str | None:
+        """The commit of the backbone, where it comes from the hub."""
+        return public_name(self.config.model.source, self.backbone.folder)[1]
+
     def adapter(self, folder: Path) -> Adapter:
-        """A stored adapter. Raises InputError when it is missing or is not of the shape that the lora settings say."""
-        stored, expected = read_lora(folder), self.backbone.lora
-        if expected is None or (set(stored.targets), stored[1:]) != (set(expected.targets), expected[1:]):
+        """A stored adapter. Raises InputError when it is missing or is not of the shape that the lora settings say.
+
+        Where all parameters are trained: those of a whole model's folder.
+        """
+        if self.backbone.start is not None:
+            return read_weights(ShardReader(folder), self.backbone.arch, self.backbone.adapter_shapes, FLOAT32)
+        read, expected = read_peft(folder), self.backbone.lora
+        stored = read.lora
+        if expected is None or (
+            (set(stored.targets), stored.rank) != (set(expected.targets), expected.rank)
+            or not math.isclose(stored.scale, expected.scale, rel_tol=1e-9)
+        ):
             raise InputError(f"{folder}: the adapter is {stored}, but the lora settings say {expected}")
-        return load_adapter(folder, self.backbone.adapter_shapes)
+        if (folder / RECORD).exists():
+            self._say_base(folder)
+        return place_adapter(read, self.backbone.adapter_shapes)
+
+    def _say_base(self, folder: Path) -> None:
+        """Say by how much the backbone differs from the one that an exported adapter was made on. Raises InputError."""
+        try:
+            then = dict(json.loads((folder / RECORD).read_text(encoding="utf-8"))["base"])
+        except (ValueError, KeyError, TypeError) as e:
+            raise InputError(f"{folder / RECORD}: not what esjax wrote there; restore it, or delete it") from e
+        names = sorted({*then, *self.identity})
+        if changed := [name for name in names if then.get(name) != self.identity.get(name)]:
+            say(
+                f"{folder}: the adapter was made on another base: {len(changed)} of {len(names)} files differ by their SHA-256: "
+                f"{', '.join(changed)}"
+            )
+
+    @cached_property
+    def start(self) -> tuple[Adapter, str]:
+        """The adapter that training starts from, and what identifies it. Raises InputError where it does not fit."""
+        given = self.config.lora.start
+        if given is None:
+            if self.backbone.start is not None:
+                return self.backbone.fresh_adapter(0), "the backbone"
+            return self.backbone.fresh_adapter(self.config.seed), f"fresh, seed {self.config.seed}"
+        folder = Path(given).expanduser()
+        return self.adapter(folder), sha256(folder)
 
 
 def open_model(spec: str, config: Config) -> tuple[Experiment, Adapter]:
-    """Open ``RUN_DIR:mT``, or any backbone, bare, with the settings that ``model_settings`` makes. Raises InputError."""
+    """Open ``RUN_DIR:mT``, a PEFT folder, or any backbone, bare, with the settings that ``model_settings`` makes.
+
+    Raises InputError.
+    """
     named = run_model(spec)
-    experiment = Experiment.open(config, adapted=named is not None)
-    return experiment, _stored(experiment, *named) if named else nnx.State({})
+    experiment = Experiment.open(config, adapted=named is not None or is_adapter(spec))
+    if named is None:
+        return experiment, experiment.adapter(Path(spec).expanduser()) if is_adapter(spec) else nnx.State({})
+    return experiment, _stored(experiment, *named)
 
 
 def _stored(experiment: Experiment, run: Path, t: int) -> Adapter:
@@ -136,7 +189,8 @@ def _stored(experiment: Experiment, run: Path, t: int) -> Adapter:
 def model_hash(spec: str, experiment: Experiment) -> str:
     """Identifies an opened model: its backbone, and its adapter if it has one."""
     named = run_model(spec)
-    return json.dumps([experiment.identity, sha256(adapter_folder(*named)) if named else ""])
+    adapter = adapter_folder(*named) if named else Path(spec).expanduser() if is_adapter(spec) else None
+    return json.dumps([experiment.identity, sha256(adapter) if adapter else ""])
 
 
 def start_of_dpo(spec: str | None, experiment: Experiment) -> tuple[Adapter, str]:
@@ -146,6 +200,8 @@ def start_of_dpo(spec: str | None, experiment: Experiment) -> tuple[Adapter, str
     """
     c = experiment.config
     named = run_model(spec) if spec else None
+    if spec is not None and is_adapter(spec):
+        return experiment.adapter(Path(spec).expanduser()), sha256(Path(spec).expanduser())
     if named is None:
         folder = Path(spec or "").expanduser()
         if spec not in (None, c.model.source) and not (folder.is_dir() and identity(folder) == experiment.identity):
@@ -153,5 +209,5 @@ def start_of_dpo(spec: str | None, experiment: Experiment) -> tuple[Adapter, str
                 f"--model {spec} is neither RUN_DIR:mT nor the backbone that model.source={c.model.source} names; to start "
                 f"from it, leave --model out and give --model.source {spec}"
             )
-        return experiment.backbone.fresh_adapter(c.seed), f"fresh, seed {c.seed}"
+        return experiment.start
     return _stored(experiment, *named), sha256(adapter_folder(*named))

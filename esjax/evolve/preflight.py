@@ -7,6 +7,7 @@ import re
 from esjax.errors import InputError
 from esjax.evolve.experiment import Experiment
 from esjax.evolve.pairs import trunks
+from esjax.evolve.phases import apart
 from esjax.evolve.rounds import lengths
 from esjax.run.directory import RunDir
 from esjax.run.jsonl import Line
@@ -17,14 +18,14 @@ from esjax.settings.schema import DpoSettings
 
 def check_sft(experiment: Experiment, run: RunDir) -> None:
     """Phase 1's files are read and encoded, and fit. Raises InputError, in all processes of the run."""
-    run.check_base(experiment.identity)
+    run.check_base(experiment.identity, experiment.revision)
     with current().processes.in_step():
         _check_sft(experiment, run)
 
 
 def check_evolve(experiment: Experiment, run: RunDir) -> None:
     """The same for phase 1, all rounds and the closing table."""
-    run.check_base(experiment.identity)
+    run.check_base(experiment.identity, experiment.revision)
     c, corpora = experiment.config, experiment.corpora
     with current().processes.in_step():
         rounds = [int(found[1]) for name in run.manifest["stages"] if (found := re.match(r"round(\d+)/", name))]
@@ -35,6 +36,7 @@ def check_evolve(experiment: Experiment, run: RunDir) -> None:
             )
         _check_sft(experiment, run)
         rows_at_once("dpo", c.dpo)
+        _check_replay(experiment)
         check_split("evolve.batch", c.evolve.batch)
         _ = corpora.leaks, corpora.asked, corpora.test_rows
         if all(_done(run, f"round{t}/replies") for t in range(1, c.evolve.rounds + 1)):
@@ -62,16 +64,26 @@ def _check_sft(experiment: Experiment, run: RunDir) -> None:
         _ = experiment.corpora.leaks, experiment.corpora.sft_rows, experiment.corpora.valid_rows
 
 
+def _check_replay(experiment: Experiment) -> None:
+    """What DPO trains on beside its pairs is read, and fits."""
+    if experiment.config.dpo.replay_weight > 0:
+        _ = experiment.corpora.replay_rows
+
+
 def _done(run: RunDir, name: str) -> bool:
     return bool(run.manifest["stages"].get(name, {}).get("status") == "done")
 
 
 def check_dpo(experiment: Experiment, run: RunDir, pairs: list[Line]) -> None:
     """Each pair of a file is encoded, and fits a row and the model's positions. Raises InputError naming its line."""
-    run.check_base(experiment.identity)
+    run.check_base(experiment.identity, experiment.revision)
     c, most = experiment.config.dpo, experiment.backbone.arch.max_positions
     with current().processes.in_step():
         rows_at_once("dpo", c)
+        _check_replay(experiment)
+        apart(pairs, c, 0)
+        if c.validate_every > 0:
+            _ = experiment.corpora.valid_rows
         alone = trunks(pairs, experiment.encoder, DpoSettings(trunk="prompt"))
         for pair, (_, rows) in zip(pairs, alone, strict=True):
             tokens, positions = len(rows.tokens), int(rows.position.max()) + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jinja2
@@ -40,6 +41,38 @@ def parse(text: str) -> dict[str, str]:
     if match is None:
         raise ValueError(f"not a reflection: {text!r}")
     return match.groupdict()
+
+
+# Words after which a sentence goes on: one that is cut does not end with them.
+OPEN_WORDS = frozenset(
+    "a an the this that these those my your his her its our their and or but nor so because although while if when where which "
+    "who whose what how than as of to in on at by for from with without about into over after before between through not very "
+    "too also be is are was were been being am has have had do does did will would can could may might must should they he she "
+    "it we i you feel feels like just".split()
+)
+
+
+def cut_fields(token_ids: Sequence[int], tokenizer: ChatTokenizer, field_tokens: int) -> list[bool]:
+    """Which fields of a drawn reflection reached their token limit, and so were closed wherever they were."""
+    literals = [len(tokenizer.continuation(f"\n{label} {opening}")) for label, opening in [*FIELDS.values()][1:]]
+    ends = [i for i, token in enumerate(token_ids) if "\n" in tokenizer.decode([token])]
+    starts = [0, *(end + literal for end, literal in zip(ends, literals, strict=True))]
+    last = len(token_ids) - (1 if token_ids and token_ids[-1] in tokenizer.stops else 0)
+    return [stop - start >= field_tokens for start, stop in zip(starts, [*ends, last], strict=True)]
+
+
+def whole_words(text: str) -> str:
+    """A text that was closed within a sentence, up to its last word that is surely whole and can end one.
+
+    Whether the last word was finished cannot be known, so it goes; a text that has no other stays as it is.
+    """
+    kept = text.rstrip(".!?").split(" ")[:-1]
+    while kept and (not kept[-1].strip(PUNCTUATION) or kept[-1].strip(PUNCTUATION).lower() in OPEN_WORDS):
+        kept.pop()
+    return " ".join(kept).rstrip(PUNCTUATION) + "." if len(kept) > 2 else text
+
+
+PUNCTUATION = " ,;:-–—(\"'“‘"
 
 
 @dataclass(frozen=True)

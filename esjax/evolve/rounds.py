@@ -78,7 +78,10 @@ class Round:
         self.run.stage(
             f"round{self.t}/pairs", outputs, inputs, self._pairs, ("seed", "model", "lora", "filters", "screen", "dpo")
         )
-        dpo(self.experiment, self.run, self.files["pairs"], f"round{self.t}/dpo", lambda: self.adapter)
+        dpo(self.experiment, self.run, self.files["pairs"], f"round{self.t}/dpo", lambda: self.adapter, self._first)
+
+    def _first(self) -> Adapter:
+        return self.experiment.adapter(adapter_folder(self.run.path, 0))
 
     def _replies(self, chosen: list[Context], pool: list[Context]) -> Row:
         """Draft, reflect on and refine every context, all in one stream of work."""

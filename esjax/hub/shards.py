@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from esjax.errors import InputError
 
@@ -95,30 +94,64 @@ class ShardReader:
         return shard.get_slice(name)
 
 
-def write_shards(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], max_bytes: int = 4 << 30) -> None:
-    """Write tensors as one file, or as several of at most ``max_bytes`` with an index, holding one file's worth at a time."""
-    pending: dict[str, np.ndarray] = {}
-    shards: list[list[str]] = []
-    total = 0
+class _Shard:
+    """A safetensors file that is written tensor by tensor: room for its header is left at its start."""
 
-    def flush() -> None:
-        save_file(pending, folder / f"shard-{len(shards)}.safetensors", metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending.clear()
+    def __init__(self, path: Path, count: int) -> None:
+        self.path, self._room = path, -(-(64 + ENTRY * count) // 8) * 8
+        self.size = 0
+        self._header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        self._file = open(path, "wb")  # noqa: SIM115  closed in close()
+        self._file.seek(8 + self._room)
 
+    def add(self, key: str, array: np.ndarray) -> None:
+        end = self.size + array.nbytes
+        kind = KINDS[array.dtype.name]
+        self._header[key] = {"dtype": kind, "shape": list(array.shape), "data_offsets": [self.size, end]}
+        self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        self.size = end
+
+    def has_room(self, nbytes: int, most: int) -> bool:
+        """Whether the file, which holds one tensor at least, may take so many bytes more."""
+        return not self.size or 8 + self._room + self.size + nbytes <= most
+
+    def close(self) -> None:
+        header = json.dumps(self._header, separators=(",", ":")).encode()
+        if len(header) > self._room:
+            raise AssertionError("the header needs more room than was left for it")
+        self._file.seek(0)
+        self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
+        self._file.close()
+
+    @property
+    def keys(self) -> list[str]:
+        return list(self._header)[1:]
+
+
+KINDS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+ENTRY = 192  # bytes that a tensor takes in a header, with a name of up to 80
+
+
+def write_shards(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], count: int, max_bytes: int = 4 << 30) -> None:
+    """Write tensors as one file, or as several of at most ``max_bytes`` with an index, holding one tensor at a time.
+
+    There are at most ``count`` of them. (safetensors' own writer wants all of a file in memory, and copies it.)
+    """
+    shards: list[_Shard] = []
     for key, array in tensors:
-        if pending and sum(a.nbytes for a in pending.values()) + array.nbytes > max_bytes:
-            flush()
-        pending[key] = np.ascontiguousarray(array)
-        total += array.nbytes
-    flush()
+        if not shards or not shards[-1].has_room(array.nbytes, max_bytes):
+            if shards:
+                shards[-1].close()
+            shards.append(_Shard(folder / f"shard-{len(shards)}.safetensors", count))
+        shards[-1].add(key, array)
+    shards[-1].close()
     if len(shards) == 1:
-        (folder / "shard-0.safetensors").rename(folder / SINGLE)
+        shards[0].path.rename(folder / SINGLE)
         return
     weight_map: dict[str, str] = {}
-    for i, keys in enumerate(shards):
+    for i, shard in enumerate(shards):
         name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"shard-{i}.safetensors").rename(folder / name)
-        weight_map |= dict.fromkeys(keys, name)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        shard.path.rename(folder / name)
+        weight_map |= dict.fromkeys(shard.keys, name)
+    index = {"metadata": {"total_size": sum(shard.size for shard in shards)}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")

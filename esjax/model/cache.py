@@ -18,7 +18,8 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from esjax.model.decoder import Execution
 from esjax.model.families import Architecture
-from esjax.rows import sees
+from esjax.model.layers import Scores, softcap
+from esjax.rows import near, sees
 from esjax.runtime.mesh import constrain, sharding_here
 
 BLOCK = 128  # slots that the CPU attends to at a time
@@ -51,6 +52,7 @@ class Chunk(NamedTuple):
     valid: Any  # bool [P, C]; other slots keep what they hold
     since: Any  # int32 [P, T]
     until: Any  # int32 [P, T]; 0 where no token sees the slot
+    slot_position: Any  # int32 [P, T], the position of what lies in the slot, where a token sees it
 
 
 class Fed(NamedTuple):
@@ -90,15 +92,21 @@ def pinned(keys: list[Array], values: list[Array], cache: Cache) -> Cache:
     )
 
 
-def lanes_see(fed: Fed, clock: Array, cache: Cache) -> Array:
-    """Which of their row's slots and rings the lanes see in a step: bool [R, M, S]."""
+def lanes_see(fed: Fed, clock: Array, cache: Cache, window: int | None = None) -> Array:
+    """Which of their row's slots and rings the lanes see in a step: bool [R, M, S]; of a ``window``, the nearest."""
     m = fed.token.shape[1]
     slot = jnp.arange(cache.slots)
     trunk = (fed.trunk_start[..., None] <= slot) & (slot < fed.trunk_end[..., None])
     own = (fed.own_start[..., None] <= slot) & (slot < fed.own_end[..., None])
     n = (cache.keys[0].shape[-1] - cache.slots) // m
     age = (clock - jnp.arange(n)) % n
-    ring = (age < fed.newest[..., None])[..., None] & jnp.eye(m, dtype=bool)[:, None]  # [R, M, N, M]
+    newest = fed.newest
+    if window is not None:  # a trunk begins at position 0, and what lies in a span follows without a gap
+        seen, here = fed.trunk_end - fed.trunk_start, fed.position[..., None]
+        trunk &= near(window, here, slot - fed.trunk_start[..., None])[..., 0, :]
+        own &= near(window, here, slot - (fed.own_start - seen)[..., None])[..., 0, :]
+        newest = jnp.minimum(newest, window)
+    ring = (age < newest[..., None])[..., None] & jnp.eye(m, dtype=bool)[:, None]  # [R, M, N, M]
     return jnp.concatenate([trunk | own, ring.reshape(*fed.token.shape, n * m)], axis=-1)
 
 
@@ -143,19 +151,35 @@ def _grouped(q: Array, kv_heads: int) -> Array:
     return (q * q.shape[-1] ** -0.5).reshape(*q.shape[:-2], kv_heads, -1, q.shape[-1])
 
 
-def attend_chunk(q: Array, keys: Array, values: Array, chunk: Chunk, execution: Execution) -> Array:
+def attend_chunk(
+    q: Array,
+    keys: Array,
+    values: Array,
+    chunk: Chunk,
+    execution: Execution,
+    scores: Scores = Scores(),  # noqa: B008  immutable
+) -> Array:
     """Queries [P, C, N, H] of a chunk against their rows -> [P, C, N, H]."""
     p, c, _, _ = q.shape
     if execution.attention == "chunked":
         parts = []
         for i in range(p):
             k, v = (x[0] for x in rows_of(keys, values, jax.tree.map(lambda x, i=i: x[i : i + 1], chunk)))
-            parts.append(_blocked_chunk(_grouped(q[i], len(k)), k, v, chunk.since[i], chunk.until[i]))
+            one = jax.tree.map(lambda x, i=i: x[i], chunk)
+            parts.append(_blocked_chunk(_grouped(q[i], len(k)), k, v, one, scores))
         return jnp.stack(parts).reshape(q.shape)
     mask = sees(chunk.until, jnp.arange(c), chunk.since)
+    if scores.window is not None:
+        mask &= near(scores.window, chunk.position, chunk.slot_position)
     k, v = rows_of(keys, values, chunk)
     # Keys are transposed apart: fused with the taking of rows, that would read memory against the order in which they lie.
     k = with_layout_constraint(k, Layout((0, 1, 2, 3)))
+    if scores.cap is not None:
+        grouped = _grouped(q, k.shape[1]).transpose(0, 2, 3, 1, 4)  # [P, K, G, C, H]
+        s = jnp.einsum("pkgch,pkht->pkgct", grouped, k.astype(q.dtype), preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(jnp.where(mask[:, None, None], softcap(s, scores.cap), NEVER), axis=-1)
+        out = jnp.einsum("pkgct,pkth->pckgh", weights.astype(q.dtype), v.astype(q.dtype))
+        return out.reshape(q.shape)
     k, v = k.transpose(0, 3, 1, 2), v.transpose(0, 2, 1, 3)
     library: Literal["cudnn", "xla"] = "cudnn" if execution.attention == "cudnn" else "xla"
     return jax.nn.dot_product_attention(
@@ -171,9 +195,10 @@ class Running(NamedTuple):
     out: Array  # [..., Q, H]
 
 
-def _add_block(so_far: Running, q: Array, k: Array, v: Array, mask: Array) -> Running:
+def _add_block(so_far: Running, q: Array, k: Array, v: Array, mask: Array, cap: float | None) -> Running:
     """One more block of keys: q [..., Q, H], k [..., H, S], v [..., S, H], mask [..., Q, S] broadcast."""
-    scores = jnp.where(mask, jnp.matmul(q, k.astype(q.dtype), preferred_element_type=jnp.float32), NEVER)
+    scores = softcap(jnp.matmul(q, k.astype(q.dtype), preferred_element_type=jnp.float32), cap)
+    scores = jnp.where(mask, scores, NEVER)
     top = jnp.maximum(so_far.top, scores.max(axis=-1))
     p = jnp.exp(scores - top[..., None])
     old = jnp.exp(so_far.top - top)
@@ -202,8 +227,9 @@ def _blocks(k: Array, v: Array, index: Array) -> tuple[Array, Array, Array]:
     return block_k, block_v, jnp.where(slot >= index * size, slot, -1)  # -1: seen in the block before
 
 
-def _blocked_chunk(q: Array, k: Array, v: Array, since: Array, until: Array) -> Array:
+def _blocked_chunk(q: Array, k: Array, v: Array, chunk: Chunk, scores: Scores) -> Array:
     """For CPUs: queries [C, K, G, H] of one row against the blocks of its slots [T] between the first and the last they see."""
+    since, until = chunk.since, chunk.until
     c, kv, g, h = q.shape
     q_KxGCxH = q.transpose(1, 2, 0, 3).reshape(kv, g * c, h)
     query = jnp.tile(jnp.arange(c), g)
@@ -211,7 +237,9 @@ def _blocked_chunk(q: Array, k: Array, v: Array, since: Array, until: Array) -> 
     def add(index: Array, so_far: Running) -> Running:
         block_k, block_v, slot = _blocks(k, v, index)
         mask = sees(jnp.where(slot < 0, 0, jnp.take(until, slot)), query, jnp.take(since, slot))
-        return _add_block(so_far, q_KxGCxH, block_k, block_v, mask[None])
+        if scores.window is not None:
+            mask &= near(scores.window, jnp.take(chunk.position, query), jnp.take(chunk.slot_position, slot))
+        return _add_block(so_far, q_KxGCxH, block_k, block_v, mask[None], scores.cap)
 
     size, slots = min(BLOCK, k.shape[-1]), k.shape[-1]
     seen = until > 0
@@ -221,7 +249,9 @@ def _blocked_chunk(q: Array, k: Array, v: Array, since: Array, until: Array) -> 
     return out.reshape(kv, g, c, h).transpose(2, 0, 1, 3)
 
 
-def attend_lanes(q: Array, keys: Array, values: Array, seen: Array, execution: Execution) -> Array:
+def attend_lanes(
+    q: Array, keys: Array, values: Array, seen: Array, execution: Execution, cap: float | None = None
+) -> Array:
     """One query a lane [R M, 1, N, H] against its row and its ring, read once for all lanes; ``seen`` as of ``lanes_see``."""
     (r, m, _), kv = seen.shape, keys.shape[1]
     q_RMxKxGxH = _grouped(q[:, 0], kv)
@@ -229,15 +259,15 @@ def attend_lanes(q: Array, keys: Array, values: Array, seen: Array, execution: E
     q_RxKxMGxH = q_RMxKxGxH.reshape(r, m, kv, g, -1).swapaxes(1, 2).reshape(r, kv, m * g, -1)
     mask = jnp.repeat(seen, g, axis=1)[:, None]
     if execution.attention == "chunked":
-        out = _blocked_lanes(q_RxKxMGxH, keys, values, mask)
+        out = _blocked_lanes(q_RxKxMGxH, keys, values, mask, cap)
     else:
         scores = jnp.matmul(q_RxKxMGxH, keys.astype(q.dtype), preferred_element_type=jnp.float32)
-        p = jax.nn.softmax(jnp.where(mask, scores, NEVER), axis=-1).astype(q.dtype)
+        p = jax.nn.softmax(jnp.where(mask, softcap(scores, cap), NEVER), axis=-1).astype(q.dtype)
         out = jnp.matmul(p, values.astype(q.dtype), preferred_element_type=jnp.float32).astype(q.dtype)
     return out.reshape(r, kv, m, g, -1).swapaxes(1, 2).reshape(q.shape)
 
 
-def _blocked_lanes(q: Array, keys: Array, values: Array, mask: Array) -> Array:
+def _blocked_lanes(q: Array, keys: Array, values: Array, mask: Array, cap: float | None) -> Array:
     """For CPUs: queries [R, K, M G, H] against the blocks that any of them sees; mask [R, 1, M G, S]."""
     size = min(BLOCK, mask.shape[-1])
     count = -(-mask.shape[-1] // size)
@@ -248,7 +278,7 @@ def _blocked_lanes(q: Array, keys: Array, values: Array, mask: Array) -> Array:
         k, v, slot = _blocks(keys, values, order[number])
         at = slot[-1] + 1 - size
         part = jax.lax.dynamic_slice_in_dim(mask, at, size, axis=3) & (slot >= 0)
-        return _add_block(so_far, q, k, v, part)
+        return _add_block(so_far, q, k, v, part, cap)
 
     done = jax.lax.fori_loop(0, seen.sum(), add, _none_yet(q))
     return (done.out / done.total[..., None]).astype(q.dtype)

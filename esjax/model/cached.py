@@ -8,7 +8,7 @@ the writing of keys and values are each device's own.
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +27,9 @@ from esjax.model.cache import (
     write_chunk,
     write_step,
 )
-from esjax.model.decoder import Decoder, Execution
-from esjax.model.families import LINEARS, Architecture
-from esjax.model.layers import DECODING, Block, rms_norm, rope_at
+from esjax.model.decoder import Decoder, Execution, embedded
+from esjax.model.families import Architecture
+from esjax.model.layers import DECODING, Block, Rope, Scores, rms_norm, rope_at
 from esjax.runtime.mesh import constrain, per_device
 
 
@@ -68,9 +68,8 @@ def layered(model: Decoder, merge: bool) -> Weights:
 
 def _merged(block: Block) -> Block:
     block = nnx.clone(block)
-    for name in LINEARS:
-        linear = getattr(block, name)
-        if linear.lora_a is not None:
+    for linear in block.linears(block.arch.linears):
+        if linear.lora_a is not None and linear.lora_b is not None and linear.kind == "plain":
             w, a, b = linear.kernel[...], linear.lora_a[...], linear.lora_b[...]
             moved = jnp.einsum("lri,lro->lio", a, b, preferred_element_type=jnp.float32) * linear.scale
             linear.kernel[...] = (w.astype(jnp.float32) + moved).astype(w.dtype)
@@ -83,20 +82,22 @@ QUERIES, KEYS = ("batch", None, "heads"), ("batch", None, "kv_heads")  # [P, C, 
 
 def prefill(weights: Weights, cache: Cache, chunk: Chunk, execution: Execution) -> Cache:
     """Compute the chunk's keys and values and write them into the rows."""
-    rope = rope_at(weights.arch, chunk.position)
+    ropes = _ropes(weights.arch, chunk.position)
     x = _embed(weights, chunk.tokens)
     keys, values = list(cache.keys), list(cache.values)
     write = per_device(
         partial(write_chunk, execution=execution), [CACHE, CACHE, KEYS, KEYS, ("batch",)], [CACHE, CACHE]
     )
-    attend = per_device(partial(attend_chunk, execution=execution), [QUERIES, CACHE, CACHE, ("batch",)])
-    for i, block in enumerate(weights.layers):
+    for i, (block, kind) in enumerate(zip(weights.layers, weights.arch.kind_of, strict=True)):
+        scores = Scores(weights.arch.kinds[kind].window, weights.arch.attention_cap)
+        way = partial(attend_chunk, execution=execution, scores=scores)
+        attend = per_device(way, [QUERIES, CACHE, CACHE, ("batch",)])
 
-        def attend_row(q: Array, k: Array, v: Array, i: int = i) -> Array:
+        def attend_row(q: Array, k: Array, v: Array, i: int = i, attend: Any = attend) -> Array:
             keys[i], values[i] = write(keys[i], values[i], k, v, chunk)
             return attend(q, keys[i], values[i], chunk)
 
-        x = block(x, rope, attend_row, DECODING)  # of the last layer only the keys and values are used
+        x = block(x, ropes[kind], attend_row, DECODING)  # of the last layer only the keys and values are used
     return pinned(keys, values, cache)
 
 
@@ -106,25 +107,32 @@ def step(weights: Weights, cache: Cache, fed: Fed, clock: Array, execution: Exec
     Args:
         clock: int32, the ring's slot (modulo N) that this step writes.
     """
-    rope = rope_at(weights.arch, fed.position.reshape(-1, 1))
+    ropes = _ropes(weights.arch, fed.position.reshape(-1, 1))
     x = _embed(weights, fed.token.reshape(-1, 1))
     keys, values = list(cache.keys), list(cache.values)
     ring = cache.keys[0].shape[-1] - cache.slots
     at = cache.slots + clock * fed.token.shape[1] % ring
-    seen = lanes_see(fed, clock, cache)
+    arch = weights.arch
+    seen = {window: lanes_see(fed, clock, cache, window) for window in arch.windows}
     write = per_device(write_step, [CACHE, CACHE, KEYS, KEYS, ()], [CACHE, CACHE])
-    attend = per_device(partial(attend_lanes, execution=execution), [QUERIES, CACHE, CACHE, ("batch",)])
-    for i, block in enumerate(weights.layers):
+    way = partial(attend_lanes, execution=execution, cap=arch.attention_cap)
+    attend = per_device(way, [QUERIES, CACHE, CACHE, ("batch",)])
+    for i, (block, kind) in enumerate(zip(weights.layers, arch.kind_of, strict=True)):
 
-        def attend_row(q: Array, k: Array, v: Array, i: int = i) -> Array:
+        def attend_row(q: Array, k: Array, v: Array, i: int = i, kind: int = kind) -> Array:
             keys[i], values[i] = write(keys[i], values[i], k, v, at)
-            return attend(q, keys[i], values[i], seen)
+            return attend(q, keys[i], values[i], seen[arch.kinds[kind].window])
 
-        x = block(x, rope, attend_row, DECODING)
-    x = rms_norm(x[:, 0], weights.norm, weights.arch.norm_eps)
+        x = block(x, ropes[kind], attend_row, DECODING)
+    x = rms_norm(x[:, 0], weights.norm, arch)
     return x, pinned(keys, values, cache)
 
 
 def _embed(weights: Weights, tokens: Array) -> Array:
     """[n, T] -> [n, T, D]."""
-    return constrain(weights.embed[tokens], "stream", None, "embed")
+    return constrain(embedded(weights.embed, tokens, weights.arch, "vocab", "embed"), "stream", None, "embed")
+
+
+def _ropes(arch: Architecture, position: Array) -> list[Rope | None]:
+    """Rotary tables of each kind of layer."""
+    return [rope_at(kind, position) for kind in arch.kinds]

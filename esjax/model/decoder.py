@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,11 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from esjax.model.attention import Path, attention
+from esjax.model.attention import Attention, Path, attention
+from esjax.model.dropout import Dropout
 from esjax.model.families import Architecture
 from esjax.model.head import target_logprobs
-from esjax.model.layers import KEPT, TRAINING, Block, Lora, rms_norm, rope_at
+from esjax.model.layers import KEPT, TRAINING, Block, Lora, Rope, Scores, rms_norm, rope_at, softcap
 from esjax.rows import Layout, Rows
 from esjax.runtime.mesh import batch_groups, constrain, mesh_sizes
 
@@ -46,22 +47,44 @@ class Decoder(nnx.Module):
             draw = jax.random.normal(rngs.params(), (arch.vocab, arch.width), jnp.float32) * 0.02
             self.head = nnx.Param(draw.astype(dtype), axes=("vocab", "embed"))
 
-    def __call__(self, rows: Rows, execution: Execution) -> Array:
-        """Final hidden states [B, T, D] of rows [B, T]."""
-        attend = attention(execution.attention, rows, execution.layout, execution.interpret)
-        rope = rope_at(self.arch, rows.position)
+    def __call__(self, rows: Rows, execution: Execution, dropout: Dropout | None = None) -> Array:
+        """Final hidden states [B, T, D] of rows [B, T]; with ``dropout``, of what the adapters read."""
+        choose = self._by_kind(rows, execution)
         definition, stacked = nnx.split(self.layers)
         # Joined along an axis that is split over tensor, matrices would have to move.
         on_gpu = execution.attention in ("cudnn", "pallas")
         place = TRAINING._replace(one_product=on_gpu and mesh_sizes()["tensor"] == 1)
 
-        def layer(x: Array, state: nnx.State) -> tuple[Array, None]:
+        def layer(x: Array, scanned: tuple[nnx.State, Array, Array | None]) -> tuple[Array, None]:
+            state, kind, number = scanned
             x = checkpoint_name(constrain(x, "batch", None, None), LAYER_INPUT)
-            return nnx.merge(definition, state)(x, rope, attend, place), None
+            own = place if dropout is None else place._replace(dropout=dropout._replace(layer=cast(Array, number)))
+            return nnx.merge(definition, state)(x, *choose(kind), own), None
 
-        embed = constrain(self.embed[...], "vocab", None)
-        x, _ = jax.lax.scan(rematerialised(layer, execution), embed[rows.tokens], stacked, unroll=execution.unroll)
-        return rms_norm(x, self.norm[...], self.arch.norm_eps)
+        x = embedded(self.embed[...], rows.tokens, self.arch, "vocab", None)
+        each = (stacked, jnp.asarray(self.arch.kind_of), None if dropout is None else jnp.arange(self.arch.layers))
+        x, _ = jax.lax.scan(rematerialised(layer, execution), x, each, unroll=execution.unroll)
+        return rms_norm(x, self.norm[...], self.arch)
+
+    def _by_kind(self, rows: Rows, execution: Execution) -> Callable[[Array], tuple[Rope | None, Attention]]:
+        """For the number of a layer's kind, its rotary tables and its attention. Where all are alike, nothing is chosen."""
+        kinds, windows = self.arch.kinds, self.arch.windows
+        ways = [attention(execution, rows, Scores(window, self.arch.attention_cap)) for window in windows]
+        ropes = [rope_at(kind, rows.position) for kind in kinds]
+        if len(kinds) == 1:
+            return lambda kind: (ropes[0], ways[0])
+        turned = next(r for r in ropes if r is not None)
+        still = Rope(jnp.ones_like(turned.cos), jnp.zeros_like(turned.sin))
+        tables = jax.tree.map(lambda *x: jnp.stack(x), *(still if r is None else r for r in ropes))
+        way_of = jnp.asarray([windows.index(kind.window) for kind in kinds])
+
+        def choose(kind: Array) -> tuple[Rope | None, Attention]:
+            def attend(q: Array, k: Array, v: Array) -> Array:
+                return ways[0](q, k, v) if len(ways) == 1 else jax.lax.switch(way_of[kind], ways, q, k, v)
+
+            return jax.tree.map(lambda x: x[kind], tables), attend
+
+        return choose
 
     @property
     def head_weight(self) -> Array:
@@ -70,7 +93,14 @@ class Decoder(nnx.Module):
 
     def logits(self, x: Array) -> Array:
         """Vocabulary head: [..., D] -> float32 [..., V]."""
-        return jnp.einsum("...d,vd->...v", x, self.head_weight, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("...d,vd->...v", x, self.head_weight, preferred_element_type=jnp.float32)
+        return softcap(logits, self.arch.logits_cap)
+
+
+def embedded(embed: Array, tokens: Array, arch: Architecture, *axes: str | None) -> Array:
+    """Rows [..., D] of the embedding [V, D], which lies by ``axes``, scaled where the family scales them."""
+    x = constrain(embed, *axes)[tokens]
+    return x if arch.embedding_scale == 1 else x * jnp.asarray(arch.embedding_scale, x.dtype)
 
 
 LAYER_INPUT = "layer_input"
@@ -104,7 +134,9 @@ def _made_by_a_kernel(primitive: Any, *_: Any, **__: Any) -> bool:
     return str(primitive).startswith(("dot_product_attention_fwd", "pallas_call"))
 
 
-def token_logprobs(model: Decoder, rows: Rows, targets: int | None, execution: Execution) -> Array:
+def token_logprobs(
+    model: Decoder, rows: Rows, targets: int | None, execution: Execution, dropout: Dropout | None = None
+) -> Array:
     """Log-probability of each target token, float32 [B, T]: entry i is for token i + 1; 0 where weight is 0.
 
     The one primitive of SFT, DPO and scoring. The head runs only where weight != 0, in chunks, so that [B, T, V] logits
@@ -114,10 +146,11 @@ def token_logprobs(model: Decoder, rows: Rows, targets: int | None, execution: E
         rows: [B, T].
         targets: at least the number of nonzero weights in each device's share of the batch; static, so that shapes are.
             None takes any number, skips what is not there as it goes, and has no gradient: for scoring.
+        dropout: of what the adapters read, in training.
     """
     b, t = rows.tokens.shape
     groups = batch_groups()
-    hidden = model(rows, execution).reshape(groups, b // groups * t, -1)
+    hidden = model(rows, execution, dropout).reshape(groups, b // groups * t, -1)
     wanted = (rows.weight != 0).reshape(groups, -1)
     last = wanted.shape[1] - 1  # the last token of a row is never a target
     size = last + 1 if targets is None else min(targets, last + 1)
@@ -128,7 +161,9 @@ def token_logprobs(model: Decoder, rows: Rows, targets: int | None, execution: E
     live = jnp.take_along_axis(wanted, index, axis=1)
     token = jnp.take_along_axis(following, index, axis=1)
     logprobs = jnp.where(
-        live, target_logprobs(x, head, token, execution.logits, live if targets is None else None), 0.0
+        live,
+        target_logprobs(x, head, token, execution.logits, live if targets is None else None, model.arch.logits_cap),
+        0.0,
     )
     flat = jax.vmap(lambda i, values: jnp.zeros(last + 1, jnp.float32).at[i].add(values))(index, logprobs)
     return flat.reshape(b, t)

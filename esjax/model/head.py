@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from esjax.model.layers import softcap
 from esjax.runtime.mesh import constrain
 
 
-def target_logprobs(x: Array, head: Array, token: Array, logits: int, live: Array | None = None) -> Array:
+def target_logprobs(
+    x: Array, head: Array, token: Array, logits: int, live: Array | None = None, cap: float | None = None
+) -> Array:
     """log softmax(x head^T)[token] in float32: x [G, n, D], head [V, D], token int32 [G, n] -> [G, n].
 
     Neither pass holds more logits than those of one chunk of tokens, and the size of a chunk falls as V grows. Since the
@@ -24,6 +27,7 @@ def target_logprobs(x: Array, head: Array, token: Array, logits: int, live: Arra
         x: G is the number of devices that the batch is split over; each computes its own n tokens.
         logits: most entries of one chunk's logits on one device (a chunk has at least one token).
         live: bool [G, n]; where given, chunks without a live token are skipped, and there is no gradient.
+        cap: logits are kept softly within +-cap, see ``layers.softcap``.
     """
     (groups, n), v = token.shape, head.shape[0]
     count = -(-n // max(1, logits // v))
@@ -36,48 +40,52 @@ def target_logprobs(x: Array, head: Array, token: Array, logits: int, live: Arra
 
     head = constrain(head, "vocab", None)
     if live is None:
-        out = _logprobs(split(x), head, split(token))
+        out = _logprobs(split(x), head, split(token), cap)
     else:
         nothing = jnp.zeros(groups * size, jnp.float32)
         out = jax.lax.map(
             lambda part: jax.lax.cond(
-                jnp.any(part[2]), lambda x, t: _one_chunk(x, t, head)[0], lambda *_: nothing, *part[:2]
+                jnp.any(part[2]), lambda x, t: _one_chunk(x, t, head, cap)[0], lambda *_: nothing, *part[:2]
             ),
             (split(x), split(token), split(live)),
         )
     return out.reshape(count, groups, size).swapaxes(0, 1).reshape(groups, -1)[:, :n]
 
 
-@jax.custom_vjp
-def _logprobs(x: Array, head: Array, token: Array) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _logprobs(x: Array, head: Array, token: Array, cap: float | None) -> Array:
     """The same in chunks [count, size]."""
-    return jax.lax.map(lambda part: _one_chunk(part[0], part[1], head)[0], (x, token))
+    return jax.lax.map(lambda part: _one_chunk(part[0], part[1], head, cap)[0], (x, token))
 
 
-def _one_chunk(x: Array, token: Array, head: Array) -> tuple[Array, Array]:
-    """Log-probs [size] and probabilities [size, V]."""
-    logits = jnp.einsum("nd,vd->nv", x, head, preferred_element_type=jnp.float32)
+def _one_chunk(x: Array, token: Array, head: Array, cap: float | None) -> tuple[Array, Array, Array | None]:
+    """Log-probs [size] and probabilities [size, V], and the derivative [size, V] of capped logits with respect to plain ones."""
+    logits = softcap(jnp.einsum("nd,vd->nv", x, head, preferred_element_type=jnp.float32), cap)
     high = jnp.max(logits, axis=-1, keepdims=True)
     e = jnp.exp(logits - high)
     total = jnp.sum(e, axis=-1, keepdims=True)
     picked = jnp.take_along_axis(logits, token[:, None], axis=-1)
-    return (picked - high - jnp.log(total))[:, 0], e / total
+    slope = None if cap is None else 1 - jnp.square(logits / cap)
+    return (picked - high - jnp.log(total))[:, 0], e / total, slope
 
 
-def _forward(x: Any, head: Any, token: Any) -> tuple[Array, tuple[Any, ...]]:
+def _forward(x: Any, head: Any, token: Any, cap: float | None) -> tuple[Array, tuple[Any, ...]]:
     if head.perturbed:
-        return _logprobs(x.value, head.value, token.value), (None, x.value, head.value, token.value)
+        return _logprobs(x.value, head.value, token.value, cap), (None, x.value, head.value, token.value)
 
     def chunk(part: tuple[Array, Array]) -> tuple[Array, Array]:
-        logprobs, p = _one_chunk(*part, head.value)
+        logprobs, p, slope = _one_chunk(*part, head.value, cap)
+        own = head.value[part[1]].astype(jnp.float32)
+        if slope is not None:
+            p, own = p * slope, own * jnp.take_along_axis(slope, part[1][:, None], axis=-1)
         mean = jnp.einsum("nv,vd->nd", p.astype(x.value.dtype), head.value, preferred_element_type=jnp.float32)
-        return logprobs, (head.value[part[1]].astype(jnp.float32) - mean).astype(x.value.dtype)
+        return logprobs, (own - mean).astype(x.value.dtype)
 
     logprobs, slope = jax.lax.map(chunk, (x.value, token.value))
     return logprobs, (slope,)
 
 
-def _backward(saved: tuple[Any, ...], g: Array) -> tuple[Any, Any, None]:
+def _backward(cap: float | None, saved: tuple[Any, ...], g: Array) -> tuple[Any, Any, None]:
     slope, *inputs = saved
     if slope is not None:
         return (g[..., None] * slope.astype(jnp.float32)).astype(slope.dtype), None, None
@@ -85,9 +93,9 @@ def _backward(saved: tuple[Any, ...], g: Array) -> tuple[Any, Any, None]:
 
     def chunk(total: Array, part: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         x, token, g = part
-        _, p = _one_chunk(x, token, head)
+        _, p, slope = _one_chunk(x, token, head, cap)
         d = (jax.nn.one_hot(token, head.shape[0], dtype=jnp.float32) - p) * g[:, None]
-        d = d.astype(x.dtype)
+        d = (d if slope is None else d * slope).astype(x.dtype)
         product = partial(jnp.einsum, preferred_element_type=jnp.float32)
         return total + product("nv,nd->vd", d, x), product("nv,vd->nd", d, head).astype(x.dtype)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +16,18 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from esjax.model.families import LINEARS, Architecture
+from esjax.model.dropout import Dropout
+from esjax.model.families import Architecture, Kind
+from esjax.model.quantised import QTYPES, SCALES, dequantise, scale_rows, stored_rows
 from esjax.runtime.mesh import constrain
 
 KERNEL_AXES = {
+    "qkv_proj": ("embed", "heads"),
     "q_proj": ("embed", "heads"),
     "k_proj": ("embed", "kv_heads"),
     "v_proj": ("embed", "kv_heads"),
     "o_proj": ("heads", "embed"),
+    "gate_up_proj": ("embed", "mlp"),
     "gate_proj": ("embed", "mlp"),
     "up_proj": ("embed", "mlp"),
     "down_proj": ("mlp", "embed"),
@@ -33,15 +37,18 @@ KERNEL_AXES = {
 def linear_sizes(arch: Architecture) -> dict[str, tuple[int, int]]:
     """(in, out) of every linear layer."""
     d, q, kv, f = arch.width, arch.heads * arch.head_size, arch.kv_heads * arch.head_size, arch.hidden
-    return {
+    sizes = {
+        "qkv_proj": (d, q + 2 * kv),
         "q_proj": (d, q),
         "k_proj": (d, kv),
         "v_proj": (d, kv),
         "o_proj": (q, d),
+        "gate_up_proj": (d, 2 * f),
         "gate_proj": (d, f),
         "up_proj": (d, f),
         "down_proj": (f, d),
     }
+    return {name: sizes[name] for name in arch.linears}
 
 
 class Lora(NamedTuple):
@@ -50,42 +57,68 @@ class Lora(NamedTuple):
     targets: tuple[str, ...]
     rank: int
     scale: float
+    init: Literal["b_zero", "a_zero", "gaussian"] = "b_zero"
+    dropout: float = 0.0  # in SFT, of what it reads
 
 
 class Linear(nnx.Module):
     """y = x W + b + scale (x A^T) B, stacked over L layers: W [L, in, out], A [L, R, in], B [L, R, out].
 
-    A is drawn uniform in +-1/sqrt(in) and B is zero, as PEFT does (Kaiming uniform with a = sqrt 5).
+    A is drawn uniform in +-1/sqrt(in) and B is zero, as PEFT does (Kaiming uniform with a = sqrt 5); or one of the two is
+    normal with a standard deviation of 1/R (PEFT's "gaussian") and the other zero.
     """
 
     def __init__(self, name: str, arch: Architecture, lora: Lora | None, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.name, stack = name, arch.layers
         i, o = linear_sizes(arch)[name]
-        bias = arch.qkv_bias and name in ("q_proj", "k_proj", "v_proj")
+        bias = name in arch.biased
         axes_in, axes_out = KERNEL_AXES[name]
-        draw = jax.random.normal(rngs.params(), (stack, i, o), jnp.float32) * 0.02
-        self.kernel = nnx.Param(draw.astype(dtype), axes=("layers", axes_in, axes_out))
+        self.dtype, self.kind, self.size, axes = dtype, arch.kernels, i, ("layers", axes_in, axes_out)
+        if arch.kernels == "plain":
+            draw = jax.random.normal(rngs.params(), (stack, i, o), jnp.float32) * 0.02
+            self.kernel = nnx.Param(draw.astype(dtype), axes=axes)
+        else:
+            rows, stored = scale_rows(arch.kernels, i), stored_rows(arch.kernels, i)
+            self.numbers = nnx.Param(jnp.zeros((stack, stored, o), QTYPES[arch.kernels]), axes=axes)
+            self.scales = nnx.Param(jnp.ones((stack, rows, o), SCALES[arch.kernels]), axes=("layers", None, axes_out))
         self.bias = nnx.Param(jnp.zeros((stack, o), dtype), axes=("layers", axes_out)) if bias else None
         self.scale = 0.0 if lora is None else lora.scale
         if lora is None or name not in lora.targets:
             self.lora_a = self.lora_b = None
             return
-        bound = 1 / math.sqrt(i)
-        a = jax.random.uniform(rngs.lora(), (stack, i, lora.rank), jnp.float32, -bound, bound).swapaxes(1, 2)
+        bound, r = 1 / math.sqrt(i), lora.rank
+        a, b = jnp.zeros((stack, r, i), jnp.float32), jnp.zeros((stack, r, o), jnp.float32)
+        if lora.init == "b_zero":
+            a = jax.random.uniform(rngs.lora(), (stack, i, r), jnp.float32, -bound, bound).swapaxes(1, 2)
+        elif lora.init == "gaussian":
+            a = jax.random.normal(rngs.lora(), a.shape) / r
+        else:
+            b = jax.random.normal(rngs.lora(), b.shape) / r
         # The long axis last: the gradient of A is then a product that XLA's CPU backend computes several times faster.
         self.lora_a = nnx.LoRAParam(a, axes=("layers", "lora", axes_in))
-        self.lora_b = nnx.LoRAParam(jnp.zeros((stack, lora.rank, o), jnp.float32), axes=("layers", "lora", axes_out))
+        self.lora_b = nnx.LoRAParam(b, axes=("layers", "lora", axes_out))
 
     def base(self, gather: bool) -> Array:
         """W [in, out], the frozen part."""
-        return _gathered(self.kernel[...], KERNEL_AXES[self.name], gather)
+        axes = KERNEL_AXES[self.name]
+        if self.kind == "plain":
+            return _gathered(self.kernel[...], axes, gather)
+        numbers = _gathered(self.numbers[...], axes, gather)
+        return dequantise(numbers, self.scales[...], self.kind, self.size).astype(self.dtype)
 
 
-def project(x: Array, linears: Sequence[Linear], gather: bool = True, one_product: bool = False) -> list[Array]:
+def project(
+    x: Array,
+    linears: Sequence[Linear],
+    gather: bool = True,
+    one_product: bool = False,
+    dropout: Dropout | None = None,
+) -> list[Array]:
     """What several linear layers make of one input [..., in]: each [..., out]. Weights are gathered over fsdp, or stay.
 
     Their A matrices are joined, so that x is read once for all of them, forward and backward: LoRA's narrow products are
-    bound by memory, not by arithmetic. ``one_product`` makes base and adapter in one, see ``_one_product``.
+    bound by memory, not by arithmetic. ``one_product`` makes base and adapter in one, see ``_one_product``; ``dropout``
+    drops from what the adapters read, for all of them the same.
     """
     # Two-dimensional: XLA's CPU backend computes the narrow gradients of A and B several times slower over two axes.
     flat = x.reshape(-1, x.shape[-1])
@@ -94,7 +127,9 @@ def project(x: Array, linears: Sequence[Linear], gather: bool = True, one_produc
     if adapted:
         axes_in = (None, KERNEL_AXES[linears[0].name][0])  # of all: they have one input
         joined = _gathered(jnp.concatenate([a.astype(x.dtype) for a, _ in adapted.values()], axis=0), axes_in, gather)
-        wide = flat @ joined.T * linears[0].scale
+        place = list(KERNEL_AXES).index(linears[0].name)
+        read = flat if dropout is None else dropout(x, place).reshape(flat.shape)
+        wide = read @ joined.T * linears[0].scale
         narrow = dict(zip(adapted, jnp.split(wide, len(adapted), axis=1), strict=True))
     out = []
     for linear in linears:
@@ -143,45 +178,54 @@ def _gathered(weight: Array, axes: tuple[str | None, ...], gather: bool) -> Arra
     return constrain(weight, *(None if axis == "embed" else axis for axis in axes)) if gather else weight
 
 
-def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+def rms_norm(x: Array, weight: Array, arch: Architecture) -> Array:
     """Root-mean-square norm over the last axis (Zhang and Sennrich 2019), computed in float32."""
     x32 = x.astype(jnp.float32)
-    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + arch.norm_eps)
+    if arch.norm_plus_one:
+        return (x32 * (1 + weight.astype(jnp.float32))).astype(x.dtype)
     return weight * x32.astype(x.dtype)
 
 
+class Scores(NamedTuple):
+    """What is particular to a layer's attention. Static."""
+
+    window: int | None = None  # a token sees those of fewer positions' distance
+    cap: float | None = None  # scores are kept softly within +-cap
+
+
+def softcap(x: Array, cap: float | None) -> Array:
+    """x kept softly within +-cap (Gemma 2); None leaves it as it is."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
 class Rope(NamedTuple):
-    """cos and sin of the rotary angles, float32 [B, T, 1, H / 2]."""
+    """cos and sin of the rotary angles, float32 [B, T, 1, h / 2]; the first h numbers of a head are turned."""
 
     cos: Array
     sin: Array
 
 
-def rope_frequencies(arch: Architecture) -> Array:
-    """Inverse frequencies [H / 2] of the rotary embedding (Su et al. 2021), with Llama 3.1's scaling where configured."""
-    inv = 1.0 / arch.rope_theta ** (jnp.arange(0, arch.head_size, 2, dtype=jnp.float32) / arch.head_size)
-    s = arch.rope_scaling
-    if s is None:
-        return inv
-    turns = s.original_max_positions * inv / (2 * math.pi)  # rotations within the original window
-    blend = jnp.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0.0, 1.0)
-    return inv * (blend + (1 - blend) / s.factor)
+def rope_at(kind: Kind, position: Array) -> Rope | None:
+    """Rotary tables (Su et al. 2021) of a layer of this kind for positions [B, T]; None where it has no rotary positions."""
+    if kind.rotary is None:
+        return None
+    angle = position.astype(jnp.float32)[..., None, None] * jnp.asarray(kind.rotary.frequencies, jnp.float32)
+    return Rope(jnp.cos(angle) * kind.rotary.factor, jnp.sin(angle) * kind.rotary.factor)
 
 
-def rope_at(arch: Architecture, position: Array) -> Rope:
-    """Rotary tables for positions [B, T]."""
-    angle = position.astype(jnp.float32)[..., None, None] * rope_frequencies(arch)
-    return Rope(jnp.cos(angle), jnp.sin(angle))
-
-
-def rotate(x: Array, rope: Rope) -> Array:
-    """Apply the rotary embedding to [B, T, heads, H]; pairs are (h, h + H/2), as in Hugging Face checkpoints."""
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * rope.cos - b * rope.sin, b * rope.cos + a * rope.sin], axis=-1).astype(x.dtype)
+def rotate(x: Array, rope: Rope | None) -> Array:
+    """Apply the rotary embedding to [B, T, heads, H]; pairs are (i, i + h/2), as in Hugging Face checkpoints."""
+    if rope is None:
+        return x
+    half = rope.cos.shape[-1]
+    a, b, rest = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=-1)
+    turned = [a * rope.cos - b * rope.sin, b * rope.cos + a * rope.sin, rest]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
 class Placement(NamedTuple):
-    """Where a block's weights and what it computes lie on the mesh. Static.
+    """Where a block's weights and what it computes lie on the mesh, and what its adapters read.
 
     Training gathers a layer's weights over fsdp and leaves the rest to the compiler. Decoding has few tokens and many weights:
     these stay where they are, the tokens' width is split over fsdp as theirs is, and products are summed over devices.
@@ -189,10 +233,12 @@ class Placement(NamedTuple):
 
     gather: bool
     one_product: bool = False  # of base and adapter, see ``_one_product``
+    dropout: Dropout | None = None  # not static: it has the keys of a batch's rows
 
     def project(self, x: Array, axis: str, linears: Sequence[Linear]) -> list[Array]:
         """What linear layers make of x [..., in], whose last axis is ``axis``: each [..., out]."""
-        return project(x if self.gather else constrain(x, "stream", None, axis), linears, self.gather, self.one_product)
+        x = x if self.gather else constrain(x, "stream", None, axis)
+        return project(x, linears, self.gather, self.one_product, self.dropout)
 
     def stream(self, x: Array) -> Array:
         """The residual stream [B, T, D]."""
@@ -222,40 +268,62 @@ Attend = Callable[[Array, Array, Array], Array]  # q [B, T, N, H], k and v [B, T
 
 
 class Block(nnx.Module):
-    """One pre-norm decoder layer: grouped-query attention, then a gated MLP. Arrays are stacked [L, ...]."""
+    """One decoder layer: grouped-query attention, then a gated MLP, normed where the family norms. Arrays are stacked [L, ...].
 
-    q_proj: Linear
-    k_proj: Linear
-    v_proj: Linear
+    Its linear layers are attributes by their Hugging Face names, see ``Architecture.linears``, and so are its norms.
+    """
+
     o_proj: Linear
-    gate_proj: Linear
-    up_proj: Linear
     down_proj: Linear
+    q_norm: nnx.Param[Array]
+    k_norm: nnx.Param[Array]
 
     def __init__(self, arch: Architecture, lora: Lora | None, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.arch = arch
-        for name in LINEARS:
+        for name in arch.linears:
             setattr(self, name, Linear(name, arch, lora, dtype, rngs))
-        norms = (nnx.Param(jnp.ones((arch.layers, arch.width), dtype), axes=("layers", "embed")) for _ in range(2))
-        self.attn_norm, self.mlp_norm = norms
+        for norm in arch.norms:
+            setattr(self, norm, nnx.Param(jnp.ones((arch.layers, arch.width), dtype), axes=("layers", "embed")))
+        if arch.qk_norm:
+            for which, heads in (("q_norm", arch.heads), ("k_norm", arch.kv_heads)):
+                size = arch.head_size * (heads if arch.qk_norm == "whole" else 1)
+                setattr(self, which, nnx.Param(jnp.ones((arch.layers, size), dtype), axes=("layers", None)))
 
-    def __call__(self, x: Array, rope: Rope, attend: Attend, place: Placement = TRAINING) -> Array:
+    def linears(self, names: Sequence[str]) -> list[Linear]:
+        return [getattr(self, name) for name in names]
+
+    def norm(self, x: Array, name: str) -> Array:
+        """x [B, T, D] after one of ``NORMS``, or as it is where the family has none there."""
+        return rms_norm(x, getattr(self, name)[...], self.arch) if name in self.arch.norms else x
+
+    def __call__(self, x: Array, rope: Rope | None, attend: Attend, place: Placement = TRAINING) -> Array:
         """The residual stream [B, T, D] after this layer; ``attend`` says what a query sees."""
         attended = attend(*(keep(y) for y in self.qkv(x, rope, place)))
         (o,) = place.project(keep(attended.reshape(*x.shape[:-1], -1)), "heads", (self.o_proj,))
-        x = keep(place.stream(x + o))
-        h = rms_norm(x, self.mlp_norm[...], self.arch.norm_eps)
-        gate, up = (keep(place.own(y, "mlp")) for y in place.project(h, "embed", (self.gate_proj, self.up_proj)))
-        (down,) = place.project(jax.nn.silu(gate) * up, "mlp", (self.down_proj,))  # their product alone is sent on
-        return place.stream(x + down)
+        x = keep(place.stream(x + self.norm(o, "attn_post_norm")))
+        h = self.norm(x, "mlp_norm")
+        made = place.project(h, "embed", self.linears(self.arch.gate_up))
+        gate, up = (keep(place.own(y, "mlp")) for y in (jnp.split(made[0], 2, axis=-1) if self.arch.fused else made))
+        activated = jax.nn.silu(gate) if self.arch.activation == "silu" else jax.nn.gelu(gate, approximate=True)
+        (down,) = place.project(activated * up, "mlp", (self.down_proj,))  # their product alone is sent on
+        return place.stream(x + self.norm(down, "mlp_post_norm"))
 
-    def qkv(self, x: Array, rope: Rope, place: Placement = TRAINING) -> tuple[Array, Array, Array]:
+    def qkv(self, x: Array, rope: Rope | None, place: Placement = TRAINING) -> tuple[Array, Array, Array]:
         """Rotated queries [B, T, N, H] and keys [B, T, K, H], and values [B, T, K, H] of x [B, T, D]."""
-        h = rms_norm(x, self.attn_norm[...], self.arch.norm_eps)
-        split = (*x.shape[:-1], -1, self.arch.head_size)
-        made = place.project(h, "embed", (self.q_proj, self.k_proj, self.v_proj))
+        arch = self.arch
+        made = place.project(self.norm(x, "attn_norm"), "embed", self.linears(arch.qkv))
+        if arch.fused:
+            ends = (arch.heads * arch.head_size, (arch.heads + arch.kv_heads) * arch.head_size)
+            made = jnp.split(made[0], ends, axis=-1)
+        if arch.qk_norm == "whole":
+            made[:2] = (rms_norm(y, w[...], arch) for y, w in zip(made, (self.q_norm, self.k_norm), strict=False))
+        split = (*x.shape[:-1], -1, arch.head_size)
         q, k, v = (
             place.own(y.reshape(split), heads, None)
             for y, heads in zip(made, ("heads", "kv_heads", "kv_heads"), strict=True)
         )
-        return rotate(q, rope), rotate(k, rope), v
+        if arch.qk_norm == "head":
+            q, k = rms_norm(q, self.q_norm[...], arch), rms_norm(k, self.k_norm[...], arch)
+        q, k = rotate(q, rope), rotate(k, rope)
+        # Attention scales by H^-1/2.
+        return (q if arch.query_scale is None else q * (arch.query_scale * arch.head_size**0.5)), k, v

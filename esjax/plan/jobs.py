@@ -19,6 +19,7 @@ from esjax.model.cache import Chunk, cache_shapes
 from esjax.model.decoder import Decoder, Execution
 from esjax.model.families import Architecture
 from esjax.model.lora import lora_from
+from esjax.model.weights import FLOAT32, as_dtype
 from esjax.rows import Rows
 from esjax.runtime.mesh import batch_groups, mesh_sizes, rows_at_once, with_batch_shardings, with_shardings
 from esjax.sample.compiled import sampling_programs
@@ -55,11 +56,15 @@ def jobs(config: Config, arch: Architecture, how: Execution, dtype: jnp.dtype, p
     Sizes that only data could tell are bounded from above: every token of a row is a target, prompts fill the window, and a
     prompt file has a token every two bytes. Both phases score; the larger of the two batches is planned.
     """
-    lora = lora_from(config.lora)
+    whole = config.train.what == "all"
+    lora = None if whole else lora_from(config.lora, arch)
     abstract = nnx.eval_shape(lambda: Decoder(arch, lora, dtype, nnx.Rngs(params=0, lora=0)))
     mesh = jax.sharding.get_mesh()
     definition, adapter, base = nnx.split(abstract, nnx.LoRAParam, ...)  # type: ignore[misc]
+    if whole:  # what is trained is all there is, and it is kept in float32
+        adapter, base = base, nnx.State({})
     adapter, base = with_shardings(adapter, mesh), with_shardings(base, mesh)
+    trained = with_shardings(jax.eval_shape(lambda x: as_dtype(x, FLOAT32), adapter), mesh)
     yield from _sampling(config, arch, how, dtype, platform, (definition, adapter, base))
 
     sft, dpo = ((rows_at_once(n, s), s.row_length) for n, s in (("sft", config.sft), ("dpo", config.dpo)))
@@ -74,22 +79,26 @@ def jobs(config: Config, arch: Architecture, how: Execution, dtype: jnp.dtype, p
     def training(name: Literal["sft", "dpo"], s: OptimSettings) -> Job:
         loss = dpo_loss(s) if isinstance(s, DpoSettings) else sft_loss
         tx = optimiser(s, 100)
-        state = with_shardings(jax.eval_shape(tx.init, adapter), mesh)
+        state = with_shardings(jax.eval_shape(tx.init, trained), mesh)
         micro_rows = rows_at_once(name, s)
         batch_rows = max(s.batch_rows, micro_rows)
         rows = _rows(batch_rows, s.row_length)
-        extra = None
+        extra: Any = None
+        dropout = config.lora.dropout if name == "sft" else 0.0
+        if dropout > 0:
+            extra = with_batch_shardings(_array((batch_rows, 2), np.uint32), mesh)
         if isinstance(s, DpoSettings):
             shape = (batch_rows, s.row_length // SEGMENT, s.row_length // PAIR)
             extra = with_batch_shardings(Pairs(_array((*shape, 2), np.float32), _array(shape, np.bool_)), mesh)
         targets = micro_rows // batch_groups() * s.row_length
         mine = how._replace(layout="packed" if name == "sft" else "branched")
-        step: Any = make_step(Objective(definition, loss, targets, mine), tx, micro_rows)
-        held = {"base": base, "adapter": adapter, "optimiser": state, "rows": (rows, extra)}
+        copied = dtype if whole and dtype != FLOAT32 else None
+        step: Any = make_step(Objective(definition, loss, targets, mine, copied, dropout), tx, micro_rows)
+        held = {"base": base, "adapter": trained, "optimiser": state, "rows": (rows, extra)}
         # The backward pass makes the scores again, and two products more for each of the forward pass' two.
         again = 0 if how.remat == "none" else 1
         flops = attention(batch_rows, s.row_length, passes=1 + again + 2.5)
-        return Job(name, lambda: step.trace(adapter, state, base, rows, extra), held, flops)
+        return Job(name, lambda: step.trace(trained, state, base, rows, extra), held, flops)
 
     yield training("sft", config.sft)
     yield training("dpo", config.dpo)
@@ -117,7 +126,7 @@ def _sampling(
     first, table = _array((count * batch_groups(),), np.int32), _array((count * batch_groups(), width), np.int32)
     valid = _array(table.shape, np.bool_)
     seen = _array((count * batch_groups(), slots), np.int32)
-    chunk = _everywhere(Chunk(first, first, table, table, valid, seen, seen))
+    chunk = _everywhere(Chunk(first, first, table, table, valid, seen, seen, seen))
     state = _everywhere(jax.eval_shape(lambda: idle_lanes(rows, lanes)))
     waiting = _everywhere(jax.tree.map(lambda x: _array((rows, 4 * lanes), x.dtype), state.leaf))
     counts, stop, patience = _everywhere((_array((rows,), np.int32), _array((1,), np.int32), _array((), np.int32)))

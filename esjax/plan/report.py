@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, combinations
 from typing import Any
 
@@ -63,7 +63,8 @@ class Hardware:
 
 def plan(config: Config, arch: Architecture, hardware: Hardware, names: Sequence[Name]) -> Iterator[Needs]:
     """What each of the named programs of a run needs. Raises InputError where the mesh does not divide the sizes."""
-    dtype, how = _execution(config, hardware)
+    arch = replace(arch, kernels=config.model.base)
+    dtype, how = _execution(config, hardware, arch)
     mesh = make_mesh(hardware.devices, mesh_shape(config.mesh, len(hardware.devices)))
     with jax.set_mesh(mesh):
         check_divisible(arch)
@@ -73,10 +74,10 @@ def plan(config: Config, arch: Architecture, hardware: Hardware, names: Sequence
                 yield measure(job, hardware.chip, hardware.memory, hardware.nodes(mesh))
 
 
-def _execution(config: Config, hardware: Hardware) -> tuple[jnp.dtype, Execution]:
+def _execution(config: Config, hardware: Hardware, arch: Architecture) -> tuple[jnp.dtype, Execution]:
     m = config.model
     dtype = compute_dtype(m.dtype, hardware.platform)
-    return dtype, choose_execution(m.attention, m.remat, dtype, hardware.platform, m.decoding_weights)
+    return dtype, choose_execution(m.attention, m.remat, dtype, hardware.platform, m.decoding_weights, arch)
 
 
 # --- what would make it fit ------------------------------------------------------------------------------------------
@@ -132,7 +133,7 @@ def _changes(config: Config, arch: Architecture, hardware: Hardware, failed: Seq
     if smaller:
         yield smaller
     if "prefill" in failed or "decode" in failed:
-        if _execution(config, hardware)[1].weights == "apart":
+        if _execution(config, hardware, arch)[1].weights == "apart":
             yield {"model.decoding_weights": "shared"}
         if config.evolve.batch > rows:
             yield {"evolve.batch": max(rows, config.evolve.batch // 4 // rows * rows)}

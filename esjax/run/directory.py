@@ -119,7 +119,7 @@ class RunDir:
                 raise InputError(f"{saved} is gone, but stage {lost} was begun; restore it or choose another --run-dir")
             return
         changed = []
-        for key in differing(load(str(saved), []), self.config):
+        for key in differing(load(str(saved), [], together=False), self.config):
             for name, entry in self.manifest["stages"].items():
                 sections = entry.get("settings") or [key]
                 if self.made(name) and any(key == s or key.startswith(f"{s}.") for s in sections):
@@ -157,8 +157,11 @@ class RunDir:
             or (steps.exists() and any(p.name.isdigit() for p in steps.iterdir()))
         )
 
-    def check_base(self, base: dict[str, str]) -> None:
-        """Remember the backbone: the hashes of its files, by name. Raises InputError when something was made with another."""
+    def check_base(self, base: dict[str, str], revision: str | None = None) -> None:
+        """Remember the backbone: the hashes of its files, by name, and its commit where a hub named one.
+
+        Raises InputError when something was made with another.
+        """
         same = current().processes.same_in_all(base)
         with current().processes.in_step():
             if not same:
@@ -166,6 +169,8 @@ class RunDir:
             if any(map(self.made, self.manifest["stages"])):
                 check_base(self.path, self.manifest, base)
             self.manifest["base"] = base
+            if revision is not None:
+                self.manifest["revision"] = revision
 
     def stage(
         self,
@@ -218,7 +223,7 @@ class RunDir:
         if saved.exists() and saved.read_text(encoding="utf-8") == text:
             return
         if saved.exists():
-            now = changes(load(str(saved), []), self.config).items()
+            now = changes(load(str(saved), [], together=False), self.config).items()
             say(f"settings from here on: {', '.join(f'{key}={new} (was {old})' for key, (old, new) in now)}")
         write_text(saved, text)
         buckets.keep(saved, now=True)
@@ -263,6 +268,7 @@ class _Stage(BaseModel):
 class _Manifest(BaseModel):
     stages: dict[str, _Stage]
     base: dict[str, str] = {}
+    revision: str | None = None
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -284,8 +290,10 @@ def check_base(path: Path, manifest: dict[str, Any], base: dict[str, str]) -> No
     then = manifest.get("base", base)  # older runs did not say
     changed = [name for name in sorted({*then, *base}) if then.get(name) != base.get(name)]
     if changed:
+        then_at = manifest.get("revision")
+        named = f"name its commit (model.source=hf:ORG/NAME@{then_at})" if then_at else "restore the files"
         raise InputError(
-            f"{path}: this run was made with another backbone; differing: {', '.join(changed)}; restore the files, name a "
+            f"{path}: this run was made with another backbone; differing: {', '.join(changed)}; {named}, name a "
             "model.source with the same ones, or choose another --run-dir"
         )
 

@@ -144,7 +144,11 @@ def with_shardings(tree: T, mesh: Mesh) -> T:
     def place(leaf: Any) -> Any:
         if isinstance(leaf, nnx.Variable):
             value = leaf.get_value()
+            if not hasattr(value, "shape"):  # optimisers leave out what they keep nothing of
+                return leaf
             axes = leaf.get_metadata()["axes"]
+            if value.ndim != len(axes):  # a moment that is kept by rows and columns is small
+                axes = ()
             return leaf.replace(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding(mesh, axes)))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(mesh, ()))
 

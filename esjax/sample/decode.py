@@ -16,6 +16,7 @@ from jax import Array
 from esjax.model.cache import Cache, Fed
 from esjax.model.cached import Weights, step
 from esjax.model.decoder import Execution
+from esjax.model.layers import softcap
 from esjax.runtime.mesh import constrain, replicated
 from esjax.sample.constrain import Constraint, Counted
 
@@ -123,6 +124,7 @@ def run(
         fed = Fed(leaf.token, leaf.position, *spans, jnp.where(busy, lanes.drawn + 1, 1))
         x, cache = step(w, state.cache, fed, lanes.clock, execution)
         logits = constrain(jnp.einsum("bd,vd->bv", x, w.head, preferred_element_type=jnp.float32), "batch", "vocab")
+        logits = softcap(logits, w.arch.logits_cap)
         flat: Continuation = jax.tree.map(lambda a: a.reshape(-1), leaf)
         drawn, used, units = lanes.drawn.reshape(-1), lanes.used.reshape(-1), lanes.units.reshape(-1)
         allowed = jnp.where(permitted(constraint, flat.state, used, units), logits, -jnp.inf)

@@ -115,7 +115,7 @@ class Generator:
         Task(
             arch=self.backbone.arch,
             programs=self.programs,
-            weights=self.programs.weights(adapter, self.backbone.base),
+            weights=self.programs.weights(self.backbone.computed(adapter), self.backbone.base),
             cache_dtype=self.cache_dtype or self.backbone.dtype,
             stop=np.atleast_1d(np.asarray(self.end_of_turn, np.int32)),
             constraint=self.constraint,

@@ -30,6 +30,7 @@ class Request(NamedTuple):
     max_tokens: int
     state: int = 0  # of the constraint
     name: str = ""  # what messages call it
+    room: int = 0  # tokens that the conversation may grow to, whose next prompts begin as this one does
 
 
 @dataclass(eq=False)
@@ -41,10 +42,11 @@ class Piece:
     position: int = 0  # of the first token: a trunk begins at 0, a branch behind what it shares
     users: int = 0  # replies that still need it
     last_use: int = 0
+    room: int = 0  # slots that are kept for it at least
 
     @property
     def stop(self) -> int:
-        return self.start + len(self.tokens)
+        return self.start + max(len(self.tokens), self.room)
 
 
 @dataclass(eq=False)
@@ -145,9 +147,25 @@ class RowBook:
         best = max(beginnings, key=lambda p: common_prefix(p.tokens, prompt), default=None)
         if best is None or 2 * common_prefix(best.tokens, prompt) < len(prompt):
             return self._new_trunk(group, prompt, trunks)
-        group.trunk = best
-        self._use(best)  # until none of the group is pending
+        alone = len(group.pending) == 1 and not best.users
+        group.trunk = (self._grown(best, prompt, trunks) if alone else None) or best
+        self._use(group.trunk)  # until none of the group is pending
         return True
+
+    def _grown(self, piece: Piece, prompt: list[int], trunks: list[Run]) -> Piece | None:
+        """A trunk that nobody needs, going on as this prompt does, as in a conversation: what follows takes the slots behind.
+
+        None where there is no room.
+        """
+        stop = piece.start + max(len(prompt), piece.room)
+        others = [p for p in self.pieces if p is not piece and p.start < stop and piece.start < p.stop]
+        seen = common_prefix(piece.tokens, prompt)
+        if stop > self.slots or any(p.users for p in others) or seen == len(prompt):
+            return None
+        grown = Piece(piece.start, prompt, room=piece.room)
+        self.pieces = [*(p for p in self.pieces if p is not piece and p not in others), grown]
+        trunks.append(Run(grown.start + seen, prompt[seen:], seen, (grown.start, grown.start + seen)))
+        return grown
 
     def _open_anew(self, group: Group, trunks: list[Run]) -> bool:
         """In a row that does nothing else, a trunk that lay there may take the room that the request needs beside it."""
@@ -158,7 +176,8 @@ class RowBook:
         return self._new_trunk(group, group.pending[0].prompt[:-1], trunks)
 
     def _new_trunk(self, group: Group, prompt: list[int], trunks: list[Run]) -> bool:
-        group.trunk = self._allocate(prompt, 0)
+        room = max(r.room for r in group.pending)
+        group.trunk = self._allocate(prompt, 0, room) or (self._allocate(prompt, 0) if room else None)
         if group.trunk is None:
             return False
         trunks.append(Run(group.trunk.start, prompt, 0, (group.trunk.start, group.trunk.start)))
@@ -188,11 +207,11 @@ class RowBook:
         piece.users += 1
         piece.last_use = self._time
 
-    def _allocate(self, tokens: list[int], position: int) -> Piece | None:
-        """Slots for these tokens, of which nothing is needed any more; least recently used pieces go first."""
+    def _allocate(self, tokens: list[int], position: int, room: int = 0) -> Piece | None:
+        """Slots for these tokens, ``room`` at least, of which nothing is needed any more; least recently used pieces go first."""
         best: tuple[tuple[int, int], int] | None = None
         for start in sorted({0, *(p.stop for p in self.pieces)}):
-            stop = start + len(tokens)
+            stop = start + max(len(tokens), room)
             if stop > self.slots:
                 continue
             hit = [p for p in self.pieces if p.start < stop and start < p.stop]
@@ -203,7 +222,7 @@ class RowBook:
                 best = cost, start
         if best is None:
             return None
-        piece = Piece(best[1], tokens, position)
+        piece = Piece(best[1], tokens, position, room=room)
         self.pieces = [p for p in self.pieces if p.stop <= piece.start or piece.stop <= p.start]
         self.pieces.append(piece)
         return piece
@@ -226,8 +245,8 @@ class _Window:
     """A chunk in the making."""
 
     def __init__(self, row: int, start: int, width: int, slots: int) -> None:
-        tokens, position, since, until = (np.zeros(n, np.int32) for n in (width, width, slots, slots))
-        self.chunk = Chunk(np.int32(row), np.int32(start), tokens, position, np.zeros(width, bool), since, until)
+        tokens, position, since, until, at = (np.zeros(n, np.int32) for n in (width, width, slots, slots, slots))
+        self.chunk = Chunk(np.int32(row), np.int32(start), tokens, position, np.zeros(width, bool), since, until, at)
         self.end = 0  # behind the last token taken
 
     def take(self, run: Run, done: int) -> int:
@@ -250,6 +269,8 @@ class _Window:
         c.since[run.slot : slot] = first
         c.since[slot : slot + last - first] = np.arange(first, last)
         c.until[trunk] = c.until[run.slot : slot + last - first] = last
+        c.slot_position[trunk] = np.arange(trunk.stop - trunk.start)
+        c.slot_position[run.slot : slot + last - first] = run.position + np.arange(done + last - first)
         self.end = last
         return last - first
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
@@ -61,6 +63,7 @@ class Scorer:
         """Batches packed as ``steps`` say, which name the examples of each row: the packing, the rows [B, T] and the
         log-probs of their targets, float32 [B, T]. Raises Stopped on SIGTERM."""
         execution = self.backbone.execution._replace(layout=layout(examples, packed=True), remat="none")
+        adapter = self.backbone.computed(adapter)
         with current().stop.deferred() as stops:
             for members in steps:
                 if stops():
@@ -71,6 +74,56 @@ class Scorer:
                     rows,
                     SCORE(self.backbone.definition, execution, adapter, self.backbone.base, shard_batch(rows)),
                 )
+
+
+def mean_divergence(
+    backbone: Backbone, adapters: tuple[Adapter, Adapter], examples: Sequence[Rows], row_length: int, batch_rows: int
+) -> float:
+    """KL(p || q) a token between two models of one backbone, p the first adapter's: the mean over all targets of the examples,
+    each of the whole vocabulary (nats). Raises Stopped on SIGTERM."""
+    packed = pack([len(e.tokens) for e in examples], row_length)
+    how = backbone.execution._replace(layout=layout(examples, packed=True), remat="none")
+    first, second = map(backbone.computed, adapters)
+    total, count = 0.0, 0
+    with current().stop.deferred() as stops:
+        for i in range(0, len(packed), batch_rows):
+            if stops():
+                raise Stopped
+            rows = batch(examples, packed[i : i + batch_rows], row_length, range(batch_rows))
+            total += float(DIVERGENCE(backbone.definition, how, first, second, backbone.base, shard_batch(rows)))
+            count += int((rows.weight != 0).sum())
+    return total / max(count, 1)
+
+
+def _divergence(
+    definition: nnx.GraphDef[Decoder],
+    execution: Execution,
+    first: Adapter,
+    second: Adapter,
+    base: nnx.State,
+    rows: Rows,
+) -> Array:
+    """The sum over all targets."""
+    p, q = (bind(definition, adapter, base) for adapter in (first, second))
+    b, t = rows.tokens.shape
+    size = max(1, min(t, execution.logits // (b * p.arch.vocab)))
+    count = -(-t // size)
+
+    def split(x: Array) -> Array:  # [B, T, ...] -> [chunks, B, size, ...]
+        x = jnp.pad(x, ((0, 0), (0, count * size - t), *[(0, 0)] * (x.ndim - 2)))
+        return x.reshape(b, count, size, *x.shape[2:]).swapaxes(0, 1)
+
+    def one(part: tuple[Array, Array, Array]) -> Array:
+        x, y, wanted = part
+        a, z = jax.nn.log_softmax(p.logits(x)), jax.nn.log_softmax(q.logits(y))
+        each = jnp.sum(jnp.exp(a) * (a - z), axis=-1)
+        return jnp.sum(jnp.where(wanted, each, 0.0))
+
+    wanted = rows.weight != 0
+    return replicated(jnp.sum(jax.lax.map(one, (split(p(rows, execution)), split(q(rows, execution)), split(wanted)))))
+
+
+DIVERGENCE = program("divergence", _divergence, static_argnums=(0, 1))
 
 
 def _score(

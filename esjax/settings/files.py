@@ -17,6 +17,13 @@ from esjax.errors import InputError
 from esjax.settings.schema import Config, Settings
 
 DEFAULT = "bundled:configs/quickstart.yaml"  # the config of who names none
+# A SHA-256 and what it is the hash of: put over a config with another source, that config's hash says nothing of it.
+HASH_OF = {
+    "model.source": "model.sha256",
+    "eval.embedding": "eval.embedding_sha256",
+    "eval.judge.model": "eval.judge.sha256",
+    "eval.seekers.model": "eval.seekers.sha256",
+}
 BOM = "\ufeff"  # a byte order mark, which some editors write
 
 
@@ -29,7 +36,7 @@ def bundled(path: str) -> Path:
     if not path.startswith("bundled:"):
         return Path(path)
     name, package = path.removeprefix("bundled:"), Path(__file__).parents[1]
-    roots = (package / "evolve", package / "bundled", package.parent)
+    roots = (package / "evolve", package / "eval", package / "bundled", package.parent)
     for root in roots:
         if (root / name).exists():
             return root / name
@@ -78,6 +85,8 @@ class Overrides:
 def load(file: str | None, overrides: Sequence[str] | Mapping[str, Any] = (), together: bool = True) -> Config:
     """Read FILE (the quickstart's when None), put the overrides over it, check everything.
 
+    Another source than the file's goes without the file's hash for it; give its own beside it.
+
     Args:
         file: a YAML file; bundled:PATH is one that comes with esjax.
         overrides: the words of a command line (``--section.key value``), or values by dotted name.
@@ -87,16 +96,14 @@ def load(file: str | None, overrides: Sequence[str] | Mapping[str, Any] = (), to
     """
     where = file or DEFAULT
     tree = _tree(where)
-    for key, value in _by_name(overrides).items():
-        _put(tree, key, value)
+    _put_all(tree, _by_name(overrides))
     return _checked(tree, together, f"(in {where}, or given over it)")
 
 
 def changed(config: Config, values: Mapping[str, Any]) -> Config:
-    """A config with other values, by dotted name, each checked by itself. Raises InputError."""
+    """A config with other values, by dotted name, each checked by itself; hashes as for ``load``. Raises InputError."""
     tree = config.model_dump(mode="json")
-    for key, value in _by_name(values).items():
-        _put(tree, key, value)
+    _put_all(tree, _by_name(values))
     return _checked(tree, False, "")
 
 
@@ -193,6 +200,15 @@ def _value(key: str, kind: str, text: str) -> Any:
         except yaml.YAMLError:
             return text
     return [part.strip() for part in text.split(",")] if kind == "list" else text
+
+
+def _put_all(tree: dict[str, Any], values: Mapping[str, Any]) -> None:
+    before = dict(flat(tree))
+    for source, hashed in HASH_OF.items():
+        if source in values and hashed not in values and hashed in before and values[source] != before.get(source):
+            _put(tree, hashed, None)
+    for key, value in values.items():
+        _put(tree, key, value)
 
 
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:

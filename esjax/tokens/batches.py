@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import count, islice
 
 import numpy as np
 
@@ -165,6 +166,23 @@ def schedule(lengths: Sequence[int], row_length: int, batch_rows: int, epochs: i
         order = np.random.default_rng((seed, epoch, 1)).permutation(len(packed))
         steps += [[packed[r] for r in order[i : i + batch_rows]] for i in range(0, len(packed), batch_rows)]
     return steps
+
+
+def beside(
+    steps: Sequence[list[Packed]], lengths: Sequence[int], row_length: int, rows: int, first: int, seed: int
+) -> list[list[Packed]]:
+    """The same steps, each with ``rows`` more rows of other examples, whose numbers begin at ``first``.
+
+    These are taken again and again, packed and ordered anew each time from (seed, pass).
+    """
+
+    def endless() -> Iterator[Packed]:
+        for number in count():
+            for (row,) in schedule(lengths, row_length, 1, 1, seed + number):
+                yield [first + i for i in row]
+
+    taken = endless()
+    return [[*step, *islice(taken, rows)] for step in steps]
 
 
 def batch(examples: Sequence[Rows], step: Sequence[Packed], row_length: int, which: range) -> Rows:

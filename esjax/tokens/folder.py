@@ -3,28 +3,69 @@
 from __future__ import annotations
 
 import json
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
 from esjax.errors import InputError
+from esjax.settings.files import bundled, read_whole
+
+# Chat templates that settings can name, and the tokens that they write around messages.
+TEMPLATES = {
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "gemma": ("<start_of_turn>", "<end_of_turn>"),
+    "alpaca": (),
+}
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """transformers' tokenizer of a folder. Raises InputError when it has none, or no chat template; runs no code of it."""
+def load_tokenizer(folder: Path, template: str | None = None) -> Any:
+    """transformers' tokenizer of a folder, with the chat ``template`` that is named (of TEMPLATES, or a file), or its own.
+
+    Raises InputError when it has none, or no chat template; runs no code of it.
+    """
     try:
         hf: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as e:
         raise InputError(f"{folder}: no usable tokenizer ({' '.join(str(e).split())[:200]})") from e
+    if template is not None:
+        hf.chat_template = _named(template, hf, folder)
     if not hf.chat_template:
-        raise InputError(f"{folder}: the tokenizer has no chat template; put chat_template.jinja into the folder")
+        raise InputError(
+            f"{folder}: the tokenizer has no chat template; name one (model.chat_template={', '.join(TEMPLATES)} or a .jinja "
+            "file), or put chat_template.jinja into the folder"
+        )
     if isinstance(hf.chat_template, dict) and "default" not in hf.chat_template:
         raise InputError(
             f"{folder}: its chat templates are named {', '.join(hf.chat_template)}, and none of them default; put the one to "
             "use into the folder as chat_template.jinja"
         )
     return hf
+
+
+def _named(template: str, hf: Any, folder: Path) -> str:
+    """The text of a template that settings name. Raises InputError where the tokenizer lacks the tokens that it writes."""
+    if template not in TEMPLATES:
+        if not template.endswith(".jinja"):
+            raise InputError(
+                f"model.chat_template={template}: give {', '.join(TEMPLATES)}, or a file whose name ends with .jinja"
+            )
+        return read_whole(bundled(template), "a chat template")
+    known = hf.get_vocab()
+    lacking = [token for token in TEMPLATES[template] if token not in known]
+    if template == "alpaca" and hf.eos_token is None:
+        lacking = ["an eos token"]
+    if lacking:
+        fit = [name for name, tokens in TEMPLATES.items() if all(token in known for token in tokens)]
+        raise InputError(
+            f"{folder}: model.chat_template={template} writes {', '.join(lacking)}, which this tokenizer does not have; "
+            f"allowed: {', '.join(fit)}, or a .jinja file"
+        )
+    text = (files("esjax.tokens") / "templates" / f"{template}.jinja").read_text(encoding="utf-8")
+    starts = hf.bos_token_id is not None and list(hf("a").input_ids)[:1] == [hf.bos_token_id]
+    return "{{ bos_token }}" * starts + text
 
 
 def stop_tokens(folder: Path) -> list[int]:

@@ -15,7 +15,9 @@ from tokenizers import AddedToken, Tokenizer
 
 from esjax.corpus.dialogue import Message
 from esjax.errors import InputError, within
+from esjax.run.progress import say
 from esjax.tokens.folder import end_of_turn, load_tokenizer, stop_tokens
+from esjax.tokens.taking import Taking
 from esjax.tokens.template import TODAY, stable
 
 # Stand-ins in a chat's text, see ChatTokenizer._render; no text that holds a control token may hold characters from here on.
@@ -30,9 +32,13 @@ class ChatTokenizer:
     tokens that the tokenizer flags as special; added tokens that it does not flag are words of its vocabulary.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Load from a Hugging Face folder. Raises InputError when it has no tokenizer, template or end-of-turn token."""
-        self.hf: Any = load_tokenizer(folder)
+    def __init__(self, folder: Path, template: str | None = None) -> None:
+        """Load from a Hugging Face folder, with its own chat template or the one that settings name.
+
+        Raises InputError when it has no tokenizer, template or end-of-turn token.
+        """
+        self.hf: Any = load_tokenizer(folder, template)
+        self.replaced = template is not None  # its folder does not hold this template
         self.folder = folder
         if getattr(self.hf, "backend_tokenizer", None) is None:
             raise InputError(
@@ -40,6 +46,9 @@ class ChatTokenizer:
             )
         with within(str(folder)):
             stable(self.hf.get_chat_template())  # a template that cannot be used is known now
+        self.taking = Taking.of(self._written)
+        if rules := self.taking.said():
+            say(f"the chat template does not take every chat: {'; '.join(rules)}")
         own = [] if self.hf.eos_token_id is None else [int(self.hf.eos_token_id)]
         stops = [*own, *stop_tokens(folder)]
         end = end_of_turn(self.hf, stops)
@@ -186,18 +195,16 @@ class ChatTokenizer:
         So that they can be told, the template is shown messages in which such tokens' names are written with other
         characters, which are put back afterwards.
         """
-        shown = messages
+        shown = self.taking.fit(messages)
         if apart:
             if any(c >= chr(TWIN) for m in messages for c in m["content"]):
                 raise InputError(
                     "a message holds both a control token's name and private-use characters; take out either"
                 )
-            shown = [m | {"content": self._names.sub(_hide, m["content"])} for m in messages]
+            hidden: list[Message] = [m | {"content": self._names.sub(_hide, m["content"])} for m in messages]
+            shown = self.taking.fit(hidden)
         try:
-            template = stable(self.hf.get_chat_template())
-            text = self.hf.apply_chat_template(
-                shown, chat_template=template, add_generation_prompt=header, tokenize=False
-            )
+            text = self._written(shown, header)
         except InputError:
             raise
         except Exception as e:  # a template can raise anything
@@ -205,10 +212,19 @@ class ChatTokenizer:
             what = " ".join(str(e).split()) or type(e).__name__
             raise InputError(f"the model's chat template refuses a chat with the roles {roles}: {what}") from e
         if not apart:
-            return str(text)
+            return text
         order = {name: chr(TWIN + n) for n, name in enumerate(self._control)}
         twins = self._names.sub(lambda match: order[match[0]], text)
         return "".join(chr(ord(c) - HIDDEN) if ord(c) >= HIDDEN else c for c in twins)
+
+    def _written(self, messages: Sequence[Any], header: bool = False) -> str:
+        """What the template makes of messages that it takes; it can raise anything."""
+        template = stable(self.hf.get_chat_template())
+        return str(
+            self.hf.apply_chat_template(
+                list(messages), chat_template=template, add_generation_prompt=header, tokenize=False
+            )
+        )
 
     def _ids(self, text: str, apart: bool) -> list[int]:
         """Token ids of a chat's text, or of a part of it."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +27,20 @@ from esjax.run.progress import progress, say
 from esjax.runtime.context import current
 from esjax.runtime.mesh import batch_groups, build_batch, rows_at_once
 from esjax.settings.schema import OptimSettings
-from esjax.tokens.batches import Packed, batch, fill_rate, schedule
+from esjax.tokens.batches import Packed, batch, beside, fill_rate, schedule
 from esjax.train.checkpoint import Checkpoints
+from esjax.train.keep import Best
 from esjax.train.losses import Loss, Pairs
 from esjax.train.optim import init_optimiser, learning_rate, optimiser
 from esjax.train.step import Objective, Step, make_step
+
+
+class Replay(NamedTuple):
+    """Other examples, trunks with targets, of which every step of DPO holds some rows."""
+
+    examples: Sequence[Rows]
+    rows: int  # of a step's batch_rows
+    weight: float  # of their mean negative log-likelihood, beside the pairs' mean loss
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,8 @@ class Phase:
     """What to train on, and how.
 
     ``reference`` holds, for DPO, the log-probs of chosen and rejected under M_t: one array [pairs, 2] an example.
-    ``validate`` returns a validation loss; ``check_first`` raises RunError when the first step's metrics are wrong.
+    ``validate`` returns metrics of held-out data, and ``best`` keeps what was trained when one of them was best; ``watch`` is
+    told every step's number (from 0), how many there are, and its metrics, and raises RunError when they are wrong.
     """
 
     name: str
@@ -50,9 +60,12 @@ class Phase:
     loss: Loss
     seed: int
     reference: Sequence[np.ndarray] | None = None
-    validate: Callable[[Adapter], float] | None = None
+    validate: Callable[[Adapter], dict[str, float]] | None = None
     validate_every: int = 0
-    check_first: Callable[[dict[str, float]], None] | None = None
+    watch: Callable[[int, int, dict[str, float]], None] | None = None
+    replay: Replay | None = None
+    dropout: float = 0.0  # of what an adapter reads; only without ``reference``
+    best: Best | None = None
 
 
 def train(phase: Phase, backbone: Backbone, adapter: Adapter) -> Adapter:
@@ -67,36 +80,44 @@ def train(phase: Phase, backbone: Backbone, adapter: Adapter) -> Adapter:
         say(
             f"  {phase.name}: {s.batch_rows} rows a step leave {rows_a_step - s.batch_rows} of {rows_a_step} devices idle"
         )
-    for example in phase.examples:
+    examples, steps = planned(phase)
+    for example in examples:
         check(stack([example]))
-    lengths = [len(e.tokens) for e in phase.examples]
-    steps = schedule(lengths, s.row_length, s.batch_rows, s.epochs, phase.seed)
+    lengths = [len(e.tokens) for e in examples]
     full = fill_rate(lengths, steps, s.row_length)
     say(f"  {phase.name}: {len(lengths)} examples in {sum(map(len, steps))} rows of {s.epochs} epochs, {full:.1%} full")
     most = max(len(r) for step in steps for r in step)
-    execution = backbone.execution._replace(layout=layout(phase.examples, packed=most > 1))
+    execution = backbone.execution._replace(layout=layout(examples, packed=most > 1))
     tx = optimiser(s, len(steps))
-    targets = _most_targets(phase.examples, steps, micro_rows)
-    step_fn = make_step(Objective(backbone.definition, phase.loss, targets, execution), tx, micro_rows)
+    targets = _most_targets(examples, steps, micro_rows)
+    objective = Objective(backbone.definition, phase.loss, targets, execution, backbone.trained_dtype, phase.dropout)
+    step_fn = make_step(objective, tx, micro_rows)
     adapter = jax.tree.map(jnp.copy, adapter)  # the step donates its adapter, and the caller may need his own
     opt_state = init_optimiser(tx, adapter)
     checkpoints = Checkpoints(buckets.checkpoints(phase.folder / "checkpoint"), s.checkpoints_kept)
     done, (adapter, opt_state) = checkpoints.restore((adapter, opt_state))
+    if phase.best is not None:
+        phase.best.rewind(done)
     if done:
         say(f"  {phase.name}: continuing after step {done} of {len(steps)}")
 
-    def feed(number: int) -> tuple[Rows, Pairs | None]:
+    def feed(number: int) -> tuple[Rows, Any]:
         """The batch of a step, built while the devices compute the step before it."""
 
-        def build(which: range) -> tuple[Rows, Pairs | None]:
-            rows = batch(phase.examples, steps[number], s.row_length, which)
+        def build(which: range) -> tuple[Rows, Any]:
+            rows = batch(examples, steps[number], s.row_length, which)
+            if phase.replay is not None:  # a batch of pairs has no targets on trunks but those of replay
+                scale = _replay_scale(phase, examples, steps[number])
+                rows = rows._replace(weight=np.where(rows.branch == 0, rows.weight * scale, rows.weight))
+            if phase.dropout > 0:
+                return rows, dropout_keys(phase.seed, number, which)
             return rows, None if phase.reference is None else _pairs(phase.reference, steps[number], which, most)
 
         return build_batch(rows_a_step, build)
 
     if done < len(steps):
         compiled = compile_step(phase.name, step_fn, adapter, opt_state, backbone.base, *feed(done))
-    log = StepLog(phase, learning_rate(s, len(steps)), done)
+    log = StepLog(phase, learning_rate(s, len(steps)), done, len(steps))
     label = f"{phase.name} steps"
     with closing(log.metrics), progress(label, len(steps), done) as advance, current().stop.deferred() as stops:
         for number in range(done, len(steps)):
@@ -105,7 +126,10 @@ def train(phase: Phase, backbone: Backbone, adapter: Adapter) -> Adapter:
             log.start(number, computed)
             last = number + 1 == len(steps)
             if phase.validate is not None and (last or (number + 1) % phase.validate_every == 0):
-                log.add(valid_loss=phase.validate(adapter))
+                values = phase.validate(adapter)
+                log.add(**values)
+                if phase.best is not None:
+                    phase.best.offer(number + 1, values, adapter)
             stop = stops()
             if last or stop or (number + 1) % s.checkpoint_every == 0:
                 log.finish()  # nothing broken is kept
@@ -117,7 +141,36 @@ def train(phase: Phase, backbone: Backbone, adapter: Adapter) -> Adapter:
                 say(f"  {phase.name}: stopped by SIGTERM; step {number + 1} of {len(steps)} is saved")
                 raise Stopped
         checkpoints.close()
-    return adapter
+    return adapter if phase.best is None else phase.best.taken()
+
+
+def planned(phase: Phase) -> tuple[list[Rows], list[list[Packed]]]:
+    """All examples of a phase, those of replay last, and the steps that hold them."""
+    s, own, replay = phase.settings, list(phase.examples), phase.replay
+    count = 0 if replay is None else replay.rows
+    steps = schedule([len(e.tokens) for e in own], s.row_length, s.batch_rows - count, s.epochs, phase.seed)
+    if replay is None:
+        return own, steps
+    lengths = [len(e.tokens) for e in replay.examples]
+    return [*own, *replay.examples], beside(steps, lengths, s.row_length, count, len(own), phase.seed)
+
+
+def dropout_keys(seed: int, step: int, rows: range) -> np.ndarray:
+    """uint32 [rows, 2]: what is dropped in each of a step's rows, however the rows lie on devices."""
+    return np.stack([np.random.SeedSequence((seed, step, row)).generate_state(2) for row in rows])
+
+
+def _replay_scale(phase: Phase, examples: Sequence[Rows], step: list[Packed]) -> np.float32:
+    """What the weights of a step's replay are multiplied by.
+
+    A step's sum is divided by its number of pairs. So scaled, replay adds its weight times its own mean.
+    """
+    if phase.replay is None or phase.reference is None:
+        raise AssertionError("replay stands beside pairs")
+    numbers, own = [i for row in step for i in row], len(phase.examples)
+    pairs = sum(len(phase.reference[i]) for i in numbers if i < own)
+    targets = sum(float(examples[i].weight.sum()) for i in numbers if i >= own)
+    return np.float32(phase.replay.weight * pairs / targets)
 
 
 def compile_step(name: str, step: Step, *arguments: Any) -> Step:
@@ -133,8 +186,8 @@ def compile_step(name: str, step: Step, *arguments: Any) -> Step:
 class StepLog:
     """Metrics of the newest step, read and written down when the next one has started."""
 
-    def __init__(self, phase: Phase, rate: Callable[[int], Any], done: int) -> None:
-        self.phase, self.rate = phase, rate
+    def __init__(self, phase: Phase, rate: Callable[[int], Any], done: int, steps: int) -> None:
+        self.phase, self.rate, self.steps = phase, rate, steps
         self.metrics = Metrics(phase.folder / "metrics.jsonl", phase.board)
         self.metrics.rewind(done)
         self.pending: tuple[int, dict[str, Any]] | None = None
@@ -157,8 +210,8 @@ class StepLog:
         if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
             name = self.phase.name
             raise RunError(f"{name}, step {number + 1}: the loss is {values['loss']}; lower {name}.learning_rate")
-        if number == 0 and self.phase.check_first is not None:
-            self.phase.check_first(values)
+        if self.phase.watch is not None:
+            self.phase.watch(number, self.steps, values)
         self.metrics.log(number + 1, learning_rate=float(self.rate(number)), **values)
 
 
@@ -176,6 +229,7 @@ def _pairs(reference: Sequence[np.ndarray], step: list[Packed], which: range, se
     valid = np.zeros((len(which), segments, pairs), bool)
     for b, r in enumerate(which):
         for s, i in enumerate(step[r] if r < len(step) else ()):
-            values[b, s, : len(reference[i])] = reference[i]
-            valid[b, s, : len(reference[i])] = True
+            if i < len(reference):  # what lies behind is replay
+                values[b, s, : len(reference[i])] = reference[i]
+                valid[b, s, : len(reference[i])] = True
     return Pairs(values, valid)

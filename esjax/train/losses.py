@@ -24,7 +24,7 @@ class Totals(NamedTuple):
 Loss = Callable[[Array, Rows, Any], Totals]  # (token log-probs [B, T], rows, extra data of the batch) -> Totals
 
 
-def sft_loss(logprobs: Array, rows: Rows, extra: None) -> Totals:
+def sft_loss(logprobs: Array, rows: Rows, extra: Any) -> Totals:
     """Negative log-likelihood, weighted; divided by the number of target tokens."""
     return Totals(-jnp.sum(rows.weight * logprobs), jnp.sum(rows.weight), {})
 
@@ -53,7 +53,8 @@ def dpo_loss(settings: DpoSettings) -> Loss:
     Per pair, with margin m = beta * ((log pi(c) - log ref(c)) - (log pi(r) - log ref(r))):
     -(1 - e) log sigmoid(m) - e log sigmoid(-m), where e is the label smoothing (conservative DPO, Mitchell 2023), plus
     nll_weight times the mean token NLL of the chosen reply (Pang et al. 2024). With length_normalised every log-prob is
-    divided by its reply's token count (Meng et al. 2024 do so without a reference).
+    divided by its reply's token count (Meng et al. 2024 do so without a reference). Targets on trunks are replay: their
+    NLL is added, weighted as the rows say, see ``train.loop``.
     """
     e = settings.label_smoothing
 
@@ -83,6 +84,9 @@ def dpo_loss(settings: DpoSettings) -> Loss:
             # How far the model is from its reference, in nats a token: no sign, so that pairs do not cancel one another.
             "drift": total(jnp.mean(jnp.abs(change) / tokens, axis=-1)),
         }
-        return Totals(total(preference + settings.nll_weight * nll), total(jnp.ones_like(margin)), metrics)
+        replay = -jnp.sum(jnp.where(rows.branch == 0, rows.weight * logprobs, 0.0))
+        if settings.replay_weight > 0:
+            metrics["replay_nll"] = replay / settings.replay_weight
+        return Totals(total(preference + settings.nll_weight * nll) + replay, total(jnp.ones_like(margin)), metrics)
 
     return loss

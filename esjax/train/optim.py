@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import optax
+import optax.contrib
 
 from esjax.runtime.mesh import shardings_here
 from esjax.settings.schema import OptimSettings
@@ -21,9 +22,30 @@ def learning_rate(settings: OptimSettings, steps: int) -> optax.Schedule:
 
 
 def optimiser(settings: OptimSettings, steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW."""
-    adamw = optax.adamw(learning_rate(settings, steps), weight_decay=settings.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), adamw)
+    """Clip by global norm, then the optimiser's rule with decoupled weight decay."""
+    rate, decay = learning_rate(settings, steps), settings.weight_decay
+    match settings.optimiser:
+        case "adamw":
+            rule = optax.adamw(rate, weight_decay=decay)
+        case "lion":
+            rule = optax.lion(rate, weight_decay=decay)
+        case "adafactor":  # Shazeer and Stern 2018, without its own learning rate: ours is the step's size
+            rule = optax.chain(
+                optax.scale_by_factored_rms(),
+                optax.clip_by_block_rms(1.0),
+                optax.add_decayed_weights(decay),
+                optax.scale_by_learning_rate(rate),
+            )
+        case "muon":
+            rule = optax.contrib.muon(
+                rate, weight_decay=decay, adam_weight_decay=decay, muon_weight_dimension_numbers=_matrices
+            )
+    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), rule)
+
+
+def _matrices(trained: Any) -> Any:
+    """For Muon: the stacked matrices [L, in, out], a layer at a time; embeddings, norms and biases are not among them."""
+    return jax.tree.map(lambda x: optax.contrib.MuonDimensionNumbers(1, 2) if x.ndim == 3 else None, trained)
 
 
 def init_optimiser(transformation: optax.GradientTransformation, trained: Any) -> Any:

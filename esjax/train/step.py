@@ -15,6 +15,7 @@ from flax import nnx
 from jax import Array
 
 from esjax.model.decoder import Decoder, Execution, token_logprobs
+from esjax.model.dropout import Dropout
 from esjax.model.weights import bind
 from esjax.rows import Rows
 from esjax.runtime.mesh import constrain
@@ -35,18 +36,20 @@ class Objective(NamedTuple):
     dtype: jnp.dtype | None = (
         None  # of a copy of the trained parameters that is computed with; an adapter's layers make theirs
     )
+    dropout: float = 0.0  # of what an adapter reads; above 0, a batch's extra data are its rows' keys, uint32 [B, 2]
 
 
 def gradients(
     objective: Objective, trained: Trained, frozen: nnx.State, rows: Rows, extra: Any
 ) -> tuple[Totals, Trained]:
     """Totals of a batch and the gradient of its loss *sum* with respect to what is trained."""
-    definition, loss, targets, execution, dtype = objective
+    definition, loss, targets, execution, dtype, rate = objective
+    dropout = Dropout(rate, extra) if rate > 0 else None
 
     def total(trained: Trained) -> tuple[Array, Totals]:
         if dtype is not None:
             trained = jax.tree.map(lambda x: x.astype(dtype), trained)
-        logprobs = token_logprobs(bind(definition, trained, frozen), rows, targets, execution)
+        logprobs = token_logprobs(bind(definition, trained, frozen), rows, targets, execution, dropout)
         totals = loss(logprobs, rows, extra)
         return totals.loss, totals
 

@@ -1,0 +1,1 @@
+"""Judges: who compares and rates replies, what they are asked, and how far they can be trusted."""

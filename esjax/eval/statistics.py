@@ -1,0 +1,116 @@
+"""Intervals and tests whose unit is the dialogue: contexts of one dialogue are not independent of each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+LEVEL = 0.95
+POWER = 0.8
+
+
+class Estimate(NamedTuple):
+    """A number with its interval. NaN where there is no interval: of a single dialogue, and where nothing varies in a way that
+    can be estimated."""
+
+    value: float
+    low: float
+    high: float
+    error: float  # the standard error
+    p: float  # of "the true value is 0"
+
+    @property
+    def detectable(self) -> float:
+        """The smallest true difference from 0 that data like these would show four times in five, at the interval's level."""
+        return float((stats.norm.ppf((1 + LEVEL) / 2) + stats.norm.ppf(POWER)) * self.error)
+
+
+def mean_by_cluster(values: np.ndarray, clusters: Sequence[object], resamples: int, seed: int) -> Estimate:
+    """The mean of values and its bootstrap-t interval over clusters.
+
+    Whole clusters are drawn with replacement, and what is compared with its own standard error is the ratio of sums (Efron and
+    Tibshirani 1993, section 12.5; the error of a ratio as in Cochran 1977, section 6.4), which covers well also where clusters
+    are few and unequal. For a difference give the paired differences.
+
+    Args:
+        values: float [n].
+        clusters: of each value, the cluster (the dialogue) that it belongs to.
+        resamples: how often clusters are drawn.
+        seed: of the draws.
+    """
+    names = list(dict.fromkeys(clusters))
+    number = {name: i for i, name in enumerate(names)}
+    index = np.asarray([number[c] for c in clusters])
+    sums: np.ndarray = np.bincount(index, values, len(names))
+    counts = np.bincount(index, minlength=len(names)).astype(float)
+    value = float(sums.sum() / counts.sum())
+    if len(names) < 2:
+        return Estimate(value, np.nan, np.nan, np.nan, np.nan)
+    sums = sums - value * counts  # what is left is small, and so are the sums' rounding errors
+    error = float(_error(np.ones((1, len(names))), sums, counts)[0])
+    if error <= 1e-12 * float(np.abs(values).max()):  # every cluster has the same mean
+        return _constant(value, len(names))
+    draws = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), resamples)
+    apart = (draws @ sums) / (draws @ counts)
+    errors = _error(draws, sums, counts)
+    known = errors > 1e-6 * error  # a draw of one cluster alone says nothing of the error
+    alone = np.where(apart == 0, 0.0, np.copysign(np.inf, apart))
+    t = np.where(known, apart / np.where(known, errors, 1.0), alone)
+    low, high = np.quantile(t, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="inverted_cdf")
+    extreme = np.abs(t) >= abs(value) / error
+    p = float((1 + extreme.sum()) / (1 + resamples))
+    return Estimate(value, value - float(high) * error, value - float(low) * error, error, p)
+
+
+def _error(draws: np.ndarray, sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The standard error of the ratio of sums to counts, for each row of how often each cluster was drawn."""
+    n = draws.sum(1)
+    total = draws @ counts
+    mean = (draws @ sums) / total
+    # sum of w (s - m c)^2, without the [resamples, clusters] array of residuals
+    squares = draws @ sums**2 - 2 * mean * (draws @ (sums * counts)) + mean**2 * (draws @ counts**2)
+    out: np.ndarray = np.sqrt(np.maximum(squares, 0) * n / (n - 1)) / total
+    return out
+
+
+def _constant(value: float, units: int) -> Estimate:
+    """Where all units say the same there is no spread to make an interval of; p is that of so many equal signs."""
+    return Estimate(value, np.nan, np.nan, 0.0, 1.0 if value == 0.0 else 2.0 ** (1 - units))
+
+
+def jackknife(whole: float, without: Sequence[float]) -> Estimate:
+    """A number of a whole corpus, which is no mean, and its interval from what it is without each of some groups of dialogues.
+
+    The delete-a-group jackknife (Efron and Tibshirani 1993, chapter 11) with Student's t. For a difference give differences.
+    """
+    left = np.asarray(without, float)
+    groups = len(left)
+    if groups < 2:
+        return Estimate(whole, np.nan, np.nan, np.nan, np.nan)
+    error = float(np.sqrt((groups - 1) / groups * np.square(left - left.mean()).sum()))
+    if error == 0.0:
+        return _constant(whole, groups)
+    reach = float(stats.t.ppf((1 + LEVEL) / 2, groups - 1)) * error
+    return Estimate(whole, whole - reach, whole + reach, error, float(2 * stats.t.sf(abs(whole) / error, groups - 1)))
+
+
+def wilson(hits: int, n: int) -> tuple[float, float]:
+    """The interval of a share of independent cases (Wilson 1927)."""
+    if n == 0:
+        return np.nan, np.nan
+    found = stats.binomtest(hits, n).proportion_ci(LEVEL, method="wilson")
+    return float(found.low), float(found.high)
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """p-values corrected for how many there are (Holm 1979); NaN stays, and is not counted."""
+    out = [float("nan")] * len(ps)
+    known = sorted((p, i) for i, p in enumerate(ps) if not np.isnan(p))
+    largest = 0.0
+    for rank, (p, i) in enumerate(known):
+        largest = max(largest, min(1.0, p * (len(known) - rank)))
+        out[i] = largest
+    return out
