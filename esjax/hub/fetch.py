@@ -62,8 +62,8 @@ def _resolve(source: str, expected: str | None) -> Path:
     path = Path(source).expanduser()
     if expected and (source.startswith(("hf:", "gs://")) or path.is_dir()):
         raise InputError(
-            f"{source} is a folder, and a SHA-256 (model.sha256) is that of a single file: set it to null (a hub's repository is pinned "
-            "by hf:ORG/NAME@COMMIT)"
+            f"{source} is a folder, and a SHA-256 (model.sha256) is that of a single file: set it to null (a hub's repository "
+            "is pinned by hf:ORG/NAME@COMMIT)"
         )
     if source.startswith("hf:"):
         return _from_hub(source)

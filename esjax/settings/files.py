@@ -21,7 +21,7 @@ DEFAULT = "bundled:configs/quickstart.yaml"  # the config of who names none
 HASH_OF = {
     "model.source": "model.sha256",
     "eval.embedding": "eval.embedding_sha256",
-    "eval.judge.model": "eval.judge.sha256",
+    "eval.judge.source": "eval.judge.sha256",
     "eval.seekers.model": "eval.seekers.sha256",
 }
 BOM = "\ufeff"  # a byte order mark, which some editors write
