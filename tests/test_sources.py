@@ -191,12 +191,39 @@ def test_folders_of_datasets(tmp_path: Path) -> None:
     assert texts == {"one": ["s 0", "s 1", "s 2"], "two": ["s 0", "s 1", "s 2"], "two/test": ["s 1"]}
     with pytest.raises(InputError, match="no split 'valid'; there are train, test"):
         read(f"hf:{tmp_path}/two/valid")
+    cut = read(f"hf-stream:{tmp_path}/two/train[:2]").dialogues
+    assert [d.turns[0].text for d in cut] == ["s 0", "s 1"]
     datasets.Dataset.from_list([{"picture": 1}]).save_to_disk(tmp_path / "other")
     with pytest.raises(InputError, match=r"the columns picture are those of no known format \(sample, pesconv"):
         read(f"hf:{tmp_path}/other")
     datasets.Dataset.from_dict({"text": []}).save_to_disk(tmp_path / "empty")
     with pytest.raises(InputError, match="the split is empty"):
         read(f"hf:{tmp_path}/empty")
+
+
+def test_a_stream_fetches_no_more_than_its_first_rows(hub: dict[str, str], tmp_path: Path) -> None:
+    folder = tmp_path / "large"
+    folder.mkdir()
+    file(folder, "train-00000.jsonl", rows(3))
+    (folder / "train-00001.jsonl").write_text("{broken")  # and must not be read
+    few, whole, plain, repository, part, unknown = in_process(
+        hub,
+        [
+            f"hf-stream:{folder}/train[:2]",
+            f"hf-stream:{folder}/train",
+            f"hf:{folder}/train[:2]",
+            "hf-stream:lab/talks/test",
+            "hf-stream:lab/talks/train[:1]",
+            "hf-stream:lab/talks/valid[:1]",
+        ],
+    )
+    assert few == str(["a 0", "a 1"])
+    assert "JSON parse error" in whole
+    assert "could not be loaded" in plain
+    assert repository == str(["t 0"])
+    assert part == str(["a 0"])
+    assert "valid" in unknown
+    assert "train" in unknown
 
 
 # --- TensorFlow Datasets ---------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from esjax.errors import InputError
 from esjax.hub.fetch import unreachable
 from esjax.run.jsonl import Line, line_of
 
+HUBS = ("hf:", "hf-stream:")
+
 
 def is_hub(source: str) -> bool:
     """Whether one of these libraries reads a source."""
-    return source.startswith(("hf:", "tfds:"))
+    return source.startswith((*HUBS, "tfds:"))
 
 
 @lru_cache(maxsize=8)
@@ -24,18 +27,20 @@ def rows(source: str) -> list[Line]:
 
     Args:
         source: hf:ORG/NAME[@REVISION][[/CONFIG]/SPLIT], the split "train" when left out; hf:FOLDER[/SPLIT], which
-            ``save_to_disk`` wrote or which holds data files; or tfds:NAME[/CONFIG][:VERSION]/SPLIT, under $TFDS_DATA_DIR.
+            ``save_to_disk`` wrote or which holds data files; hf-stream: and the same, read row by row from the hub with
+            nothing kept on disk, and of SPLIT[:N] only the first N rows; or tfds:NAME[/CONFIG][:VERSION]/SPLIT, under
+            $TFDS_DATA_DIR.
 
     Raises:
         InputError: no such dataset, folder or split (with those that there are).
         TransientError: the network.
     """
     kind, _, name = source.partition(":")
-    found = _from_hub(source, name) if kind == "hf" else _from_tfds(source, name)
+    found = _from_tfds(source, name) if kind == "tfds" else _from_hub(source, name, stream=kind == "hf-stream")
     return [line_of(row, f"{source}, row {n}", n) for n, row in enumerate(found, start=1)]
 
 
-def _from_hub(source: str, name: str) -> list[dict[str, Any]]:
+def _from_hub(source: str, name: str, stream: bool) -> list[dict[str, Any]]:
     import datasets
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -45,11 +50,12 @@ def _from_hub(source: str, name: str) -> list[dict[str, Any]]:
         if folder is not None and any((folder / file).exists() for file in ("state.json", "dataset_dict.json")):
             saved = datasets.load_from_disk(str(folder))
             parts = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
-            if split not in parts:
-                raise InputError(f"{source}: no split {split!r}; there are {', '.join(parts)}")
-            return list(parts[split])
+            name, count = _cut(split) if stream else (split, None)
+            if name not in parts:
+                raise InputError(f"{source}: no split {name!r}; there are {', '.join(parts)}")
+            return list(islice(parts[name], count))
         if folder is not None:
-            return list(datasets.load_dataset(str(folder), split=split))
+            return _loaded(str(folder), None, None, split, stream)
         match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([^/]+))?(?:/([^/]+))??(?:/([^/]+))?", name)
         if not match:
             raise InputError(
@@ -58,7 +64,7 @@ def _from_hub(source: str, name: str) -> list[dict[str, Any]]:
         repository, revision, config, split = match.groups()
         split = split or "train"
         try:
-            return list(datasets.load_dataset(repository, config, revision=revision, split=split))
+            return _loaded(repository, config, revision, split, stream)
         except ConnectionError:
             # Offline the library knows what it has prepared; a repository that was only downloaded lies in the hub's cache.
             try:
@@ -69,7 +75,7 @@ def _from_hub(source: str, name: str) -> list[dict[str, Any]]:
                 folder = None
             if folder is None:
                 raise
-            return list(datasets.load_dataset(str(folder), config, split=split))
+            return _loaded(str(folder), config, None, split, stream)
     except InputError:
         raise
     except IndexError:  # so the library meets a saved dataset without rows
@@ -83,6 +89,22 @@ def _from_hub(source: str, name: str) -> list[dict[str, Any]]:
                 f"{source} is not in the cache of datasets, and it is told to stay offline; {remedy}"
             ) from e
         raise unreachable(f"{source} could not be loaded with datasets", e, remedy) from e
+
+
+def _loaded(path: str, config: str | None, revision: str | None, split: str, stream: bool) -> list[dict[str, Any]]:
+    """The rows of a split. Raises ValueError naming the splits that there are."""
+    import datasets
+
+    if not stream:
+        return list(datasets.load_dataset(path, config, revision=revision, split=split))
+    name, count = _cut(split)
+    return list(islice(datasets.load_dataset(path, config, revision=revision, split=name, streaming=True), count))
+
+
+def _cut(split: str) -> tuple[str, int | None]:
+    """The name in SPLIT[:N], and N."""
+    match = re.fullmatch(r"(.*)\[:(\d+)\]", split)
+    return (match[1], int(match[2])) if match else (split, None)
 
 
 def _folder(name: str) -> tuple[Path | None, str]:

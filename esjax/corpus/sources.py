@@ -124,8 +124,9 @@ def _files(source: str, format: str) -> tuple[Format, list[Path], str]:
     if colon and name in FORMATS:
         format, path = name, rest
     elif colon and name != "bundled" and not Path(source).exists() and not {"/", "\\", "."} & set(name):
-        close = similar(name, [*FORMATS, "hf", "tfds", "bundled"])
-        hint = f": did you mean {' or '.join(close)}?" if close else f"; known: {', '.join(FORMATS)}, hf, tfds, bundled"
+        known = [*FORMATS, "hf", "hf-stream", "tfds", "bundled"]
+        close = similar(name, known)
+        hint = f": did you mean {' or '.join(close)}?" if close else f"; known: {', '.join(known)}"
         raise InputError(f"{source}: {name!r} is no format of corpora{hint}")
     else:
         path = source
