@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-import regex
 from rich.table import Table
 from rich.text import Text
 
@@ -26,19 +25,6 @@ from esjax.tokens.encode import Encoder
 from esjax.tokens.tokenizer import ChatTokenizer
 
 LABELS = ("profile", "emotion", "problem", "situation")
-SCRIPTS = (
-    "Latin",
-    "Han",
-    "Hiragana",
-    "Katakana",
-    "Hangul",
-    "Cyrillic",
-    "Greek",
-    "Arabic",
-    "Hebrew",
-    "Devanagari",
-    "Thai",
-)
 EXAMPLES, MOST_NAMES = 10, 12
 
 
@@ -49,8 +35,6 @@ def inspect(source: str, config: Config, tokens: bool) -> dict[str, Any]:
     dialogues = corpus.dialogues
     turns = [t for d in dialogues for t in d.turns]
     screened = Screen.load(config.screen, config.filters.crisis_patterns).screened(dialogues)
-    text = "".join(t.text for t in turns)
-    letters = {script: len(regex.findall(rf"\p{{{script}}}", text)) for script in SCRIPTS}
     facts: dict[str, Any] = {
         "source": source,
         "rows": corpus.counts["rows"],
@@ -67,11 +51,18 @@ def inspect(source: str, config: Config, tokens: bool) -> dict[str, Any]:
         },
         "strategies": _names(t.strategy for t in turns),
         **{f"{name}s": _names(getattr(d, name) for d in dialogues) for name in ("emotion", "problem")},
-        "scripts": {s: round(n / max(1, sum(letters.values())), 4) for s, n in letters.items() if n},
+        "languages": _names(_language(d) for d in dialogues),
     }
     if tokens:
         facts |= _tokens(dialogues, config)
     return facts | {"examples": [_row(d) for d in dialogues[:EXAMPLES]]}
+
+
+def _language(dialogue: Dialogue) -> str:
+    """The likeliest language of all that is said, an ISO 639-1 code."""
+    from py3langid.langid import classify
+
+    return str(classify("\n".join(t.text for t in dialogue.turns))[0])
 
 
 def _tokens(dialogues: Sequence[Dialogue], config: Config) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def test_inspect_counts(corpus: str, tiny_folder: Path, capsys: pytest.CaptureFi
         "strategies": {"Question": 2, "Others": 2},
         "emotions": {"fear": 1, "shame": 1},
         "problems": {"moving": 2},
-        "scripts": {"Latin": 1.0},
+        "languages": {"en": 2},
     }
     assert {key: facts[key] for key in expected} == expected
     assert [e["id"] for e in facts["examples"]] == ["esconv-00001", "esconv-00002"]
@@ -67,6 +67,20 @@ def test_inspect_counts(corpus: str, tiny_folder: Path, capsys: pytest.CaptureFi
     shown = capsys.readouterr().out
     assert "esconv-00001" in shown
     assert "no_answer 1" in shown
+
+
+def test_languages_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said_in = {
+        "de": ("Ich habe meine Stelle verloren und bin sehr traurig.", "Das tut mir leid. Was ist denn passiert?"),
+        "es": ("He perdido mi trabajo y estoy muy triste.", "Lo siento mucho. ¿Qué ha pasado?"),
+        "zh": ("我丢了工作，很难过。", "听起来真的很不容易。"),
+    }
+    talks = [
+        {"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]} for a, b in said_in.values()
+    ]
+    file = tmp_path / "talks.jsonl"
+    file.write_text("".join(json.dumps(talk) + "\n" for talk in [*talks, talks[0]]), encoding="utf-8")
+    assert said(capsys, "inspect", f"messages:{file}")["languages"] == {"de": 2, "es": 1, "zh": 1}
 
 
 def test_a_row_shows_its_targets(
