@@ -224,11 +224,9 @@ def evaluate_predictions(
     from esjax.eval.measure import measure
     from esjax.evolve.filters import Filters
     from esjax.evolve.models import USED, uses
-    from esjax.run.files import check_writable
+    from esjax.run.files import check_new
 
-    if Path(out).exists():
-        raise InputError(f"{out} exists; give a new folder as --out")
-    check_writable(Path(out), "--out")
+    check_new(Path(out), "folder")
     config, asked = given.load(together=False), given.settings()
     judge = config.eval.judge if config.eval.judge.source is not None else None
     if judge is not None:
@@ -245,6 +243,23 @@ def evaluate_predictions(
     return others.write(Path(out), values, list(systems), config)
 
 
+def evaluate_seeds(runs: Sequence[str], out: str | Path | None = None) -> list[dict[str, Any]]:
+    """The evaluations of runs that differ in their seed alone, as one: intervals over seeds and dialogues; `eval --seeds`.
+
+    Args:
+        runs: three or more evaluated runs, or folders of ``evaluate``'s ``out``.
+        out: a JSON file for the records; it must not exist. None writes none.
+
+    Returns records as those of a run, with each seed's own numbers. Raises InputError.
+    """
+    from esjax.eval.seeds import summarised
+    from esjax.run.files import check_new
+
+    if out is not None:
+        check_new(Path(out), "file")
+    return summarised(runs, None if out is None else Path(out))
+
+
 def evaluate_choices(
     choices: str | Path, model: str, given: Overrides, out: str | Path | None = None
 ) -> list[dict[str, Any]]:
@@ -259,13 +274,11 @@ def evaluate_choices(
     Returns a record for each task and category, with Wilson's interval. Raises InputError.
     """
     from esjax.eval.choices import accuracies, read_items
-    from esjax.run.files import check_writable, write_text
+    from esjax.run.files import check_new, write_text
     from esjax.run.jsonl import json_text
 
     if out is not None:
-        if Path(out).exists():
-            raise InputError(f"{out} exists; give a new file as --out")
-        check_writable(Path(out), "--out")
+        check_new(Path(out), "file")
     items = read_items(Path(choices))
     opened = Model(model, given)
     with devices(opened.config):

@@ -14,7 +14,7 @@ from esjax import api
 from esjax.errors import InputError, RunError, is_full_disk, outcome
 from esjax.evolve.models import FIXED, backbone_settings, is_adapter, run_settings, start_settings
 from esjax.opened import Model, prepare_jax
-from esjax.options import build, read_by
+from esjax.options import EVALUATED, build, read_by
 from esjax.runtime.context import current, open_runtime
 from esjax.settings.files import Overrides, keys, similar
 from esjax.settings.schema import Config
@@ -60,32 +60,41 @@ def eval(args: argparse.Namespace, given: Overrides) -> None:
 
     Or, of a single model, multiple choice (--choices); or how far a judge agrees with people (judge-check RATINGS).
     """
+    from esjax.eval.compare import title
     from esjax.eval.table import accuracy, agreements, tables
 
-    if args.choices is not None:
-        if args.run_dir or args.predictions or args.reference_data or args.judge_check or args.model is None:
-            raise InputError("--choices FILE needs --model M, and takes --out and settings, nothing else")
+    way = _way(args)
+    if way == "choices":
         _print(accuracy(api.evaluate_choices(args.choices, args.model, given, args.out)))
-        return
-    if args.judge_check is not None:
-        if args.run_dir or args.predictions or args.reference_data or args.model or args.out:
-            raise InputError("esjax eval judge-check takes RATINGS and settings, nothing else")
+    elif way == "judge_check":
         _print(agreements(api.judge_agreement(args.judge_check, given)))
-        return
-    if (args.run_dir is None) == (args.predictions is None):
-        raise InputError("give --run-dir, or --predictions with --reference-data and --out")
-    if args.predictions is None:
-        for option, value in (("--reference-data", args.reference_data), ("--model", args.model)):
-            if value is not None:
-                raise InputError(f"{option}: only with --predictions")
+    elif way == "predictions":
+        records = api.evaluate_predictions(args.predictions, args.reference_data, args.out, given, args.model)
+        _print(*tables(records, str, args.all))
+    elif way == "seeds":
+        for key in given.settings():
+            raise InputError(f"{key}: --seeds sums up what is evaluated and reads no settings; leave it out")
+        _print(*tables(api.evaluate_seeds(args.seeds, args.out), title, args.all))
+    else:
         with current().processes.in_step():
             config = api.evaluation_config(args.run_dir, given, args.out)
         _print(*api.evaluate(config, args.run_dir, args.out).tables(args.all))
-        return
-    if args.reference_data is None or args.out is None:
-        raise InputError("--predictions needs --reference-data and --out")
-    records = api.evaluate_predictions(args.predictions, args.reference_data, args.out, given, args.model)
-    _print(*tables(records, str, args.all))
+
+
+def _way(args: argparse.Namespace) -> str:
+    """What `esjax eval` is to do. Raises InputError for options that do not go together."""
+    ways = [name for name in EVALUATED if getattr(args, name)]
+    if len(ways) != 1:
+        raise InputError("give one of --run-dir, --predictions, --seeds, --choices, judge-check RATINGS")
+    needed, free = EVALUATED[ways[0]]
+    named = {name: "--" + name.replace("_", "-") for name in ("model", "reference_data", "out", "all", *ways)}
+    for name in needed:
+        if getattr(args, name) is None:
+            raise InputError(f"{named[ways[0]]} needs {' and '.join(named[n] for n in needed)}")
+    for name in named:
+        if name not in (*ways, *needed, *free) and getattr(args, name):
+            raise InputError(f"{named[name]}: {named[ways[0]]} makes no use of it; leave it out")
+    return ways[0]
 
 
 def export(args: argparse.Namespace, given: Overrides) -> None:

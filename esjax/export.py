@@ -31,7 +31,7 @@ from esjax.model.gguf_form import Described, describe, gguf_shapes, gguf_tensors
 from esjax.model.lora import Adapter, load_adapter, peft_tensors, save_adapter
 from esjax.model.weights import FLOAT32, Backbone, bind, load_backbone
 from esjax.run.directory import read_manifest
-from esjax.run.files import check_writable, replacing, write_text
+from esjax.run.files import check_new, replacing, write_text
 from esjax.run.jsonl import json_text
 from esjax.run.progress import say
 from esjax.settings.schema import Sources
@@ -196,9 +196,7 @@ WRITERS = {"merged": _merged, "peft": _peft, "gguf": _gguf}
 
 def _check(experiment: Experiment, out: Path, form: Form) -> None:
     """All that can be known before anything is computed. Raises InputError, TransientError."""
-    if out.exists():
-        raise InputError(f"{out} exists; give a new folder as --out")
-    check_writable(out, "--out")
+    check_new(out, "folder")
     backbone = experiment.backbone
     if backbone.start is not None and form.format == "peft":
         raise InputError("all parameters were trained (train.what=all), so there is no adapter: give --format merged")

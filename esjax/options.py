@@ -146,6 +146,14 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         ),
         _given("--run-dir", "DIR", "compare the models of this run, a folder or a URL"),
         (
+            "--seeds",
+            {
+                "nargs": "+",
+                "metavar": "RUN",
+                "help": "or sum up evaluated runs that differ in their seed alone, 3 or more",
+            },
+        ),
+        (
             "--predictions",
             {
                 "nargs": "+",
@@ -190,6 +198,14 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         _given("--shard-gib", "N", "merged: the largest file of weights, in GiB; 4 when left out", type=float),
         _given("--push-to", "ORG/NAME", "push it to the Hugging Face hub, as a private repository where it is new"),
     ),
+}
+# What `esjax eval` can do, by the option that asks for it: the options that it needs then, and those that it may have.
+EVALUATED = {
+    "run_dir": ((), ("out", "all")),
+    "predictions": (("reference_data", "out"), ("model", "all")),
+    "seeds": ((), ("out", "all")),
+    "choices": (("model",), ("out",)),
+    "judge_check": ((), ()),
 }
 # The settings (or whole sections) that a command makes use of, where those are not all. Any other may stand in the config
 # file, which is a whole experiment's, but is refused on the command line.

@@ -135,4 +135,4 @@ def test_bad_items_are_named(
 def test_choices_need_a_model(tmp_path: Path, tiny_folder: Path, refused: Refused) -> None:
     file = write(tmp_path / "items.jsonl", EA)
     assert "eval.candidates" in refused("eval", "--choices", file, "--model", tiny_folder, "--eval.candidates", 3)
-    assert "needs --model M" in refused("eval", "--choices", write(tmp_path / "EA.jsonl", EA))
+    assert "needs --model" in refused("eval", "--choices", write(tmp_path / "EA.jsonl", EA))

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from esjax.errors import InputError
 from esjax.eval.metrics import ALL, METRICS, Metric
 from esjax.eval.replies import Reply
-from esjax.eval.statistics import Estimate, holm, jackknife, mean_by_cluster, wilson
+from esjax.eval.statistics import Estimate, crossed, holm, jackknife, mean_by_cluster, wilson
 
 MARGIN = "judge_margin"
 GROUPS = 20  # of dialogues, left out one after the other for a number of the whole corpus
@@ -38,6 +39,9 @@ class Value(NamedTuple):
     context: str
     without: int
     value: float
+
+
+Rows = Sequence[Value]
 
 
 def groups(dialogues: Sequence[str]) -> list[set[str]]:
@@ -102,6 +106,7 @@ class Summary(NamedTuple):
         tuple[str, str, str], float
     ]  # Holm's p-values, over the headline's differences and over all others'
     counts: dict[str, tuple[int, int]]  # by metric: contexts and dialogues
+    seeds: int = 1
 
     def verdict(self, key: tuple[str, str, str]) -> str:
         """In words: higher, lower, or that no difference was shown."""
@@ -119,7 +124,7 @@ class Summary(NamedTuple):
             for model, mean in models.items():
                 row: dict[str, Any] = {"metric": metric, "label": about.label, "model": model, **_record(mean)}
                 row |= {"level": about.level, "tokens": about.tokens, "better": about.better, "source": about.source}
-                row |= {"contexts": contexts, "dialogues": dialogues}
+                row |= {"contexts": contexts, "dialogues": dialogues, "seeds": self.seeds}
                 row["differences"] = {
                     other: _record(d)
                     | {"p": _number(d.p), "p_holm": _number(self.corrected[key]), "verdict": self.verdict(key)}
@@ -131,8 +136,9 @@ class Summary(NamedTuple):
         return out
 
 
-def _record(e: Estimate) -> dict[str, float | None]:
-    return {"value": _number(e.value), "low": _number(e.low), "high": _number(e.high)}
+def _record(e: Estimate) -> dict[str, Any]:
+    made: dict[str, Any] = {"value": _number(e.value), "low": _number(e.low), "high": _number(e.high)}
+    return made | {"by_seed": [_number(x) for x in e.by_seed]} if e.by_seed else made
 
 
 def _number(x: float) -> float | None:
@@ -141,50 +147,97 @@ def _number(x: float) -> float | None:
 
 def summarise(values: Sequence[Value], compared: Sequence[tuple[str, str]], resamples: int, seed: int) -> Summary:
     """Means of every metric and model, and the paired differences of ``compared`` models, (model, the one to compare with)."""
-    table: dict[str, dict[str, list[Value]]] = {}
-    for v in values:
-        table.setdefault(v.metric, {}).setdefault(v.model, []).append(v)
+
+    def estimate(metric: Metric, rows: Sequence[Rows], others: Sequence[Rows] | None) -> Estimate:
+        return _estimate(metric, rows[0], None if others is None else others[0], resamples, seed)
+
+    return _summary([values], compared, estimate)
+
+
+def summarise_seeds(runs: Sequence[Sequence[Value]], compared: Sequence[tuple[str, str]]) -> Summary:
+    """The same of runs that differ in their seed alone: means over seeds, intervals over seeds and dialogues (``crossed``)."""
+    return _summary(runs, compared, _across)
+
+
+def _summary(
+    runs: Sequence[Rows],
+    compared: Sequence[tuple[str, str]],
+    estimate: Callable[[Metric, Sequence[Rows], Sequence[Rows] | None], Estimate],
+) -> Summary:
+    table: dict[str, dict[str, list[list[Value]]]] = {}
+    for number, values in enumerate(runs):
+        for v in values:
+            table.setdefault(v.metric, {}).setdefault(v.model, [[] for _ in runs])[number].append(v)
     means: dict[str, dict[str, Estimate]] = {}
     differences: dict[tuple[str, str, str], Estimate] = {}
     counts = {}
-    for name, models in table.items():
-        metric = ALL[name]
-        means[name] = {model: _estimate(metric, rows, None, resamples, seed) for model, rows in models.items()}
+    for name, found in table.items():
+        metric, models = ALL[name], {model: rows for model, rows in found.items() if all(rows)}
+        means[name] = {model: estimate(metric, rows, None) for model, rows in models.items()}
         for model, other in compared:
             if model in models and other in models:
-                differences[name, model, other] = _estimate(metric, models[model], models[other], resamples, seed)
+                differences[name, model, other] = estimate(metric, models[model], models[other])
         if name == MARGIN:  # a difference by itself
             differences |= {(name, both, both.partition(OVER)[2]): e for both, e in means[name].items()}
-        any_rows = next(iter(models.values()))
+        any_rows = next(iter(found.values()))[0]
         counts[name] = len({v.context for v in any_rows}), len({v.dialogue for v in any_rows})
     corrected: dict[tuple[str, str, str], float] = {}
     for headline in (True, False):  # two families: what is shown first, and all the rest
         family = {key: d.p for key, d in differences.items() if is_headline(key[0]) == headline}
         corrected |= dict(zip(family, holm(list(family.values())), strict=True))
-    return Summary(means, differences, corrected, counts)
+    return Summary(means, differences, corrected, counts, len(runs))
 
 
-def _estimate(
-    metric: Metric, rows: Sequence[Value], others: Sequence[Value] | None, resamples: int, seed: int
-) -> Estimate:
+def _parts(rows: Rows, others: Rows | None) -> dict[int, float]:
+    """A number of the whole corpus, and what it is without each group of dialogues; or the same of its difference."""
+    mine = {v.without: v.value for v in rows}
+    theirs = {v.without: v.value for v in others} if others is not None else dict.fromkeys(mine, 0.0)
+    return {n: x - theirs[n] for n, x in mine.items()}
+
+
+def _paired(rows: Rows, others: Rows | None) -> dict[str, Value]:
+    """By context a metric's values, or their differences where both models have one."""
+    taken = {v.context: v.value for v in others} if others is not None else {v.context: 0.0 for v in rows}
+    return {v.context: v._replace(value=v.value - taken[v.context]) for v in rows if v.context in taken}
+
+
+def _estimate(metric: Metric, rows: Rows, others: Rows | None, resamples: int, seed: int) -> Estimate:
     """Of a metric of one model; or of its difference from another's."""
     if metric.level == "corpus":
-        mine = {v.without: v.value for v in rows}
-        theirs = {v.without: v.value for v in others} if others is not None else dict.fromkeys(mine, 0.0)
-        each = {n: x - theirs[n] for n, x in mine.items()}
+        each = _parts(rows, others)
         return jackknife(each[-1], [x for n, x in each.items() if n >= 0 and not math.isnan(x)])
-    own = {v.context: v for v in rows}
-    taken = {v.context: v.value for v in others} if others is not None else dict.fromkeys(own, 0.0)
-    both = [v for v in own.values() if v.context in taken]
+    both = list(_paired(rows, others).values())
     if not both:
         return Estimate(*(math.nan,) * 5)
-    values = np.asarray([v.value - taken[v.context] for v in both])
+    values = np.asarray([v.value for v in both])
     made = mean_by_cluster(values, [v.dialogue for v in both], resamples, seed)
     if others is None and metric.share and set(values.tolist()) in ({0.0}, {1.0}):  # none, or all: of so many dialogues
         dialogues = len({v.dialogue for v in both})
         low, high = wilson(round(made.value) * dialogues, dialogues)
         return made._replace(low=low, high=high)
     return made
+
+
+def _across(metric: Metric, runs: Sequence[Rows], others: Sequence[Rows] | None) -> Estimate:
+    """The same over seeds, from what each dialogue (or group of them) adds to each seed's number."""
+    pairs = list(zip(runs, others if others is not None else [None] * len(runs), strict=True))
+    if metric.level == "corpus":
+        parts = [_parts(mine, theirs) for mine, theirs in pairs]
+        known = [n for n in parts[0] if n >= 0 and all(not math.isnan(p.get(n, math.nan)) for p in parts)]
+        left = np.asarray([[p[n] for n in known] for p in parts])
+        whole = np.asarray([[p[-1]] for p in parts])
+        if not known:
+            return crossed(whole)
+        return crossed(whole - (len(known) - 1) * (left - left.mean(1, keepdims=True)))  # jackknife pseudo-values
+    found = [_paired(mine, theirs) for mine, theirs in pairs]
+    shared = [context for context in found[0] if all(context in f for f in found)]
+    if not shared:
+        return Estimate(*(math.nan,) * 5)
+    values = np.asarray([[f[context].value for context in shared] for f in found])
+    names = list(dict.fromkeys(found[0][context].dialogue for context in shared))
+    member = np.asarray([[found[0][context].dialogue == name for name in names] for context in shared], float)
+    mean = values.mean(1, keepdims=True)
+    return crossed(mean + (values - mean) @ member * len(names) / len(shared))
 
 
 def write_parquet(path: Path, values: Sequence[Value]) -> None:
@@ -194,3 +247,16 @@ def write_parquet(path: Path, values: Sequence[Value]) -> None:
 
     columns = {name: [getattr(v, name) for v in values] for name in Value._fields}
     parquet.write_table(pa.table(columns), path)
+
+
+def read_parquet(path: Path) -> list[Value]:
+    """What ``write_parquet`` wrote. Raises InputError where it is another table."""
+    from pyarrow import ArrowException, parquet
+
+    try:
+        columns = parquet.read_table(path, columns=list(Value._fields)).to_pydict()
+        return [Value(*row) for row in zip(*(columns[name] for name in Value._fields), strict=True)]
+    except (ArrowException, KeyError, OSError) as e:
+        raise InputError(
+            f"{path}: not a table of results ({str(e).splitlines()[0][:200]}); run `esjax eval` again"
+        ) from e

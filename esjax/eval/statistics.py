@@ -21,6 +21,7 @@ class Estimate(NamedTuple):
     high: float
     error: float  # the standard error
     p: float  # of "the true value is 0"
+    by_seed: tuple[float, ...] = ()  # of several seeds, each one's number
 
     @property
     def detectable(self) -> float:
@@ -95,6 +96,38 @@ def jackknife(whole: float, without: Sequence[float]) -> Estimate:
         return _constant(whole, groups)
     reach = float(stats.t.ppf((1 + LEVEL) / 2, groups - 1)) * error
     return Estimate(whole, whole - reach, whole + reach, error, float(2 * stats.t.sf(abs(whole) / error, groups - 1)))
+
+
+def crossed(cells: np.ndarray) -> Estimate:
+    """The mean over seeds and dialogues, each of which answered under every seed, and its interval over both.
+
+    Two-way random effects without replication: the variance of the mean is (MS of seeds + MS of dialogues - MS of the rest) / n
+    of the analysis of variance, none of the effects' own variances below 0, with Satterthwaite's (1946) degrees of freedom.
+
+    Args:
+        cells: float [seeds, dialogues], at least two of each.
+    """
+    seeds, units = cells.shape
+    value, by_seed = float(cells.mean()), tuple(cells.mean(1).tolist())
+    if units < 2:
+        return Estimate(value, np.nan, np.nan, np.nan, np.nan, by_seed)
+    rows, columns = cells.mean(1, keepdims=True) - value, cells.mean(0, keepdims=True) - value
+    rest = cells - value - rows - columns
+    freedom = np.asarray([seeds - 1, units - 1, (seeds - 1) * (units - 1)])
+    squares = (
+        np.asarray([units * np.square(rows).sum(), seeds * np.square(columns).sum(), np.square(rest).sum()]) / freedom
+    )
+    total = squares[0] + squares[1] - squares[2]
+    if total >= squares[:2].max():
+        degrees = float(total**2 / (squares**2 / freedom).sum()) if total > 0 else 0.0
+    else:  # one effect seems to have no variance: the other's mean square holds the rest's, too
+        total, degrees = squares[:2].max(), float(freedom[int(squares[:2].argmax())])
+    error = float(np.sqrt(total / cells.size))
+    if error <= 1e-12 * float(np.abs(cells).max()):
+        return _constant(value, units)._replace(by_seed=by_seed)
+    reach = float(stats.t.ppf((1 + LEVEL) / 2, degrees)) * error
+    p = float(2 * stats.t.sf(abs(value) / error, degrees))
+    return Estimate(value, value - reach, value + reach, error, p, by_seed)
 
 
 def wilson(hits: int, n: int) -> tuple[float, float]:

@@ -24,8 +24,10 @@ def tables(records: Sequence[Record], title: Callable[[str], str], all_metrics: 
     models = list(dict.fromkeys(r["model"] for r in records if OVER not in r["model"]))
     shown = [n for n in shown if (n, models[0]) in by]
     first = by["words", models[0]]
+    several = first.get("seeds", 1) > 1
+    seeds, over = (f", {first['seeds']} seeds", "seeds and dialogues") if several else ("", "dialogues")
     means = Table(
-        title=f"Held-out dialogues: {first['contexts']} replies a model, {first['dialogues']} dialogues",
+        title=f"Held-out dialogues: {first['contexts']} replies a model, {first['dialogues']} dialogues{seeds}",
         title_justify="left",
         caption="lower is better where marked v, higher where marked ^",
     )
@@ -39,7 +41,7 @@ def tables(records: Sequence[Record], title: Callable[[str], str], all_metrics: 
     if not pairs:
         return [means, *judged]
     wide = Table(
-        title="Differences, with 95% intervals over dialogues",
+        title=f"Differences, with 95% intervals over {over}",
         title_justify="left",
         caption="*: shown, after Holm's correction for all of this table; without it: no difference shown",
     )

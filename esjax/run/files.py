@@ -49,6 +49,13 @@ def check_writable(path: Path, option: str) -> None:
         raise InputError(f"{path}: cannot be written ({e.strerror}); give another {option}") from e
 
 
+def check_new(path: Path, kind: str) -> None:
+    """Raise InputError unless a new ``kind``, a file or a folder, can be made at ``path``, which --out names."""
+    if path.exists():
+        raise InputError(f"{path} exists; give a new {kind} as --out")
+    check_writable(path, "--out")
+
+
 def discard(path: Path) -> None:
     """Delete a file or a folder, if it is there."""
     if path.is_dir():
