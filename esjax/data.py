@@ -34,7 +34,7 @@ def inspect(source: str, config: Config, tokens: bool) -> dict[str, Any]:
     corpus = read(source, config.data.format, config.seed)
     dialogues = corpus.dialogues
     turns = [t for d in dialogues for t in d.turns]
-    screened = Screen.load(config.screen, config.filters.crisis_patterns).screened(dialogues)
+    screened = Screen.load(config.screen).screened(dialogues)
     facts: dict[str, Any] = {
         "source": source,
         "rows": corpus.counts["rows"],

@@ -417,7 +417,7 @@ def test_how_to_compute_and_how_a_path_is_spelt_make_no_other_experiment(minimal
     how = ["sft.micro_rows=1", "dpo.micro_rows=2", "evolve.batch=3", "reply.batch=5", "evolve.rounds=7", "mesh.fsdp=2"]
     how += ["model.remat=none", "model.attention=dense", "model.cache_dtype=bfloat16", "model.decoding_weights=shared"]
     how += ["sft.checkpoint_every=3", "dpo.checkpoints_kept=5", "sft.validate_every=9"]
-    where = ["data.train=./b.jsonl", "prompts.refine=/r.txt", "filters.crisis_patterns=c.txt", "model.source=/m"]
+    where = ["data.train=./b.jsonl", "prompts.refine=/r.txt", "screen.crisis_patterns=c.txt", "model.source=/m"]
     b = load(minimal, [f"--{word}" for word in [*how, *where]])
     assert differing(a, b) == []
     assert sorted(changes(a, b)) == sorted(word.split("=")[0] for word in [*how, *where])

@@ -223,16 +223,16 @@ def test_sift_refuses_rows_out_of_step(filters: Filters) -> None:
 
 
 def patterned(tmp_path: Path, *lines: str) -> Filters:
-    """Filters whose crisis patterns are these lines."""
+    """Filters whose patterns of personal data are these lines."""
     file = tmp_path / "mine.txt"
     file.write_text("\n".join(lines), encoding="utf-8")
-    return Filters.load(FilterSettings(crisis_patterns=str(file)), ScreenSettings())
+    return Filters.load(FilterSettings(), ScreenSettings(personal_patterns=str(file), crisis="keep"))
 
 
 def test_an_edited_pattern_file_is_what_counts(tmp_path: Path) -> None:
     mine = patterned(tmp_path, "# German", "", r"  \bsterben\b", r"nicht mehr leben$", "# the end")
     for text in ("Ich will STERBEN.", "Ich will nicht mehr leben", "nicht mehr leben\nsagt er"):
-        assert mine.reply_fault(chat(text), GOOD, "stop") == "crisis"
+        assert mine.reply_fault(chat(text), GOOD, "stop") == "personal"
     for text in ("I want to die.", "versterbend", "German", "nicht mehr leben wie bisher"):
         assert mine.reply_fault(chat(text), GOOD, "stop") is None
 
@@ -255,7 +255,7 @@ def test_a_broken_pattern_is_named_with_its_file(tmp_path: Path, broken: str) ->
 def test_lines_do_not_disturb_each_other(tmp_path: Path, lines: list[str], match: str, other: str) -> None:
     """Every line is a good expression alone, so the file is a good one."""
     mine = patterned(tmp_path, *lines)
-    assert mine.reply_fault(chat(match), GOOD, "stop") == "crisis"
+    assert mine.reply_fault(chat(match), GOOD, "stop") == "personal"
     assert mine.reply_fault(chat(other), GOOD, "stop") is None
 
 

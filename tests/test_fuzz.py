@@ -274,7 +274,7 @@ def test_patterns(text: str, tmp_path: Path) -> None:
     file.write_text("I want to die\n", encoding="utf-8")
 
     def reason(said: str) -> str | None:
-        return Filters.load(FilterSettings(crisis_patterns=str(file)), ScreenSettings()).screen.dropped(said, False)
+        return Filters.load(FilterSettings(), ScreenSettings(crisis_patterns=str(file))).screen.dropped(said, False)
 
     assert reason("So I want to die.") == "crisis"
     file.write_text(text, encoding="utf-8", errors="ignore")

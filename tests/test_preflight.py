@@ -61,7 +61,7 @@ FILES = {
     "prompts.principles": (None, "cannot be read"),
     "prompts.reflect": ("{{ draft }}", "broken template"),
     "prompts.refine": ("{{ nothing }}", "broken template"),
-    "filters.crisis_patterns": ("(", "not a regular expression"),
+    "screen.crisis_patterns": ("(", "not a regular expression"),
     "filters.scaffolding_patterns": (None, "cannot be read"),
     "data.replay": ('\n{"id": 1}\n', "line 2: the field 'messages' is missing"),
     "data.valid": ("{}\n", "line 1: the field 'id' is missing"),

@@ -19,7 +19,6 @@ from esjax.settings.schema import Config, ScreenSettings
 from esjax.tokens.encode import Encoder
 from esjax.tokens.tokenizer import ChatTokenizer
 
-CRISIS = "bundled:prompts/crisis.txt"
 FOUND = {
     "crisis": ["I want to die.", "she says self-harm helps"],
     "personal": """write to ann.lee+x@mail.example.org|see https://x.example/a|it is on www.nowhere|go to help.org please
@@ -45,7 +44,7 @@ NOT_FOUND = {
 
 
 def screen(**actions: Any) -> Screen:
-    return Screen.load(ScreenSettings(**dict.fromkeys(KINDS, "keep") | actions), CRISIS)
+    return Screen.load(ScreenSettings(**dict.fromkeys(KINDS, "keep") | actions))
 
 
 @pytest.mark.parametrize(("kind", "text"), [(kind, text) for kind, texts in FOUND.items() for text in texts])

@@ -158,8 +158,8 @@ def test_a_byte_order_mark_is_no_part_of_any_file(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_bytes("\ufeff\\bzebra\nhorse\u2028foal\n".encode())
     assert read_text(str(text)) == "\\bzebra\nhorse\u2028foal"
-    mine = Filters.load(FilterSettings(crisis_patterns=str(text)), ScreenSettings())
-    assert mine.screen.dropped("A zebra", False) == mine.screen.dropped("horse\u2028foal", False) == "crisis"
+    mine = Filters.load(FilterSettings(), ScreenSettings(personal_patterns=str(text)))
+    assert mine.screen.dropped("A zebra", False) == mine.screen.dropped("horse\u2028foal", False) == "personal"
     assert mine.screen.dropped("A horse", False) is None
     config = tmp_path / "config.yaml"
     config.write_text("\ufeff" + bundled("bundled:configs/quickstart.yaml").read_text(), encoding="utf-8")

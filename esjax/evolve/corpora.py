@@ -71,7 +71,7 @@ class Corpora:
     def inputs(self, *names: str) -> dict[str, str]:
         """Hashes of what these settings of ``data`` name, and of what it is screened by: inputs of a stage."""
         keys = [f"data.{name}" for name in names if getattr(self.config.data, name) is not None]
-        return {key: content(self.config, key) for key in keys} | screen_hashes(self.config.filters, self.config.screen)
+        return {key: content(self.config, key) for key in keys} | screen_hashes(self.config.screen)
 
     def eval_inputs(self) -> dict[str, str]:
         """A hash of the held-out replay data, where there is some."""

@@ -29,7 +29,7 @@ class Filters:
     @classmethod
     def load(cls, settings: FilterSettings, screen: ScreenSettings) -> Filters:
         """Compile the pattern files. Raises InputError naming a file and a broken expression."""
-        return cls(settings, Screen.load(screen, settings.crisis_patterns), compiled(settings.scaffolding_patterns))
+        return cls(settings, Screen.load(screen), compiled(settings.scaffolding_patterns))
 
     def reply_fault(self, context: list[Message], reply: str, finish: str) -> str | None:
         """Why a reply to this context would be dropped, or None. ``finish`` is "stop" or "length"."""
@@ -67,16 +67,13 @@ class Filters:
 
 def pattern_hashes(filters: FilterSettings, screen: ScreenSettings) -> dict[str, str]:
     """Hashes of the pattern files, by setting: inputs of whatever is filtered."""
-    return screen_hashes(filters, screen) | {"filters.scaffolding_patterns": bundled_hash(filters.scaffolding_patterns)}
+    return screen_hashes(screen) | {"filters.scaffolding_patterns": bundled_hash(filters.scaffolding_patterns)}
 
 
-def screen_hashes(filters: FilterSettings, screen: ScreenSettings) -> dict[str, str]:
+def screen_hashes(screen: ScreenSettings) -> dict[str, str]:
     """The same of what is screened, for those kinds that are looked for."""
-    looked_for = [kind for kind in KINDS[1:] if getattr(screen, kind) != "keep"]
-    files = {f"screen.{kind}_patterns": getattr(screen, f"{kind}_patterns") for kind in looked_for}
-    if screen.crisis != "keep":
-        files["filters.crisis_patterns"] = filters.crisis_patterns
-    return {name: bundled_hash(file) for name, file in files.items()}
+    looked_for = [kind for kind in KINDS if getattr(screen, kind) != "keep"]
+    return {f"screen.{kind}_patterns": bundled_hash(getattr(screen, f"{kind}_patterns")) for kind in looked_for}
 
 
 def repetition(said: list[str], n: int = 4) -> float:

@@ -24,7 +24,7 @@ BENCH = (
     *("model.attention", "model.remat", "model.source", "model.sha256", "data.train", "data.format", "data.window"),
     *("prompts.system", "seed"),
 )
-DATA = ("seed", "model.sha256", "data.format", "data.window", "screen", "filters.crisis_patterns", "prompts.system")
+DATA = ("seed", "model.sha256", "data.format", "data.window", "screen", "prompts.system")
 EVAL = (
     *("seed", *EXPORT, "model.cache_dtype", "model.decoding_weights", "mesh", "data", "evolve.batch"),
     *("sft.row_length", "sft.micro_rows", "dpo.row_length", "dpo.micro_rows", "filters", "screen", "reply", "eval"),

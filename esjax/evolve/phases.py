@@ -305,7 +305,7 @@ def score_pairs(experiment: Experiment, run: RunDir, source: Path, start: Adapte
         return {"kept": len(rows), "dropped": dict(dropped)} if dropped else {}
 
     c = experiment.config
-    inputs = {"pairs": sha256(source), "start": start_hash} | screen_hashes(c.filters, c.screen)
+    inputs = {"pairs": sha256(source), "start": start_hash} | screen_hashes(c.screen)
     run.stage("pairs", [target], inputs, work, ("seed", "model", "train", "lora", "screen", "dpo"))
     return target
 

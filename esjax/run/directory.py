@@ -320,8 +320,8 @@ def setting_hash(config: Config, key: str) -> str:
 
 
 def bundled_hash(path: str) -> str:
-    """SHA-256 of a file named in a setting. Raises InputError when it is not there."""
+    """SHA-256 of a file (or a folder of them) named in a setting. Raises InputError when it is not there."""
     file = bundled(path)
-    if not file.is_file():
+    if not file.exists():
         raise InputError(f"{path}: no such file")
     return sha256(file)

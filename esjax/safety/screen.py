@@ -14,6 +14,7 @@ from esjax.corpus.dialogue import Dialogue
 from esjax.corpus.text import plain
 from esjax.errors import InputError
 from esjax.run.memo import remembered
+from esjax.safety.detector import Detector
 from esjax.settings.files import read_text
 from esjax.settings.schema import ScreenSettings
 
@@ -51,27 +52,36 @@ class Screened(NamedTuple):
 
 @dataclass(frozen=True)
 class Screen:
-    """The patterns, and what is to be done about what they find."""
+    """The detector of crises and the patterns, and what is to be done about what they find."""
 
     actions: dict[str, str]
+    crisis: Detector
     patterns: dict[str, tuple[re.Pattern[str], ...]]
     known: dict[tuple[str, bool], tuple[Finding, ...]] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def load(cls, settings: ScreenSettings, crisis_patterns: str) -> Screen:
+    def load(cls, settings: ScreenSettings) -> Screen:
         """Compile the pattern files. Raises InputError naming a file and a broken expression."""
-        files = {"crisis": crisis_patterns} | {kind: getattr(settings, f"{kind}_patterns") for kind in KINDS[1:]}
         actions = {kind: str(getattr(settings, kind)) for kind in KINDS}
-        return cls(actions, {kind: compiled(file) for kind, file in files.items()})
+        patterns = {kind: compiled(getattr(settings, f"{kind}_patterns")) for kind in KINDS[1:]}
+        return cls(actions, Detector(settings.crisis_patterns), patterns)
 
     def find(self, text: str, supporter: bool) -> tuple[Finding, ...]:
         """What a text holds of the kinds that are looked for, the first of each."""
         if (text, supporter) not in self.known:
             forms = (text,) if SIMPLE.fullmatch(text) else (text, plain(text))
             looked_for = [k for k in KINDS if self.actions[k] != "keep" and (supporter or k not in SUPPORTERS)]
-            matches = {kind: first_match(self.patterns[kind], forms) for kind in looked_for}
+            matches = {kind: self._first(kind, forms) for kind in looked_for}
             self.known[text, supporter] = tuple(Finding(kind, m) for kind, m in matches.items() if m is not None)
         return self.known[text, supporter]
+
+    def _first(self, kind: str, forms: Sequence[str]) -> str | None:
+        if kind != "crisis":
+            return first_match(self.patterns[kind], forms)
+        for form in forms:
+            if signs := self.crisis.find(form):
+                return _excerpt(form, signs[0].start, signs[0].end)
+        return None
 
     def dropped(self, text: str, supporter: bool) -> str | None:
         """The kind for which a text is not trained on, if it is not."""
@@ -102,6 +112,7 @@ class Screen:
     def _findings(self, dialogues: Sequence[Dialogue], folder: Path | None) -> list[list[tuple[int, str, str]]]:
         """Turn, kind and excerpt of all findings of each dialogue."""
         patterns = {kind: [p.pattern for p in patterns] for kind, patterns in self.patterns.items()}
+        patterns["crisis"] = self.crisis.expressions
         texts = ([[t.role, t.text] for t in d.turns] for d in dialogues)
         hangs_on = chain([self.actions, patterns], texts)
         found: list[list[tuple[int, str, str]]] = remembered(
@@ -119,9 +130,14 @@ def first_match(patterns: Sequence[re.Pattern[str]], forms: Sequence[str]) -> st
     for form in forms:
         for pattern in patterns:
             if match := pattern.search(form):
-                start = max(0, match.start() - (EXCERPT - len(match[0])) // 2)
-                return form[start : start + EXCERPT]
+                return _excerpt(form, match.start(), match.end())
     return None
+
+
+def _excerpt(text: str, start: int, end: int) -> str:
+    """What stands from ``start`` to ``end``, with some of what stands around it."""
+    first = max(0, start - (EXCERPT - (end - start)) // 2)
+    return text[first : first + EXCERPT]
 
 
 def compiled(path: str) -> tuple[re.Pattern[str], ...]:

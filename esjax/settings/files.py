@@ -36,7 +36,7 @@ def bundled(path: str) -> Path:
     if not path.startswith("bundled:"):
         return Path(path)
     name, package = path.removeprefix("bundled:"), Path(__file__).parents[1]
-    roots = (package / "evolve", package / "eval", package / "bundled", package.parent)
+    roots = (package / "evolve", package / "eval", package / "safety", package / "bundled", package.parent)
     for root in roots:
         if (root / name).exists():
             return root / name

@@ -114,13 +114,15 @@ class ScreenSettings(Settings):
     RUN/screened.jsonl; drop: also, a dialogue ends before the first such turn, and a pair or a generated reply is left out."""
 
     crisis: Screening = "drop"
-    """Signs of crisis in any turn (filters.crisis_patterns): no phase should train on them."""
+    """Signs of crisis in any turn: no phase should train on them."""
     personal: Screening = "drop"
     """E-mail addresses, phone numbers, URLs and long numbers: a model may repeat them to others."""
     names: Screening = "keep"
     """People who say their name: most corpora have invented ones."""
     experience: Screening = "mark"
     """A supporter who claims to have lived through something, which is not true of a model: dropping them costs many answers."""
+    crisis_patterns: Annotated[str, CONTENT] = "bundled:crisis"
+    """Signs of crisis: a folder of files, one a language, or one file; its sections are explained in the bundled en.txt."""
     personal_patterns: Annotated[str, CONTENT] = "bundled:prompts/personal.txt"
     """Regular expressions of personal data, one a line."""
     names_patterns: Annotated[str, CONTENT] = "bundled:prompts/names.txt"
@@ -202,8 +204,6 @@ class FilterSettings(Settings):
     """Most words of the refinement for each word of the draft."""
     max_repetition: float = Field(0.2, ge=0, le=1)
     """Highest share of a reply's 4-word sequences that repeat an earlier one."""
-    crisis_patterns: Annotated[str, CONTENT] = "bundled:prompts/crisis.txt"
-    """Regular expressions of signs of crisis, one a line; see screen.crisis."""
     scaffolding_patterns: Annotated[str, CONTENT] = "bundled:prompts/scaffolding.txt"
     """Regular expressions, one a line; a reply that matches one shows traces of the prompts."""
 

@@ -1,0 +1,136 @@
+"""Signs of crisis in what somebody writes: who may be about to die, or wishes to, or is in danger, told apart from idioms, titles
+and what is denied. Lists, one file a language; no list is complete, and what it finds is a reason to look, not a diagnosis.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+from esjax.errors import InputError
+from esjax.run.files import sha256
+from esjax.settings.files import bundled, read_text
+
+Tier = Literal["acute", "concern"]
+TIERS: tuple[Tier, ...] = ("acute", "concern")
+MASKED = "\x00"  # stands for what is not looked at; no pattern holds it
+
+
+class Signal(NamedTuple):
+    """A sign of crisis: text[start:end], what it is a sign of ("explicit", "danger", "passive", "coded", "third"), how urgent."""
+
+    tier: Tier
+    kind: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Language:
+    """The expressions of a language file."""
+
+    look: re.Pattern[str]  # some part of every sign: what has none of it needs no further look
+    mask: re.Pattern[str]
+    signs: tuple[tuple[Tier, str, re.Pattern[str]], ...]  # tier, kind, expression
+
+
+class Detector:
+    """Finds signs of crisis by the lists of some languages, all of which are looked for in every text."""
+
+    def __init__(self, path: str) -> None:
+        """``path``: a file of signs, or a folder of such (*.txt, one a language). Raises InputError naming an expression."""
+        place = bundled(path)
+        files = sorted(place.glob("*.txt")) if place.is_dir() else [place]
+        if not files:
+            raise InputError(f"{path}: no file of signs (*.txt) in it")
+        self.languages = tuple(_language(str(file), sha256(file) if file.is_file() else "") for file in files)
+
+    @property
+    def expressions(self) -> list[str]:
+        """All that its findings hang on."""
+        return [p.pattern for one in self.languages for p in (one.look, one.mask, *(sign for _, _, sign in one.signs))]
+
+    def find(self, text: str) -> tuple[Signal, ...]:
+        """The signs in a text, the first of each kind and language, acute ones first."""
+        plain, places = _plain(text)
+        found = []
+        for language in self.languages:
+            if not language.look.search(plain) or not any(sign.search(plain) for _, _, sign in language.signs):
+                continue
+            seen = language.mask.sub(lambda m: MASKED * len(m[0]), plain)
+            for tier, kind, sign in language.signs:
+                if match := sign.search(seen):
+                    found.append(Signal(tier, kind, places[match.start()], places[match.end() - 1] + 1))
+        return tuple(sorted(found, key=lambda s: (TIERS.index(s.tier), s.start)))
+
+
+def _plain(text: str) -> tuple[str, Sequence[int]]:
+    """A text in small letters without accents, its quotes straight and its white space single; and where each letter stood."""
+    if text.isascii() and not _ODD.search(text):
+        return text.lower(), range(len(text))
+    out, places = list[str](), list[int]()
+    for i, c in enumerate(text):
+        if c.isspace():
+            if not out or out[-1] == " ":
+                continue
+            c = " "
+        c = _base(c)
+        if unicodedata.category(c) not in ("Mn", "Cf", "Cc"):  # accents written apart, and what cannot be seen
+            out.append(c)
+            places.append(i)
+    return "".join(out), places
+
+
+def _base(c: str) -> str:
+    """A letter, small and without accents; quotes straight."""
+    if c in QUOTES or c.isascii():
+        return QUOTES.get(c, c.lower())
+    return unicodedata.normalize("NFKD", c)[0].lower()[0]
+
+
+_ODD = re.compile(r"[\x00-\x1f\x7f`]|  |^ ")
+QUOTES = dict.fromkeys("’‘ʼ`´", "'") | dict.fromkeys("“”„«»", '"')
+
+
+@lru_cache(maxsize=16)
+def _language(file: str, digest: str) -> Language:
+    """A file of sections: [words] are names for parts of expressions, [look] is a part of every sign (none: all is searched),
+    [mask] is not looked at, [TIER KIND] are signs. What stands before all sections is a sign, too."""
+    sections: dict[str, list[str]] = {"words": [], "look": [], "mask": []}
+    lines = sections.setdefault("acute explicit", [])
+    for line in read_text(file).split("\n"):
+        if not line.strip() or line.startswith("#"):
+            continue
+        if header := re.fullmatch(r"\[(words|look|mask|(?:acute|concern) \w+)\]", line.strip()):
+            lines = sections.setdefault(header[1], [])
+        else:
+            lines.append(line.strip())
+    words = {name.strip(): value.strip() for name, _, value in (line.partition("=") for line in sections.pop("words"))}
+    look = _compiled(file, "|".join(sections.pop("look")))
+    mask = _joined(file, sections.pop("mask"), words)
+    signs = sorted(sections, key=lambda name: TIERS.index(name.split()[0]))
+    return Language(look, mask, tuple((*name.split(), _joined(file, sections[name], words)) for name in signs))  # type: ignore[misc]
+
+
+def _joined(file: str, lines: Sequence[str], words: Mapping[str, str]) -> re.Pattern[str]:
+    """One expression for all lines, from the beginning of a word to the end of one; for none, one that never matches."""
+    parts = []
+    for line in lines:
+        expression = re.sub(r"<([a-z]+)>", lambda m: words.get(m[1], m[0]), line)
+        expression = re.sub(r"\\.|\(\?P|[^ -@\[-~]", lambda m: m[0] if len(m[0]) > 1 else _base(m[0]), expression)
+        _compiled(file, expression)
+        parts.append(expression)
+    return _compiled(file, rf"(?<!\w)(?:{'|'.join(parts)})(?!\w)" if parts else r"(?!)")
+
+
+def _compiled(file: str, expression: str) -> re.Pattern[str]:
+    try:
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of sets that look nested
+            return re.compile(expression)
+    except (re.error, OverflowError, RecursionError) as e:
+        raise InputError(f"{file}: {expression!r:.200} is not a regular expression ({e})") from e

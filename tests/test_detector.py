@@ -1,0 +1,147 @@
+"""Signs of crisis: lines that the lists were tuned on and lines that they were not, spans, and texts made to be slow."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from esjax.errors import InputError
+from esjax.safety.detector import Detector
+
+FOLDER = "bundled:crisis"
+LANGUAGES = ("en", "es", "de")
+
+
+class Line(NamedTuple):
+    """A fixture: its tier ("none" where it is no sign), of what kind it is, and what somebody writes."""
+
+    tier: str
+    kind: str
+    text: str
+
+
+def lines(part: str, language: str) -> list[Line]:
+    file = Path(__file__).parent / "crisis" / f"{part}_{language}.tsv"
+    return [Line(*line.split("\t")) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def detector() -> Detector:
+    return Detector(FOLDER)
+
+
+def test_there_are_300_lines_of_crisis_and_400_of_none() -> None:
+    everything = [line for part in ("tuned", "held") for language in LANGUAGES for line in lines(part, language)]
+    assert len({line.text for line in everything}) == len(everything)
+    assert sum(line.tier != "none" for line in everything) >= 300
+    assert sum(line.tier == "none" for line in everything) >= 400
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("part", ["tuned", "held"])
+def test_signs_are_found_and_little_else(detector: Detector, part: str, language: str) -> None:
+    given = lines(part, language)
+    found = [bool(detector.find(line.text)) for line in given]
+    signs = [line.tier != "none" for line in given]
+    both = sum(f and s for f, s in zip(found, signs, strict=True))
+    assert both / sum(signs) >= (0.9 if part == "held" else 0.99)
+    assert both / sum(found) >= (0.95 if part == "held" else 0.99)
+    for tier in ("acute", "concern"):
+        mine = [f for f, line in zip(found, given, strict=True) if line.tier == tier]
+        assert sum(mine) / len(mine) >= 0.9
+
+
+def test_a_language_is_known_by_its_own_file() -> None:
+    """Control: without the others' lists their lines are not found."""
+    english = Detector("bundled:crisis/en.txt")
+    for language in ("es", "de"):
+        signs = [line.text for line in lines("held", language) if line.tier != "none"]
+        assert sum(bool(english.find(text)) for text in signs) < len(signs) / 4
+
+
+@pytest.mark.parametrize(
+    ("text", "tier", "kind", "said"),
+    [
+        ("Well. I want to die, I said.", "acute", "explicit", "I want to die"),
+        ("My  friend\tis suicidal", "concern", "third", "friend\tis suicidal"),
+        ("Ich bin müde. Er würgt mich oft.", "acute", "danger", "Er würgt mich"),
+        ("Ojalá no despertara.", "concern", "passive", "Ojalá no despertara"),
+        ("I do\u200bn’t want to live", "concern", "passive", "do\u200bn’t want to live"),
+    ],
+)
+def test_spans_are_those_of_the_text(detector: Detector, text: str, tier: str, kind: str, said: str) -> None:
+    first = detector.find(text)[0]
+    assert (first.tier, first.kind, text[first.start : first.end]) == (tier, kind, said)
+
+
+def test_the_urgent_comes_first(detector: Detector) -> None:
+    found = detector.find("I don't want to live anymore and tonight I will kill myself.")
+    assert [s.tier for s in found] == ["acute", "concern"]
+    assert detector.find("I am not suicidal, but I wish I were dead.")[0].tier == "concern"
+
+
+SLOW = """i want to |not |my friend |die |no, |i really want, |take all my |do n't want to |wish i |if i |a, |how many |i hope god
+|jump off the |not i would |ich will, |nicht mehr |no quiero |me |sich |ojala |my friend not i want to |"|<b>|\u200b|é""".replace(
+    "\n", ""
+).split("|")
+
+
+@pytest.mark.parametrize("word", SLOW)
+def test_no_text_makes_the_search_run_away(detector: Detector, word: str) -> None:
+    began = time.process_time()
+    detector.find(word * 10_000)
+    assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_each_sign_has_a_part_that_is_looked_for(language: str) -> None:
+    """What [look] does not find is not searched: texts made from each expression must have some of it."""
+    (one,) = Detector(f"bundled:crisis/{language}.txt").languages
+    for _, _, sign in one.signs:
+        expression = sign.pattern.removeprefix(r"(?<!\w)").removesuffix(r"(?!\w)")
+        examples = st.from_regex(re.compile(expression, re.ASCII), fullmatch=True).map(str.lower)
+        assert _missed(examples, sign, one.look) == []
+        assert _missed(examples, sign, re.compile("zebra")) != []  # control
+
+
+def _missed(examples: st.SearchStrategy[str], sign: re.Pattern[str], look: re.Pattern[str]) -> list[str]:
+    out = []
+
+    @settings(max_examples=60, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(text=examples)
+    def looked_for(text: str) -> None:
+        if sign.search(text) and not look.search(text):
+            out.append(text)
+
+    looked_for()
+    return out
+
+
+def test_files_of_one_s_own(tmp_path: Path) -> None:
+    file = tmp_path / "mine.txt"
+    file.write_text(
+        "# Ours\nI see <beast>s\n\n[words]\nbeast = (?:snake|Bär)\n\n[mask]\nin the zoo I see <beast>s\n",
+        encoding="utf-8",
+    )
+    mine = Detector(str(file))
+    assert mine.find("Now I SEE snakes.")[0].tier == "acute"
+    assert mine.find("i see bars")
+    assert not mine.find("In the zoo I see snakes")
+    assert not mine.find("I want to die")
+    assert Detector(str(tmp_path)).find("I see snakes")  # a folder of such files
+    for text, message in (
+        ("[concern odd]\n(", r"mine\.txt: '\(' is not a regular expression"),
+        ("a)", "is not a regular"),
+    ):
+        file.write_text(text)
+        with pytest.raises(InputError, match=message):
+            Detector(str(file))
+    file.unlink()
+    with pytest.raises(InputError, match="no file of signs"):
+        Detector(str(tmp_path))
