@@ -137,6 +137,7 @@ def test_the_last_step_is_another_model(best_run: Path, tiny_folder: Path, tmp_p
     assert both[0] == both[1]
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on_to_the_same_bytes(best_run: Path, tiny_folder: Path, tmp_path: Path) -> None:
     command = ["evolve", "--run-dir", str(tmp_path / "run"), *tiny_overrides(tiny_folder), *SPLIT, *LARGE]
     command += ["--dpo.keep", "best", "--dpo.checkpoint_every", "2"]
