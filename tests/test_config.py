@@ -252,6 +252,7 @@ def test_a_hash_stays_with_its_source(tmp_path: Path, source: str, hashed: str) 
     ):
         assert setting(load(file, given), hashed) == expected
         assert setting(changed(load(file), given), hashed) == expected
+        assert Overrides.of(file, given).settings()[hashed] == expected
         assert setting(load(file, given), "seed") == 0
 
 

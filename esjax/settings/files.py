@@ -79,7 +79,11 @@ class Overrides:
 
     def settings(self) -> dict[str, Any]:
         """All settings that were asked for, by dotted name; without a file nobody asked for the quickstart's."""
-        return (dict(flat(_tree(self.file))) if self.file else {}) | dict(self.single)
+        if not self.file:
+            return dict(self.single)
+        tree = _tree(self.file)
+        _put_all(tree, self.single)
+        return dict(flat(tree))
 
 
 def load(file: str | None, overrides: Sequence[str] | Mapping[str, Any] = (), together: bool = True) -> Config:
