@@ -256,6 +256,14 @@ def test_a_hash_stays_with_its_source(tmp_path: Path, source: str, hashed: str) 
         assert setting(load(file, given), "seed") == 0
 
 
+@pytest.mark.parametrize(("source", "hashed"), sorted(files.HASH_OF.items()))
+def test_a_wheel_needs_its_hash(source: str, hashed: str) -> None:
+    wheel = ("model:" if source == "eval.judge.source" else "") + "pypi:dist==1.0/dist/model.gguf"
+    with pytest.raises(InputError, match=f"^{re.escape(hashed)} is missing: {re.escape(source)}={wheel} needs"):
+        load(None, {source: wheel}, together=False)
+    assert setting(load(None, {source: wheel, hashed: "1" * 64}), source) == wheel
+
+
 @pytest.mark.parametrize("key", ["model.source", "data.train", "data.valid", "data.test"])
 def test_what_has_no_default_must_be_given(tmp_path: Path, key: str) -> None:
     section, name = key.split(".")

@@ -14,6 +14,7 @@ from esjax.run.files import write_text
 from esjax.run.jsonl import json_text
 from esjax.settings.files import load
 from esjax.settings.identity import differing
+from esjax.settings.schema import Config
 
 FEWEST = 3  # two seeds' own variance is hardly known
 
@@ -41,7 +42,7 @@ def summarised(folders: Sequence[str], out: Path | None) -> list[dict[str, Any]]
     return records
 
 
-def _read(folder: str) -> tuple[Any, list[Value]]:
+def _read(folder: str) -> tuple[Config, list[Value]]:
     place = buckets.copied(folder)
     table = place / "eval" / "results.parquet"
     if not (place / "config.yaml").exists() or not table.exists():

