@@ -11,10 +11,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from esjax.api import dpo, evolve, load_config, open_model, sft, stop_on_sigterm
+    from esjax.api import dpo, evolve, load_config, open_model, sft, stop_on_sigterm, write_report
 
 __version__ = "0.1.0"
-__all__ = ["dpo", "evolve", "load_config", "open_model", "sft", "stop_on_sigterm"]
+__all__ = ["dpo", "evolve", "load_config", "open_model", "sft", "stop_on_sigterm", "write_report"]
 
 
 def __getattr__(name: str) -> Any:

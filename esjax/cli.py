@@ -10,7 +10,7 @@ import traceback
 from itertools import pairwise
 from typing import NoReturn
 
-from esjax import api
+from esjax import api, evaluations
 from esjax.errors import InputError, RunError, is_full_disk, outcome
 from esjax.evolve.models import FIXED, backbone_settings, is_adapter, run_settings, start_settings
 from esjax.opened import Model, prepare_jax
@@ -65,19 +65,19 @@ def eval(args: argparse.Namespace, given: Overrides) -> None:
 
     way = _way(args)
     if way == "choices":
-        _print(accuracy(api.evaluate_choices(args.choices, args.model, given, args.out)))
+        _print(accuracy(evaluations.evaluate_choices(args.choices, args.model, given, args.out)))
     elif way == "judge_check":
-        _print(agreements(api.judge_agreement(args.judge_check, given)))
+        _print(agreements(evaluations.judge_agreement(args.judge_check, given)))
     elif way == "predictions":
-        records = api.evaluate_predictions(args.predictions, args.reference_data, args.out, given, args.model)
+        records = evaluations.evaluate_predictions(args.predictions, args.reference_data, args.out, given, args.model)
         _print(*tables(records, str, args.all))
     elif way == "seeds":
         for key in given.settings():
             raise InputError(f"{key}: --seeds sums up what is evaluated and reads no settings; leave it out")
-        _print(*tables(api.evaluate_seeds(args.seeds, args.out), title, args.all))
+        _print(*tables(evaluations.evaluate_seeds(args.seeds, args.out), title, args.all))
     else:
         with current().processes.in_step():
-            config = api.evaluation_config(args.run_dir, given, args.out)
+            config = evaluations.evaluation_config(args.run_dir, given, args.out)
         _print(*api.evaluate(config, args.run_dir, args.out).tables(args.all))
 
 
@@ -166,50 +166,29 @@ def bench(args: argparse.Namespace, given: Overrides) -> None:
     Of the settings below model.attention and model.remat count: the workload file says the rest. The task data prepares the
     training dialogues of data.train with the tokenizer of model.source, repeated to 2,170 dialogues; it uses no device.
     """
-    import jax.numpy as jnp
-    import numpy as np
+    from esjax.bench.tasks import bench
 
-    from esjax.bench import sampling, training
-    from esjax.bench.workload import TASKS, measured_ceilings, read_workload
-    from esjax.model.weights import choose_execution
-    from esjax.run.files import check_writable
-    from esjax.run.jsonl import json_text
-
-    config = given.load(together=False)
     prepare_jax()
-    if args.trace is not None:
-        check_writable(args.trace / "trace", "--trace")
-    tasks = args.tasks.split(",")
-    for task in tasks:
-        if task not in TASKS:
-            raise InputError(f"--tasks {task}: no such task; allowed: {', '.join(TASKS)}")
-    work = read_workload(args.workload, args.profile)
-    dtype = jnp.dtype(work.dtype)
-    sampled = [task for task in tasks if task in ("sample", "round")]
-    trained = [task for task in tasks if task in ("dpo", "sft")]
-    if args.micro_rows is not None and not trained:
-        raise InputError("--micro-rows: only the tasks dpo and sft have rows; leave it out")
+    bench(given.load(together=False), args)
 
-    def show(line: dict[str, object]) -> None:
-        print(json_text(line), flush=True)
 
-    naive = args.compare == "naive"
-    if "data" in tasks:
-        from esjax.bench import data
+def report(args: argparse.Namespace, given: Overrides) -> None:
+    """Write a run's report.html: curves, pairs, metrics with intervals, every example. One page, which needs no network.
 
-        show(data.bench(config, naive))
-    if tasks == ["data"]:
+    With --live the page is served on this machine, and follows the run while it goes on, until the command is stopped.
+    """
+    if given.file is not None:
+        raise InputError("--config: a report reads the settings of its runs; leave it out")
+    if not args.live:
+        if args.port is not None:
+            raise InputError("--port: only --live makes use of it; leave it out")
+        _print(str(api.write_report(args.run_dir, args.compare, args.out)), plain=True)
         return
-    how = choose_execution(config.model.attention, config.model.remat, dtype)
-    if args.micro_rows is not None:  # said before anything runs
-        for job in training.jobs(work, trained, naive=False):
-            training.check_micro_rows(job, len(job.batch(np.random.default_rng(0))[0].tokens), args.micro_rows)
-    ceilings = measured_ceilings(dtype)
-    for task in sampled:
-        for unshared in (False, True) if naive and task == "round" else (False,):
-            show(sampling.bench(work, task, how, ceilings, unshared, args.trace))
-    for job in training.jobs(work, trained, naive):
-        show(training.bench(work, job, how, args.micro_rows, ceilings, args.trace))
+    from esjax.report.live import serve
+
+    if args.out is not None:
+        raise InputError("--out: --live writes no file; leave one of them out")
+    serve([args.run_dir, *args.compare], args.port)
 
 
 def plan(args: argparse.Namespace, given: Overrides) -> None:
@@ -233,7 +212,7 @@ def plan(args: argparse.Namespace, given: Overrides) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 1 the run failed, 2 bad input, 75 try again, 130 interrupted, 143 stopped by SIGTERM."""
-    parser, commands = build((evolve, sft, dpo, sample, score, eval, plan, bench, export, data))
+    parser, commands = build((evolve, sft, dpo, sample, score, eval, report, plan, bench, export, data))
     continues = True
     with open_runtime():
         try:

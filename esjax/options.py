@@ -91,6 +91,13 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         *SEVERAL,
     ),
     "score": (MODEL, _file("--data", "chats.jsonl"), _file("--out", "scores.jsonl"), *SEVERAL),
+    "report": (
+        _need("--run-dir", "DIR", "the run, a folder or a URL; finished, or going on"),
+        ("--compare", {"nargs": "+", "metavar": "DIR", "default": [], "help": "other runs to show beside it"}),
+        _given("--out", "FILE", "the page to write; DIR/report.html when left out", type=_path),
+        _switch("--live", "serve the page on this machine, and let it follow the run"),
+        _number("--port", "with --live: the port to listen on; 8642 when left out, 0 for any that is free"),
+    ),
     "plan": (
         _given("--topology", "NAME", "TPUs such as v5e:4x4, or GPUs such as h100:8; else those at hand"),
         _number("--slices", "so many slices of those TPUs, or nodes of those GPUs", 1),
@@ -209,7 +216,7 @@ EVALUATED = {
 }
 # The settings (or whole sections) that a command makes use of, where those are not all. Any other may stand in the config
 # file, which is a whole experiment's, but is refused on the command line.
-READ = {"sample": SAMPLE, "score": SCORE, "export": EXPORT, "bench": BENCH, "data": DATA, "eval": EVAL}
+READ = {"sample": SAMPLE, "score": SCORE, "export": EXPORT, "bench": BENCH, "data": DATA, "eval": EVAL, "report": ()}
 
 
 def read_by(command: str) -> list[str]:

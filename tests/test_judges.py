@@ -473,7 +473,9 @@ def test_bad_ratings_are_named(row: dict[str, Any], told: str, tmp_path: Path, r
 
 def test_judge_check_alone(tmp_path: Path, refused: Refused) -> None:
     assert "--judge-check: expected one argument" in refused("eval", "judge-check")
-    assert "--out: --judge-check makes no use of it" in refused("eval", "judge-check", tmp_path / "r", "--out", tmp_path / "o")
+    assert "--out: --judge-check makes no use of it" in refused(
+        "eval", "judge-check", tmp_path / "r", "--out", tmp_path / "o"
+    )
     (tmp_path / "r").write_text("")
     assert "--eval.candidates: judge-check makes no use of it" in refused(
         "eval", "judge-check", tmp_path / "r", "--eval.candidates", 3

@@ -35,7 +35,9 @@ def tables(records: Sequence[Record], title: Callable[[str], str], all_metrics: 
     for model in models:
         means.add_column(title(model), justify="right")
     for name in shown:
-        means.add_row(_label(name), *(_value(name, by[name, m]["value"]) if (name, m) in by else NONE for m in models))
+        means.add_row(
+            metric_label(name), *(metric_value(name, by[name, m]["value"]) if (name, m) in by else NONE for m in models)
+        )
     pairs = [(m, other) for m in models for other in next((by[n, m]["differences"] for n in shown if (n, m) in by), {})]
     judged = _judged([r for r in records if OVER in r["model"]], title)
     if not pairs:
@@ -49,8 +51,8 @@ def tables(records: Sequence[Record], title: Callable[[str], str], all_metrics: 
     for model, other in pairs:
         wide.add_column(f"{title(model)} - {title(other)}", justify="right")
     for name in shown:
-        cells = [by[name, m]["differences"].get(other) if (name, m) in by else None for m, other in pairs]
-        wide.add_row(_label(name), *(NONE if d is None else _difference(name, d) for d in cells))
+        found = [by[name, m]["differences"].get(other) if (name, m) in by else None for m, other in pairs]
+        wide.add_row(metric_label(name), *(NONE if d is None else _difference(name, d) for d in found))
     return [means, wide, *judged]
 
 
@@ -70,7 +72,7 @@ def _judged(records: Sequence[Record], title: Callable[[str], str]) -> list[Tabl
             r = next((r for r in records if (r["metric"], r["model"]) == (name, pair)), None)
             told = [d["verdict"] for d in r["differences"].values()] if r else []
             cells.append(NONE if r is None else _difference(name, {**r, "verdict": [*told, UNSHOWN][0]}, False))
-        table.add_row(_label(name), *cells)
+        table.add_row(metric_label(name), *cells)
     return [table]
 
 
@@ -112,18 +114,18 @@ def agreements(records: Sequence[Record]) -> Table:
     return table
 
 
-def _label(name: str) -> str:
+def metric_label(name: str) -> str:
     mark = {"higher": " ^", "lower": " v", "neither": ""}[ALL[name].better]
     return ALL[name].label + mark
 
 
 def _difference(name: str, d: Record, signed: bool = True) -> str:
-    interval = f"[{_value(name, d['low'], signed)}, {_value(name, d['high'], signed)}]"
+    interval = f"[{metric_value(name, d['low'], signed)}, {metric_value(name, d['high'], signed)}]"
     star = "" if d["verdict"] == UNSHOWN else "*"
-    return f"{_value(name, d['value'], signed)}{star} {interval}"
+    return f"{metric_value(name, d['value'], signed)}{star} {interval}"
 
 
-def _value(name: str, x: float | None, signed: bool = False) -> str:
+def metric_value(name: str, x: float | None, signed: bool = False) -> str:
     if x is None:
         return NONE
     sign = "+" if signed else ""

@@ -95,9 +95,11 @@ class Round:
                 _Replies(self, chosen, generator, journals, advance).make(max(x.tokens for x in pool))
             for journal in journals.values():
                 journal.finish()
+        used: Row = {}
         if generator.usage.steps:
             say(f"  {generator.usage}")
-        return {"contexts": len(chosen)} | self.experiment.corpora.screen_facts()
+            used = {"usage": generator.usage.facts()}
+        return {"contexts": len(chosen)} | used | self.experiment.corpora.screen_facts()
 
     def _pairs(self) -> Row:
         """Filter, then score the kept pairs under M_(t-1): the reference of this round's DPO."""

@@ -10,6 +10,8 @@ import fcntl
 import json
 import os
 import platform
+import resource
+import sys
 import time
 from collections.abc import Callable
 from functools import reduce
@@ -211,7 +213,8 @@ class RunDir:
             raise AssertionError(f"stage {name} did not make {absent[0]}")
         seconds = round(time.monotonic() - start, 2)
         hashes = {place: sha256(output) for place, output in zip(places, outputs, strict=True)}
-        self._record(name, {"status": "done", "seconds": seconds, "versions": versions(), **facts, "outputs": hashes})
+        spent = {"seconds": seconds, "peak_gib": peak_memory(), "versions": versions()}
+        self._record(name, {"status": "done", **spent, **facts, "outputs": hashes})
 
     def _claim(self) -> None:
         """Write down the config as it is now; later commands take the run's settings from there."""
@@ -312,6 +315,12 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {
         p: version(p) for p in ("esjax", "jax", "flax", "optax", "transformers")
     }
+
+
+def peak_memory() -> float:
+    """The most memory that this process has had so far on its machine, in GiB."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(most / (1 << 30 if sys.platform == "darwin" else 1 << 20), 2)
 
 
 def setting_hash(config: Config, key: str) -> str:

@@ -54,6 +54,17 @@ class Usage:
         """Share of the lanes' steps that drew a token."""
         return self.tokens / self.lane_steps if self.lane_steps else 0.0
 
+    def facts(self) -> dict[str, int | float]:
+        """For the manifest."""
+        seconds = round(self.prefill_seconds + self.decode_seconds, 2)
+        made = {
+            "replies": self.replies,
+            "tokens": self.tokens,
+            "lanes_busy": round(self.occupancy, 4),
+            "seconds": seconds,
+        }
+        return made | {"prompt_tokens": self.prompt_tokens, "computed_tokens": self.computed_tokens}
+
     def __str__(self) -> str:
         return (
             f"lanes busy {self.occupancy:.0%}; {self.computed_tokens} of {self.prompt_tokens} prompt tokens computed, "
