@@ -271,15 +271,6 @@ def test_texts_are_shown_as_they_are(opened: Opened) -> None:
 
 def test_theme_and_keyboard(opened: Opened) -> None:
     page = opened.page
-    back = "getComputedStyle(document.body).backgroundColor"
-    light = page.evaluate(back)
-    page.click("#theme")
-    assert page.evaluate(back) != light
-    font = page.evaluate("document.querySelector('.plot').layout.font.color")
-    page.click("#theme")
-    assert page.evaluate(back) == light
-    assert page.evaluate("document.querySelector('.plot').layout.font.color") != font
-    page.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
     reached = []
     for _ in range(60):
         page.keyboard.press("Tab")
@@ -288,7 +279,15 @@ def test_theme_and_keyboard(opened: Opened) -> None:
     assert {"theme", "search", "by-emotion", "by-order"} <= set(reached)
     page.focus("#list li:nth-child(2) a")
     page.keyboard.press("Enter")
+    page.wait_for_selector("#list [aria-current]")
     assert page.inner_text("#example h3 >> nth=0") == page.inner_text("#list [aria-current]").split("\n")[0]
+    back, font = "getComputedStyle(document.body).backgroundColor", "document.querySelector('.plot').layout.font.color"
+    light, ink = page.evaluate(back), page.evaluate(font)
+    page.click("#theme")
+    assert page.evaluate(back) != light
+    page.wait_for_function(f"{font} !== '{ink}'")
+    page.click("#theme")
+    assert page.evaluate(back) == light
 
 
 @pytest.mark.parametrize(
