@@ -191,6 +191,16 @@ def report(args: argparse.Namespace, given: Overrides) -> None:
     serve([args.run_dir, *args.compare], args.port)
 
 
+def serve(args: argparse.Namespace, given: Overrides) -> None:
+    """Serve models by OpenAI's protocol, on this machine alone: /v1/chat/completions, /v1/completions, /v1/models.
+
+    A prompt and its reply have data.window tokens together, a reply at most reply.max_tokens; reply.batch are drawn at once.
+    """
+    from esjax.serve.run import serve
+
+    serve(args, given)
+
+
 def plan(args: argparse.Namespace, given: Overrides) -> None:
     """Compile a run's programs for hardware that need not be at hand: memory, FLOPs, network, and whether they fit.
 
@@ -212,7 +222,7 @@ def plan(args: argparse.Namespace, given: Overrides) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 1 the run failed, 2 bad input, 75 try again, 130 interrupted, 143 stopped by SIGTERM."""
-    parser, commands = build((evolve, sft, dpo, sample, score, eval, report, plan, bench, export, data))
+    parser, commands = build((evolve, sft, dpo, sample, score, eval, report, serve, plan, bench, export, data))
     continues = True
     with open_runtime():
         try:

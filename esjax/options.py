@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from esjax import __version__
 from esjax.errors import InputError
-from esjax.evolve.models import BENCH, DATA, EVAL, EXPORT, SAMPLE, SCORE, uses
+from esjax.evolve.models import BENCH, DATA, EVAL, EXPORT, SAMPLE, SCORE, SERVE, uses
 from esjax.settings.files import Overrides, keys
 from esjax.settings.schema import Config
 
@@ -97,6 +97,34 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         _given("--out", "FILE", "the page to write; DIR/report.html when left out", type=_path),
         _switch("--live", "serve the page on this machine, and let it follow the run"),
         _number("--port", "with --live: the port to listen on; 8642 when left out, 0 for any that is free"),
+    ),
+    "serve": (
+        (
+            "--model",
+            {
+                "required": True,
+                "action": "append",
+                "metavar": "[NAME=]M",
+                "help": "a model to serve, as for sample, under a name of its own if one is given; may be given again for more",
+            },
+        ),
+        _given(
+            "--host",
+            "ADDRESS",
+            "where to listen; another than this machine's own needs --allow-remote",
+            default="127.0.0.1",
+        ),
+        _number("--port", "the port to listen on; 8641 when left out, 0 for any that is free"),
+        _switch("--allow-remote", "let other machines reach it; needs --api-key-file"),
+        _given(
+            "--api-key-file", "FILE", "a file with the key that every request must bring as Authorization: Bearer KEY"
+        ),
+        _number("--max-waiting", "replies that may be wanted at once; further requests are answered with 429", 256),
+        _given("--timeout", "SECONDS", "how long one request may take", type=float, default=600.0),
+        ("--guard", {"choices": ["on", "off"], "default": "on", "help": "answer signs of crisis with where help is"}),
+        _given(
+            "--locale", "NAME", "whose help: a name in esjax/safety/resources.yaml, such as en-GB", default="default"
+        ),
     ),
     "plan": (
         _given("--topology", "NAME", "TPUs such as v5e:4x4, or GPUs such as h100:8; else those at hand"),
@@ -216,7 +244,16 @@ EVALUATED = {
 }
 # The settings (or whole sections) that a command makes use of, where those are not all. Any other may stand in the config
 # file, which is a whole experiment's, but is refused on the command line.
-READ = {"sample": SAMPLE, "score": SCORE, "export": EXPORT, "bench": BENCH, "data": DATA, "eval": EVAL, "report": ()}
+READ = {
+    "sample": SAMPLE,
+    "score": SCORE,
+    "export": EXPORT,
+    "bench": BENCH,
+    "data": DATA,
+    "eval": EVAL,
+    "report": (),
+    "serve": SERVE,
+}
 
 
 def read_by(command: str) -> list[str]:

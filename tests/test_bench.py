@@ -107,7 +107,7 @@ def test_a_decoding_step_copies_no_cache() -> None:
             return run(lambda: weights, *rest, steps=8, execution=Execution("chunked"))
 
         program = jax.jit(decode, donate_argnums=donate)
-        asked = Asked(waiting, some, jax.ShapeDtypeStruct((1,), jnp.int32), free(512), number)
+        asked = Asked(waiting, some, jax.ShapeDtypeStruct((1,), jnp.int32), free(512), number, number)
         arguments = (weights, cache, state, asked)
         text = program.lower(*arguments).compile().as_text()
         shapes = re.findall(r"= f32\[([\d,]+)\]\S* copy\(", text)

@@ -33,6 +33,7 @@ RANKS = {
     "opened": 13,
     "data": 13,
     "evaluations": 14,
+    "serve": 14,
     "options": 13,
     "api": 14,
     "cli": 15,

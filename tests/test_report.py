@@ -19,9 +19,10 @@ from report_runs import made_run, write_rows
 import esjax
 from esjax.cli import main
 from esjax.report.gather import gather
-from esjax.report.live import app, listen
+from esjax.report.live import HOST, app
 from esjax.report.page import content, html, named
 from esjax.run.jsonl import read_jsonl
+from esjax.run.listen import listen
 from esjax.settings.files import changed
 from esjax.settings.schema import Config
 
@@ -144,12 +145,16 @@ def test_bad_input_of_report(tmp_path: Path, tiny_config: Config, refused: Refus
 
 def test_a_taken_port_is_refused(tmp_path: Path, tiny_config: Config, refused: Refused) -> None:
     run = made_run(tmp_path / "run", tiny_config)
-    held = listen(0)
+    held = listen(HOST, 0, 0)
     held.listen()
     port = held.getsockname()[1]
-    assert f"--port {port}: cannot be listened on" in refused("report", "--run-dir", run, "--live", "--port", port)
+    assert f"--port {port} of 127.0.0.1: cannot be listened on" in refused(
+        "report", "--run-dir", run, "--live", "--port", port
+    )
     held.close()
-    assert "--port 70000: cannot be listened on" in refused("report", "--run-dir", run, "--live", "--port", 70000)
+    assert "--port 70000 of 127.0.0.1: cannot be listened on" in refused(
+        "report", "--run-dir", run, "--live", "--port", 70000
+    )
 
 
 def test_the_live_page_answers_to_its_own_name_alone(tmp_path: Path, tiny_config: Config) -> None:
@@ -312,7 +317,7 @@ def test_the_live_page_follows_a_run(browser: Any, tmp_path: Path, tiny_config: 
     run = tmp_path / "run"
     config = changed(tiny_config, {"evolve.rounds": 1})
     esjax.sft(config, run)
-    listening = listen(0)
+    listening = listen(HOST, 0, 0)
     server = uvicorn.Server(uvicorn.Config(app({"run": run}), log_level="error"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()

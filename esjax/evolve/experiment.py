@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,11 @@ class Experiment:
         encoder = Encoder(tokenizer, config.data.window, read_text(config.prompts.system), cache_root() / "tokens")
         programs = sampling_programs(backbone.definition, dtype, backbone.execution)
         return cls(config, backbone, tokenizer, encoder, programs)
+
+    def again(self, config: Config) -> Experiment:
+        """With other settings, the model's and the adapter's apart, on the same backbone."""
+        encoder = replace(self.encoder, window=config.data.window, system=read_text(config.prompts.system))
+        return Experiment(config, self.backbone, self.tokenizer, encoder, self.programs)
 
     @cached_property
     def filters(self) -> Filters:
@@ -165,13 +170,17 @@ class Experiment:
         return self.adapter(folder), sha256(folder)
 
 
-def open_model(spec: str, config: Config) -> tuple[Experiment, Adapter]:
+def open_model(spec: str, config: Config, beside: Experiment | None = None) -> tuple[Experiment, Adapter]:
     """Open ``RUN_DIR:mT``, a PEFT folder, or any backbone, bare, with the settings that ``model_settings`` makes.
 
-    Raises InputError.
+    ``beside``: an open experiment with the same backbone and kind of adapter, which is not loaded again. Raises InputError.
     """
     named = run_model(spec)
-    experiment = Experiment.open(config, adapted=named is not None or is_adapter(spec))
+    experiment = (
+        Experiment.open(config, adapted=named is not None or is_adapter(spec))
+        if beside is None
+        else beside.again(config)
+    )
     if named is None:
         return experiment, experiment.adapter(Path(spec).expanduser()) if is_adapter(spec) else nnx.State({})
     return experiment, _stored(experiment, *named)

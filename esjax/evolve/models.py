@@ -20,6 +20,7 @@ SAMPLE = (
     *("seed", *EXPORT, "model.cache_dtype", "model.decoding_weights", "mesh", "prompts.system"),
     *("reply.temperature", "reply.top_p", "reply.top_k", "reply.max_tokens", "reply.batch"),
 )
+SERVE = (*SAMPLE, "data.window")
 BENCH = (
     *("model.attention", "model.remat", "model.source", "model.sha256", "data.train", "data.format", "data.window"),
     *("prompts.system", "seed"),

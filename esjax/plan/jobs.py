@@ -136,7 +136,9 @@ def _sampling(
     yield Job("prefill", lambda: programs.prefill.trace(weights, cache, chunk), {**held, "rows": chunk})
     yield Job(
         "decode",
-        lambda: programs.decode.trace(weights, cache, state, Asked(waiting, counts, stop, constraint, patience)),
+        lambda: programs.decode.trace(
+            weights, cache, state, Asked(waiting, counts, stop, constraint, patience, patience)
+        ),
         {**held, "constraint": constraint, "rows": (state, waiting, counts, stop, patience)},
     )
 

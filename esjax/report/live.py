@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from starlette.routing import Route
 from esjax.errors import InputError
 from esjax.report.gather import state
 from esjax.report.page import content, html, named
+from esjax.run.listen import listen
 from esjax.run.progress import say
 
 HOST, PORT = "127.0.0.1", 8642
@@ -27,23 +27,9 @@ def serve(runs: Sequence[str], port: int | None = None) -> None:
     """Serve the page on loopback until the process is stopped. Raises InputError for what is no run, or a port that is taken."""
     paths = named(runs)
     content(paths)  # said now, not to a browser
-    listening = listen(port)
+    listening = listen(HOST, port, PORT)
     say(f"http://{HOST}:{listening.getsockname()[1]}/ shows {', '.join(paths)}; Ctrl-C ends it")
     uvicorn.Server(uvicorn.Config(app(paths), log_level="warning")).run(sockets=[listening])
-
-
-def listen(port: int | None) -> socket.socket:
-    """A socket on loopback. Raises InputError where the port is taken or is none."""
-    listening = socket.socket()
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((HOST, PORT if port is None else port))
-    except (OSError, OverflowError) as e:
-        listening.close()
-        raise InputError(
-            f"--port {PORT if port is None else port}: cannot be listened on ({e}); give another one"
-        ) from e
-    return listening
 
 
 def app(runs: dict[str, Path]) -> Starlette:

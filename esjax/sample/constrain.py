@@ -92,6 +92,12 @@ def narrowed(automaton: Constraint, drawable: np.ndarray | None) -> Constraint:
     return automaton._replace(cost=cost, most=most)
 
 
+def padded(automaton: Constraint) -> Constraint:
+    """The same with states that nothing reaches, up to a power of two, so that constraints that come and go share programs."""
+    more = (1 << (len(automaton.part) - 1).bit_length()) - len(automaton.part)
+    return type(automaton)(*(np.pad(x, [(0, more), *[(0, 0)] * (x.ndim - 1)]) for x in automaton))
+
+
 def drawable(tokenizer: ChatTokenizer, vocab: int) -> np.ndarray:
     """Which of the embedding's tokens [V] may be drawn: text and the end of the turn, no other control token, no padding."""
     out = np.zeros(vocab, bool)

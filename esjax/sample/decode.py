@@ -77,6 +77,7 @@ class Asked(NamedTuple):
     stop: Any  # int32 [n], tokens that end a reply
     constraint: Constraint
     patience: Any  # int32, how many lanes may have nothing left to do
+    steps: Any  # int32, most steps to make, up to K
 
 
 class Called(NamedTuple):
@@ -100,11 +101,11 @@ def idle_lanes(rows: int, lanes: int) -> Lanes:
 def run(
     weights: Callable[[], Weights], cache: Cache, lanes: Lanes, asked: Asked, steps: int, execution: Execution
 ) -> Called:
-    """Draw until all leaves are done, ``steps`` (K, static) steps are made, or patience has run out.
+    """Draw until all leaves are done, as many steps as asked or ``steps`` (K, static) are made, or patience has run out.
 
     ``weights`` is called inside the loop, so that what it slices is sliced where it is used and never copied.
     """
-    waiting, count, stop, constraint, patience = asked
+    waiting, count, stop, constraint, patience, most = asked
     r, m = lanes.drawn.shape
 
     def idle(lanes: Lanes, started: Array) -> Array:
@@ -114,7 +115,7 @@ def run(
 
     def go_on(state: Called) -> Array:
         unemployed = idle(state.lanes, state.started)
-        return (state.steps < steps) & (unemployed < jnp.minimum(patience, r * m))
+        return (state.steps < jnp.minimum(most, steps)) & (unemployed < jnp.minimum(patience, r * m))
 
     def advance(state: Called) -> Called:
         lanes, started = _take(state.lanes, waiting, count, state.started)

@@ -59,7 +59,7 @@ class Generator:
     def __post_init__(self) -> None:
         backbone = self.backbone
         self.programs = self.made or sampling_programs(backbone.definition, backbone.dtype, backbone.execution)
-        self._obey(free(backbone.arch.vocab))
+        self.obey(free(backbone.arch.vocab))
 
     def generate(
         self,
@@ -111,8 +111,12 @@ class Generator:
         if not groups:
             return
         if constraint is not None:
-            self._obey(constraint)
-        Task(
+            self.obey(constraint)
+        self.task(adapter, done, more_may_follow).finish(groups)
+
+    def task(self, adapter: Adapter, done: Done, more_may_follow: bool) -> Task:
+        """What ``work`` works on, see there."""
+        return Task(
             arch=self.backbone.arch,
             programs=self.programs,
             weights=self.programs.weights(self.backbone.computed(adapter), self.backbone.base),
@@ -124,9 +128,10 @@ class Generator:
             fit=self.fit,
             usage=self.usage,
             clocked=self.clocked,
-        ).finish(groups)
+        )
 
-    def _obey(self, constraint: Constraint) -> None:
+    def obey(self, constraint: Constraint) -> None:
+        """From now on a request's state is one of this constraint."""
         self.constraint = replicate(narrowed(constraint, self.drawable))
 
     def reserve(self, need: Need, shared: bool = True) -> Shapes:

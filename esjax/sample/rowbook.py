@@ -81,6 +81,10 @@ class Group:
         """The longest prompt first."""
         return cls(deque(sorted(requests, key=lambda r: -len(r.prompt))))
 
+    def forget(self, key: Any) -> None:
+        """Take out the request with this key, if it is here."""
+        self.pending = deque(r for r in self.pending if r.key != key)
+
 
 class Run(NamedTuple):
     """Tokens to be computed in successive slots of a row."""
@@ -133,10 +137,23 @@ class RowBook:
     def finish(self, uid: int) -> Placed:
         """A running request is done; what it needed may be given up."""
         placed = self.running.pop(uid)
-        for piece in (placed.trunk, placed.own):
-            if piece is not None:
-                piece.users -= 1
+        _release(placed)
         return placed
+
+    def drop(self, key: Any) -> list[int]:
+        """Forget the request with this key. Returns its number where it is in a lane, which then must stop."""
+        for group in self.groups:
+            group.forget(key)
+            if not group.pending and group.trunk is not None:
+                group.trunk.users -= 1
+        self.groups = deque(group for group in self.groups if group.pending)
+        for placed in [p for p in self.waiting if p.request.key == key]:
+            self.waiting.remove(placed)
+            _release(placed)
+        uids = [uid for uid, placed in self.running.items() if placed.request.key == key]
+        for uid in uids:
+            self.finish(uid)
+        return uids
 
     def _open(self, group: Group, trunks: list[Run]) -> bool:
         """Give the group a trunk: a piece that is there, or a new one. False where there is no room."""
@@ -226,6 +243,12 @@ class RowBook:
         self.pieces = [p for p in self.pieces if p.stop <= piece.start or piece.stop <= p.start]
         self.pieces.append(piece)
         return piece
+
+
+def _release(placed: Placed) -> None:
+    for piece in (placed.trunk, placed.own):
+        if piece is not None:
+            piece.users -= 1
 
 
 def windows(row: int, runs: Sequence[Run], width: int, slots: int) -> list[Chunk]:

@@ -18,7 +18,7 @@ from esjax.model.cache import Cache, Chunk, empty_cache
 from esjax.model.families import Architecture
 from esjax.runtime.context import current
 from esjax.runtime.mesh import batch_groups, replicate
-from esjax.sample.compiled import SamplingPrograms
+from esjax.sample.compiled import STEPS, SamplingPrograms
 from esjax.sample.constrain import Constraint
 from esjax.sample.decode import Asked, Continuation, Draw, Lanes, Log, idle_lanes
 from esjax.sample.rowbook import Group, Placed, Request, RowBook, stack_windows, windows
@@ -114,8 +114,9 @@ def check_positions(request: Request, most: int) -> None:
 class Scheduler:
     """One call's state: what waits, the rows, the cache, the lanes and what each of them does."""
 
-    def __init__(self, task: Task, shapes: Shapes, groups: Iterable[list[Request]]) -> None:
-        self.task, self.shapes = task, shapes
+    def __init__(self, task: Task, shapes: Shapes, groups: Iterable[list[Request]], steps: int = STEPS) -> None:
+        """``steps``: most tokens that each lane draws before the host looks."""
+        self.task, self.shapes, self.steps = task, shapes, steps
         self.backlog: deque[Group] = deque(map(Group.of, groups))
         self.uids = count()
         self.usage = task.usage
@@ -131,6 +132,17 @@ class Scheduler:
             return self
         left = self.backlog or any(b.groups for b in self.books)
         return self._longer() if left else None
+
+    def drop(self, key: Any) -> None:
+        """Forget a request wherever it is; its lane draws for others from the next step on."""
+        for group in self.backlog:
+            group.forget(key)
+        self.backlog = deque(group for group in self.backlog if group.pending)
+        if uids := [uid for book in self.books for uid in book.drop(key)]:
+            leaf = self.lanes.leaf
+            gone = jnp.isin(leaf.uid, jnp.asarray(uids))
+            leaf = leaf._replace(uid=jnp.where(gone, -1, leaf.uid), state=jnp.where(gone, 0, leaf.state))
+            self.lanes = replicate(self.lanes._replace(leaf=leaf))
 
     def _hand_out(self) -> list[list[Chunk]]:
         """Give groups to rows that run out of work, and place what waits there. Returns what each device must compute."""
@@ -184,7 +196,7 @@ class Scheduler:
         unemployed = sum(max(0, m - len(b.running) - len(b.waiting)) for b in self.books)
         more = self.task.more_may_follow or self.backlog or any(b.groups for b in self.books)
         patience = np.int32(unemployed + max(1, total // 8) if more else total)
-        asked = Asked(waiting, counts, self.task.stop, self.task.constraint, patience)
+        asked = Asked(waiting, counts, self.task.stop, self.task.constraint, patience, np.int32(self.steps))
         made = self.task.programs.decode(self.task.weights, self.cache, self.lanes, asked)
         self.lanes, self.cache = made.lanes, made.cache
         started, steps, log = jax.device_get((made.started, made.steps, made.log))

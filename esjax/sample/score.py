@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,14 @@ from esjax.errors import Stopped
 from esjax.model.decoder import Decoder, Execution, token_logprobs
 from esjax.model.lora import Adapter
 from esjax.model.weights import Backbone, bind
-from esjax.rows import Rows, layout
+from esjax.rows import Rows, layout, trunk
 from esjax.runtime.context import current
-from esjax.runtime.mesh import check_split, replicated, shard_batch
+from esjax.runtime.mesh import batch_groups, check_split, replicated, shard_batch
 from esjax.runtime.programs import program
 from esjax.tokens.batches import Packed, batch, pack
+
+MOST_TOPS = 20  # likeliest tokens that are told of a place
+TOPS_BUCKET = 256  # texts whose likeliest tokens are wanted are filled up to a multiple of so many
 
 
 class Scorer:
@@ -133,3 +137,46 @@ def _score(
 
 
 SCORE = program("score", _score, static_argnums=(0, 1))  # one for all scorers: rounds and models share its compilations
+
+
+class Tops(NamedTuple):
+    """What a model expects at each place of a text but the first, by its log-probs."""
+
+    logprobs: np.ndarray  # float32 [n - 1], of the tokens that stand there
+    ids: np.ndarray  # int32 [n - 1, MOST_TOPS], the likeliest tokens, in order
+    top: np.ndarray  # float32 [n - 1, MOST_TOPS], theirs
+
+
+def tops(backbone: Backbone, adapter: Adapter, ids: Sequence[int]) -> Tops:
+    """The log-probs of a text's tokens from the second on, and of the likeliest ones in their places."""
+    length = -(-len(ids) // TOPS_BUCKET) * TOPS_BUCKET
+    rows = batch([trunk(ids)], [[0]], length, range(batch_groups()))
+    how = backbone.execution._replace(layout="causal", remat="none")
+    made = TOPS(backbone.definition, how, backbone.computed(adapter), backbone.base, shard_batch(rows))
+    return Tops(*(np.asarray(x)[0, : len(ids) - 1] for x in made))
+
+
+def _tops(
+    definition: nnx.GraphDef[Decoder], execution: Execution, adapter: Adapter, base: nnx.State, rows: Rows
+) -> tuple[Array, Array, Array]:
+    model = bind(definition, adapter, base)
+    b, t = rows.tokens.shape
+    size = max(1, min(t, execution.logits // (b * model.arch.vocab)))
+    count = -(-t // size)
+
+    def split(x: Array) -> Array:  # [B, T, ...] -> [chunks, B, size, ...]
+        x = jnp.pad(x, ((0, 0), (0, count * size - t), *[(0, 0)] * (x.ndim - 2)))
+        return x.reshape(b, count, size, *x.shape[2:]).swapaxes(0, 1)
+
+    def one(part: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+        logprobs = jax.nn.log_softmax(model.logits(part[0]))
+        top, ids = jax.lax.top_k(logprobs, MOST_TOPS)
+        return jnp.take_along_axis(logprobs, part[1][..., None], axis=-1)[..., 0], ids, top
+
+    following = jnp.pad(rows.tokens[:, 1:], ((0, 0), (0, 1)))
+    made = jax.lax.map(one, (split(model(rows, execution)), split(following)))
+    joined = [x.swapaxes(0, 1).reshape(b, count * size, *x.shape[3:]) for x in made]
+    return replicated(tuple(joined))
+
+
+TOPS = program("tops", _tops, static_argnums=(0, 1))

@@ -1,0 +1,1 @@
+"""A server that speaks OpenAI's protocol, on this machine alone unless somebody says otherwise."""
