@@ -168,7 +168,6 @@ def bench(args: argparse.Namespace, given: Overrides) -> None:
     """
     from esjax.bench.tasks import bench
 
-    prepare_jax()
     bench(given.load(together=False), args)
 
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-import jax.numpy as jnp
-import numpy as np
-
-from esjax.bench import data, sampling, training
-from esjax.bench.workload import TASKS, measured_ceilings, read_workload
+from esjax.bench import data
 from esjax.errors import InputError
-from esjax.model.weights import choose_execution
+from esjax.opened import prepare_jax
 from esjax.run.files import check_writable
 from esjax.run.jsonl import json_text
 from esjax.settings.schema import Config
+
+TASKS = ("sample", "round", "dpo", "sft", "data")
 
 
 def bench(config: Config, args: argparse.Namespace) -> None:
@@ -24,17 +22,30 @@ def bench(config: Config, args: argparse.Namespace) -> None:
     for task in tasks:
         if task not in TASKS:
             raise InputError(f"--tasks {task}: no such task; allowed: {', '.join(TASKS)}")
-    work = read_workload(args.workload, args.profile)
-    dtype = jnp.dtype(work.dtype)
-    sampled = [task for task in tasks if task in ("sample", "round")]
-    trained = [task for task in tasks if task in ("dpo", "sft")]
-    if args.micro_rows is not None and not trained:
+    if args.micro_rows is not None and not {"dpo", "sft"} & set(tasks):
         raise InputError("--micro-rows: only the tasks dpo and sft have rows; leave it out")
-    naive = args.compare == "naive"
+    if tasks == ["data"]:  # without JAX, as `esjax data` is: its memory is told
+        _show(data.bench(config, args.compare == "naive"))
+    else:
+        _computed(config, args, tasks)
+
+
+def _computed(config: Config, args: argparse.Namespace, tasks: list[str]) -> None:
+    """Jobs that compute on the devices, and preparation before them, if it is asked for as well."""
+    prepare_jax()
+    import jax.numpy as jnp
+    import numpy as np
+
+    from esjax.bench import sampling, training
+    from esjax.bench.workload import measured_ceilings, read_workload
+    from esjax.model.weights import choose_execution
+
+    naive, work = args.compare == "naive", read_workload(args.workload, args.profile)
+    dtype = jnp.dtype(work.dtype)
     if "data" in tasks:
         _show(data.bench(config, naive))
-    if tasks == ["data"]:
-        return
+    sampled = [task for task in tasks if task in ("sample", "round")]
+    trained = [task for task in tasks if task in ("dpo", "sft")]
     how = choose_execution(config.model.attention, config.model.remat, dtype)
     if args.micro_rows is not None:  # said before anything runs
         for job in training.jobs(work, trained, naive=False):

@@ -24,7 +24,6 @@ from esjax.settings.files import read_text
 from esjax.settings.schema import LoraSettings, Settings
 
 GIB = 2**30
-TASKS = ("sample", "round", "dpo", "sft", "data")
 
 
 class SampleWork(Settings):
