@@ -200,6 +200,16 @@ def serve(args: argparse.Namespace, given: Overrides) -> None:
     serve(args, given)
 
 
+def chat(args: argparse.Namespace, given: Overrides) -> None:
+    """Talk with a model in the terminal, or on a page (--web); see what it would infer, why it answers so, and others' answers.
+
+    A conversation and its reply have data.window tokens together: older turns are left out where they no longer fit.
+    """
+    from esjax.serve.run import chat
+
+    chat(args, given)
+
+
 def plan(args: argparse.Namespace, given: Overrides) -> None:
     """Compile a run's programs for hardware that need not be at hand: memory, FLOPs, network, and whether they fit.
 
@@ -221,7 +231,7 @@ def plan(args: argparse.Namespace, given: Overrides) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 1 the run failed, 2 bad input, 75 try again, 130 interrupted, 143 stopped by SIGTERM."""
-    parser, commands = build((evolve, sft, dpo, sample, score, eval, report, serve, plan, bench, export, data))
+    parser, commands = build((evolve, sft, dpo, sample, score, eval, report, serve, chat, plan, bench, export, data))
     continues = True
     with open_runtime():
         try:

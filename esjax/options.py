@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from esjax import __version__
 from esjax.errors import InputError
-from esjax.evolve.models import BENCH, DATA, EVAL, EXPORT, SAMPLE, SCORE, SERVE, uses
+from esjax.evolve.models import BENCH, CHAT, DATA, EVAL, EXPORT, SAMPLE, SCORE, SERVE, uses
 from esjax.settings.files import Overrides, keys
 from esjax.settings.schema import Config
 
@@ -60,6 +60,11 @@ SEVERAL = (
     _number("--num-processes", "how many processes there are"),
     _number("--process-id", "which of them this is, from 0", metavar="I"),
     _number("--join-timeout", "how long to wait until all processes have come", 600, "SECONDS"),
+)
+# Of the commands that talk with people.
+GUARD = (
+    ("--guard", {"choices": ["on", "off"], "default": "on", "help": "answer signs of crisis with where help is"}),
+    _given("--locale", "NAME", "whose help: a name in esjax/safety/resources.yaml, such as en-GB", default="default"),
 )
 OPTIONS: dict[str, tuple[Option, ...]] = {
     "evolve": (RUN_DIR, START, *SEVERAL),
@@ -121,10 +126,13 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         ),
         _number("--max-waiting", "replies that may be wanted at once; further requests are answered with 429", 256),
         _given("--timeout", "SECONDS", "how long one request may take", type=float, default=600.0),
-        ("--guard", {"choices": ["on", "off"], "default": "on", "help": "answer signs of crisis with where help is"}),
-        _given(
-            "--locale", "NAME", "whose help: a name in esjax/safety/resources.yaml, such as en-GB", default="default"
-        ),
+        *GUARD,
+    ),
+    "chat": (
+        MODEL,
+        _switch("--web", "a page on this machine instead of the terminal"),
+        _number("--port", "with --web: the port to listen on; 8641 when left out, 0 for any that is free"),
+        *GUARD,
     ),
     "plan": (
         _given("--topology", "NAME", "TPUs such as v5e:4x4, or GPUs such as h100:8; else those at hand"),
@@ -253,6 +261,7 @@ READ = {
     "eval": EVAL,
     "report": (),
     "serve": SERVE,
+    "chat": CHAT,
 }
 
 

@@ -32,6 +32,7 @@ EVAL = (
     *("evolve.reflection", "prompts"),
 )
 REFLECT = ("evolve.reflection", "prompts.principles", "prompts.reflect")
+CHAT = (*SERVE, *REFLECT)
 USED = (*SAMPLE, *SCORE, *REFLECT)
 # The model's own: taken where they say what is so.
 FIXED = ("model.source", "lora.rank", "lora.alpha", "lora.targets", "lora.rslora")

@@ -23,7 +23,7 @@ FIELDS = {
     "emotional_state": ("Emotional state:", "They feel"),
     "situation": ("Situation:", "They"),
 }
-REST = r" [a-z][^\n]*[.!?]"  # what follows the opening: one line, which ends a sentence
+REST = r" [a-z][^\n]*[^\s.!?][.!?]"  # what follows the opening: one line, which ends a sentence, once
 
 
 def form(tokenizer: ChatTokenizer, field_tokens: int, vocab: int) -> Template:

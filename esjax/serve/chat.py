@@ -20,7 +20,11 @@ GUARDED = "content_filter"  # how OpenAI's protocol says that another text stand
 
 async def chat(server: Server, request: Request) -> Response:
     """POST /v1/chat/completions."""
-    asked = parsed(ChatRequest, await server.body(request))
+    return await answer(server, request, parsed(ChatRequest, await server.body(request)))
+
+
+async def answer(server: Server, request: Request, asked: ChatRequest) -> Response:
+    """Answer a chat, whole or streamed, unless the guard does."""
     opened = server.model(asked.model)
     chat = asked.chat
     said = [m["content"] for m in chat if m["role"] == "user"]

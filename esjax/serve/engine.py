@@ -16,16 +16,18 @@ from typing import TypeVar
 
 from esjax.errors import InputError
 from esjax.evolve.experiment import Experiment, open_model
+from esjax.evolve.rounds import lengths
 from esjax.model.lora import Adapter
 from esjax.opened import devices
 from esjax.run.progress import say
 from esjax.runtime.mesh import batch_groups
 from esjax.sample.constrain import START, Constraint, Template, padded
+from esjax.sample.generate import DrawSettings
 from esjax.sample.rowbook import Request
 from esjax.sample.score import Tops, tops
 from esjax.sample.shapes import Need
 from esjax.sample.stream import Drawn, Stream
-from esjax.settings.schema import Config, ReplySettings
+from esjax.settings.schema import Config
 
 STEPS = 16  # tokens of a lane between two looks at who came and who left
 T = TypeVar("T")
@@ -41,7 +43,7 @@ class Job:
 
     model: str
     prompt: list[int]
-    how: ReplySettings
+    how: DrawSettings
     seed: int
     max_tokens: int
     tell: Callable[[Drawn | Exception], None]
@@ -56,6 +58,7 @@ class Opened:
     experiment: Experiment
     adapter: Adapter
     stream: Stream
+    chat: int  # tokens of a conversation that a reply is wanted to, at most
     form: Constraint | None = None  # that the stream obeys
     waiting: deque[Job] = field(default_factory=deque)  # until those that obey another one are done
 
@@ -63,9 +66,10 @@ class Opened:
 class Engine:
     """Models by name, which share a backbone where it is the same. A context manager: within, its thread lives."""
 
-    def __init__(self, configs: Mapping[str, tuple[str, Config]], most: int) -> None:
-        """``configs``: of each model its spec and settings; ``most``: requests that may be here at once."""
-        self.configs, self.most = configs, most
+    def __init__(self, configs: Mapping[str, tuple[str, Config]], most: int, thinks: bool = False) -> None:
+        """``configs``: of each model its spec and settings; ``most``: requests that may be here at once; ``thinks``: whether
+        models also reflect and refine, for which there must be room."""
+        self.configs, self.most, self.thinks = configs, most, thinks
         self.models: dict[str, Opened] = {}
         self._inbox: deque[Callable[[], None]] = deque()
         self._there = threading.Condition()
@@ -116,6 +120,15 @@ class Engine:
         """The log-probs of a text's tokens, and the likeliest ones in their places."""
         opened = self.models[model]
         return self._call(lambda: tops(opened.experiment.backbone, opened.adapter, ids))
+
+    def open(self, name: str, spec: str, config: Config) -> Future[None]:
+        """Open one more model. Its errors are those of opening."""
+
+        def work() -> None:
+            if name not in self.models:
+                self.models[name] = self._open(name, spec, config)
+
+        return self._call(work)
 
     @property
     def waiting(self) -> int:
@@ -171,7 +184,7 @@ class Engine:
             taken, self._inbox = self._inbox, deque()
         for work in taken:
             work()
-        for opened in self.models.values():
+        for opened in list(self.models.values()):
             if opened.stream.busy:
                 opened.stream.advance()
             while opened.waiting and self._fits(opened, opened.waiting[0]):
@@ -183,10 +196,18 @@ class Engine:
         c = experiment.config
         groups = batch_groups()
         generator = replace(experiment.generator, replies=-(-c.reply.batch // groups) * groups, lanes=0, slots=0, new=0)
-        room = min(c.data.window, experiment.backbone.arch.max_positions)
+        positions = experiment.backbone.arch.max_positions
+        room = min(c.data.window, positions)
         new = min(c.reply.max_tokens, room - 1)
-        stream = Stream(generator, adapter, Need(room - new, 0, new), STEPS, self._drawn)
-        opened = Opened(experiment, adapter, stream)
+        chat = room - new
+        longest = chat
+        if self.thinks:
+            x = lengths(experiment, chat)
+            refining = x.refine + new + x.opening + x.reflection
+            new = max(new, x.reflection, c.evolve.refinement.max_tokens)
+            longest = min(chat + max(x.reflect + x.opening, refining), positions - new)
+        stream = Stream(generator, adapter, Need(longest, 0, new), STEPS, self._drawn)
+        opened = Opened(experiment, adapter, stream, min(chat, longest))
         job = Job(name, [experiment.tokenizer.end_of_turn] * 2, c.reply, 0, 2, lambda _: None)
         stream.add([self._request(job)._replace(key="warm")])
         while stream.busy:  # compiles what every request needs

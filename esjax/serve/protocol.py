@@ -180,7 +180,7 @@ class CompletionRequest(_Request):
         return [self.prompt] if isinstance(self.prompt[0], int) else list(self.prompt)
 
 
-R = TypeVar("R", bound=_Request)
+R = TypeVar("R", bound=BaseModel)
 
 
 def parsed(kind: type[R], body: bytes) -> R:

@@ -1,21 +1,26 @@
-"""``esjax serve``: opens the models, then answers until it is stopped."""
+"""``esjax serve`` and ``esjax chat``: open the models, then answer until somebody ends it."""
 
 from __future__ import annotations
 
 import argparse
+import socket
 from pathlib import Path
 
 import uvicorn
+from starlette.applications import Starlette
 
 from esjax.errors import InputError
-from esjax.evolve.models import model_settings
+from esjax.evolve.models import model_settings, run_model
 from esjax.run.listen import listen
 from esjax.run.progress import say
 from esjax.safety.guard import Guard
 from esjax.serve.app import app
 from esjax.serve.engine import Engine, names
 from esjax.serve.server import LOOPBACK, Limits, Server
+from esjax.serve.terminal import Terminal
+from esjax.serve.web import routes
 from esjax.settings.files import Overrides, read_whole
+from esjax.settings.schema import Config
 
 PORT = 8641
 GRACE = 30  # seconds that requests which are under way have to end when the server is stopped
@@ -30,16 +35,41 @@ def serve(args: argparse.Namespace, given: Overrides) -> None:
             raise InputError(
                 f"--model {name}: its mesh differs from the first model's; give --mesh.data and the like for all"
             )
-    limits = limits_of(args)
-    guard = None if args.guard == "off" else Guard(first.screen.crisis_patterns, args.locale)
+    limits, guard = limits_of(args), guard_of(args, first)
     listening = listen(args.host, args.port, PORT)
     with Engine(configs, args.max_waiting) as engine:
         host, port = listening.getsockname()[:2]
         say(f"http://{host}:{port}/v1 serves {', '.join(configs)}; Ctrl-C ends it")
-        how = uvicorn.Config(
-            app(Server(engine, guard, limits)), log_level="warning", timeout_graceful_shutdown=GRACE, lifespan="off"
-        )
-        uvicorn.Server(how).run(sockets=[listening])
+        answer(app(Server(engine, guard, limits)), listening)
+
+
+def chat(args: argparse.Namespace, given: Overrides) -> None:
+    """Talk with one model, in the terminal or on a page. Raises as ``serve``."""
+    config = model_settings(args.model, given)
+    guard, listening = guard_of(args, config), None
+    if args.web:
+        listening = listen("127.0.0.1", args.port, PORT)
+    elif args.port is not None:
+        raise InputError("--port: only --web makes use of it; leave it out")
+    name = args.model if run_model(args.model) is None else args.model.rpartition(":")[2]
+    with Engine({name: (args.model, config)}, most=16, thinks=True) as engine:
+        if listening is None:
+            Terminal(engine, name, guard, given).run()
+        else:
+            say(f"http://127.0.0.1:{listening.getsockname()[1]}/ talks as {name}; Ctrl-C ends it")
+            server = Server(engine, guard, Limits())
+            answer(app(server, *routes(server, given)), listening)
+
+
+def guard_of(args: argparse.Namespace, config: Config) -> Guard | None:
+    """The guard that the options ask for. Raises InputError."""
+    return None if args.guard == "off" else Guard(config.screen.crisis_patterns, args.locale)
+
+
+def answer(application: Starlette, listening: socket.socket) -> None:
+    """Answer whoever comes, until the process is stopped."""
+    how = uvicorn.Config(application, log_level="warning", timeout_graceful_shutdown=GRACE, lifespan="off")
+    uvicorn.Server(how).run(sockets=[listening])
 
 
 def limits_of(args: argparse.Namespace) -> Limits:
