@@ -168,7 +168,7 @@ def bench(args: argparse.Namespace, given: Overrides) -> None:
     """
     from esjax.bench.tasks import bench
 
-    bench(given.load(together=False), args)
+    bench(given.load(together=False), args, prepare_jax)
 
 
 def report(args: argparse.Namespace, given: Overrides) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 from esjax.bench import data
 from esjax.errors import InputError
-from esjax.opened import prepare_jax
 from esjax.run.files import check_writable
 from esjax.run.jsonl import json_text
 from esjax.settings.schema import Config
@@ -14,8 +14,8 @@ from esjax.settings.schema import Config
 TASKS = ("sample", "round", "dpo", "sft", "data")
 
 
-def bench(config: Config, args: argparse.Namespace) -> None:
-    """Measure what the options ask for. Raises InputError before anything runs."""
+def bench(config: Config, args: argparse.Namespace, prepare_jax: Callable[[], None]) -> None:
+    """Measure what the options ask for. ``prepare_jax`` is called before anything computes. Raises InputError before that."""
     if args.trace is not None:
         check_writable(args.trace / "trace", "--trace")
     tasks = args.tasks.split(",")
@@ -27,12 +27,12 @@ def bench(config: Config, args: argparse.Namespace) -> None:
     if tasks == ["data"]:  # without JAX, as `esjax data` is: its memory is told
         _show(data.bench(config, args.compare == "naive"))
     else:
+        prepare_jax()
         _computed(config, args, tasks)
 
 
 def _computed(config: Config, args: argparse.Namespace, tasks: list[str]) -> None:
     """Jobs that compute on the devices, and preparation before them, if it is asked for as well."""
-    prepare_jax()
     import jax.numpy as jnp
     import numpy as np
 
