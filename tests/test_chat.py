@@ -230,7 +230,9 @@ def test_a_conversation_on_the_page(url: str, size: tuple[int, int]) -> None:
         page.on("console", lambda m: said.append(m.text))
         page.on("pageerror", lambda e: said.append(str(e)))
         page.on("request", lambda r: asked.append(r.url))
-        page.add_init_script("crypto.getRandomValues = (array) => array.fill(7)")  # one seed: replies are always the same
+        page.add_init_script(
+            "crypto.getRandomValues = (array) => array.fill(7)"
+        )  # one seed: replies are always the same
         page.goto(url)
         assert page.is_visible("#sign")
         assert SIGN in page.inner_text("#sign")
