@@ -26,7 +26,7 @@ HEADLINE = (
 
 def is_headline(metric: str) -> bool:
     """Whether a metric is shown first; what judges, seekers and reflections were asked for always is."""
-    return metric in HEADLINE or metric.startswith(("judge_", "talk_", "reflection_"))
+    return metric in HEADLINE or metric.startswith(("judge_", "talk_", "reflection_", "crisis_"))
 
 
 class Value(NamedTuple):

@@ -121,6 +121,29 @@ def _language(file: str, digest: str) -> Language:
     return Language(_quick(file, [sign.pattern for sign in named.values()]), mask, tuple(signs))  # type: ignore[arg-type]
 
 
+class Section(NamedTuple):
+    """The expressions of one section of a file, as one."""
+
+    expression: re.Pattern[str]
+
+    def search(self, text: str) -> re.Match[str] | None:
+        """The first place in a text, in small letters without accents, that one of them matches."""
+        return self.expression.search(_plain(text)[0])
+
+
+@lru_cache(maxsize=4)
+def sections(path: str) -> dict[str, Section]:
+    """A file of expressions by section, [NAME] before each; lines that begin with # are comments. Raises InputError."""
+    found: dict[str, list[str]] = {}
+    lines = found.setdefault("", [])
+    for line in read_text(path).split("\n"):
+        if header := re.fullmatch(r"\[(\w+)\]", line.strip()):
+            lines = found.setdefault(header[1], [])
+        elif line.strip() and not line.startswith("#"):
+            lines.append(line.strip())
+    return {name: Section(_joined(path, lines, {})) for name, lines in found.items() if lines}
+
+
 def _quick(file: str, expressions: Sequence[str]) -> Any:
     """One expression for RE2, which tries all at once in one pass: whatever one of them finds, it finds, too."""
     options = re2.Options()

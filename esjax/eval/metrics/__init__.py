@@ -1,12 +1,24 @@
 """The table of metrics. A new one is a file here and its name in MODULES."""
 
-from esjax.eval.metrics import bleu, claims, distinct, generic, length, meteor, overlap, repeats, rouge, unhelpful
+from esjax.eval.metrics import (
+    bleu,
+    claims,
+    conduct,
+    distinct,
+    generic,
+    length,
+    meteor,
+    overlap,
+    repeats,
+    rouge,
+    unhelpful,
+)
 from esjax.eval.metrics.judged import JUDGED
 from esjax.eval.metrics.metric import Metric
 from esjax.eval.metrics.reflected import REFLECTED
 from esjax.eval.metrics.talks import TALKS
 
-MODULES = (bleu, rouge, meteor, overlap, distinct, length, repeats, generic, unhelpful, claims)
+MODULES = (bleu, rouge, meteor, overlap, distinct, length, repeats, generic, unhelpful, claims, conduct)
 # Values of these are made where a model is, or another reply to tell one from.
 PERPLEXITY = Metric(
     "perplexity",
