@@ -1,7 +1,8 @@
 """The README's examples are run, so that none can rot: every shell and Python block, in order, in a folder of its own.
 
 A tiny model and a finished run of it stand in for the real ones: the config that counts where none is named, the configs
-under configs/, and the hub's model are the tiny ones. What compiles for other hardware or measures this one is only parsed.
+under configs/, and the hub's model are the tiny ones. What compiles for other hardware,
+measures this one or waits for people is only parsed.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from esjax.settings.files import Overrides
 
 README = (REPOSITORY / "README.md").read_text()
 HUB = "hf:HuggingFaceTB/SmolLM2-360M-Instruct"
-PARSED = ("plan", "bench")
+FOLDERS = ("esjax", "esjax/bench", "esjax/corpus", "esjax/eval", "esjax/serve", "launch")
+PARSED = ("plan", "bench", "serve", "chat")
 
 
 def blocks() -> list[tuple[str, str]]:
@@ -90,11 +92,12 @@ def test_every_example_runs(
         "eval",
         "export",
         "data",
+        "report",
         *PARSED,
         "python",
         "pytest",
     }
-    assert parsed == ["plan", "bench"]
+    assert parsed == ["chat", "serve", "plan", "bench"]
     table = re.findall(r"^\s*Held-out dialogues.*$", capsys.readouterr().out, re.MULTILINE)
     assert len(table) == ran.count("evolve") + ran.count("eval")
     assert [r["sample"] for r in read_jsonl(folder / "replies.jsonl")] == [0, 1, 2, 3]
@@ -114,7 +117,14 @@ def test_what_is_installed_and_linked_exists() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     pages = [
         REPOSITORY / p
-        for p in ("README.md", "esjax/README.md", "esjax/bench/README.md", "esjax/eval/README.md", "launch/README.md")
+        for p in (
+            "README.md",
+            "esjax/README.md",
+            "esjax/bench/README.md",
+            "esjax/eval/README.md",
+            "esjax/serve/README.md",
+            "launch/README.md",
+        )
     ]
     for page in pages:
         text = page.read_text()
