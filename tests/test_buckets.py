@@ -68,6 +68,7 @@ def there(url: str) -> dict[str, bytes]:
 # --- whole runs ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_processes_are_killed_and_go_on(url: str, tiny_folder: Path, tmp_path: Path) -> None:
     """Each has a copy of its own, which dies with it: what the next ones continue from came through the bucket."""
     job = Job(tiny_folder, tmp_path, "sft", mesh="1,2,1")

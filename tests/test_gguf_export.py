@@ -312,6 +312,7 @@ def test_nothing_is_left_of_a_model_that_gguf_cannot_hold(tmp_path: Path, refuse
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_llama_cpp_says_the_same(smollm_folder: Path, tmp_path: Path) -> None:
     """The quickstart's model in float16, where a binding is installed: greedy text from tokens, and from a chat."""
     llama = pytest.importorskip("xllamacpp")

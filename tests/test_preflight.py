@@ -110,6 +110,7 @@ def test_too_little_room_is_found_before_writing(
 # --- what may change at a restart ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_execution_may_change_at_any_restart(
     tiny_run: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

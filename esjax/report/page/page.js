@@ -2,6 +2,7 @@
 (() => {
   const $ = (id) => document.getElementById(id);
   const PAGE = 50; // examples in the list at once
+  const SHOWN = { displayModeBar: false, responsive: true }; // how plotly shows a plot
   let page = JSON.parse($("data").textContent);
   let texts = []; // of each example, lower case, for the search
   let messages = []; // the same of messages, which examples share
@@ -50,7 +51,7 @@
     document.documentElement.dataset.theme = chosen;
     $("theme").textContent = chosen === "dark" ? "Light theme" : "Dark theme";
     try { localStorage.setItem("esjax-theme", chosen); } catch { /* a page in a file may keep nothing */ }
-    for (const node of document.querySelectorAll(".plot.drawn")) Plotly.relayout(node, colours(node.layout));
+    for (const node of document.querySelectorAll(".plot.drawn")) Plotly.react(node, node.data, themed(node.layout), SHOWN);
   }
 
   function startingTheme() {
@@ -61,12 +62,12 @@
     return matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
   }
 
-  function colours(layout) {
+  function themed(layout) {
     const style = getComputedStyle(document.documentElement);
     const of = (name) => style.getPropertyValue(name).trim();
-    const out = { "font.color": of("--text"), paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", "hoverlabel.bgcolor": of("--panel"), "hoverlabel.font.color": of("--text") };
+    const out = { ...layout, font: { ...layout.font, color: of("--text") }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", hoverlabel: { bgcolor: of("--panel"), font: { color: of("--text") } } };
     for (const key of Object.keys(layout))
-      if (/^[xy]axis$/.test(key)) Object.assign(out, { [`${key}.gridcolor`]: of("--line"), [`${key}.zerolinecolor`]: of("--line") });
+      if (/^[xy]axis$/.test(key)) out[key] = { ...layout[key], gridcolor: of("--line"), zerolinecolor: of("--line") };
     return out;
   }
 
@@ -98,9 +99,8 @@
         await new Promise((go) => setTimeout(go)); // between two of them the page answers
         const plot = plots.children[number];
         plot.setAttribute("aria-label", layout.title ? `${figure.title}: ${layout.title.text}` : `${figure.title}: ${figure.text}`);
-        await Plotly.react(plot, data, layout, { displayModeBar: false, responsive: true });
+        await Plotly.react(plot, data, themed(layout), SHOWN);
         plot.classList.add("drawn");
-        await Plotly.relayout(plot, colours(plot.layout));
       }
     }
     document.body.dataset.drawn = "yes";
@@ -332,9 +332,8 @@
   $("before").addEventListener("click", () => { first = Math.max(0, first - PAGE); list(); });
   $("after").addEventListener("click", () => { first += PAGE; list(); });
   addEventListener("hashchange", show);
-  document.documentElement.dataset.theme = startingTheme();
+  theme(startingTheme());
   draw().then(() => {
-    theme(document.documentElement.dataset.theme);
     if (document.body.dataset.live) setTimeout(follow, 2000);
   });
 })();
