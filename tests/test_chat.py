@@ -184,6 +184,8 @@ def test_bad_input_of_chat(tiny_run: Path, refused: Refused) -> None:
     assert "locale xx" in refused("chat", "--model", model, "--locale", "xx")
     assert "M_7 is not there" in refused("chat", "--model", f"{tiny_run}:m7")
     assert "makes no use of it" in refused("chat", "--model", model, "--dpo.beta", 1)
+    small = ("--data.window", 32, "--reply.max_tokens", 24)
+    assert "leaves 8 tokens for a conversation" in refused("chat", "--model", model, *small)
 
 
 # --- the page --------------------------------------------------------------------------------------------------------

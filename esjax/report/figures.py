@@ -86,7 +86,8 @@ def _plot(plot: Any, height: int, heading: str = "") -> Row:
 def phase_of(stage: str) -> str:
     """Which part of the method a stage belongs to."""
     first = stage.split("/")[0]
-    return {"sft": "phase 1: SFT", "eval": "evaluation"}.get(first, first.replace("round", "phase 2: round "))
+    names = {"sft": "phase 1: SFT", "eval": "evaluation", "pairs": "DPO", "dpo": "DPO"}
+    return names.get(first, first.replace("round", "phase 2: round "))
 
 
 def _timeline(runs: Sequence[Row]) -> Figure | None:
@@ -144,7 +145,7 @@ def _curves(runs: Sequence[Row], phase: str, plots: Sequence[tuple[str, Any]]) -
                 )
         if plot.data:
             made.append(_plot(plot, PANEL, heading))
-    title = "Phase 1: SFT" if phase == "sft" else f"DPO, {phase_of(phase).removeprefix('phase 2: ')}"
+    title = {"sft": "Phase 1: SFT", "dpo": "DPO"}.get(phase) or f"DPO, {phase_of(phase).removeprefix('phase 2: ')}"
     text = "The numbers of training by optimiser step."
     if phase != "sft":
         text += " It starts at a loss of ln 2 and a margin of 0; log-probs are in nats."

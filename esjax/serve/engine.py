@@ -200,6 +200,11 @@ class Engine:
         room = min(c.data.window, positions)
         new = min(c.reply.max_tokens, room - 1)
         chat = room - new
+        if chat < 16:
+            raise InputError(
+                f"{spec}: data.window={c.data.window} leaves {chat} tokens for a conversation beside a reply of {new}; raise it, or "
+                "lower reply.max_tokens"
+            )
         longest = chat
         if self.thinks:
             x = lengths(experiment, chat)

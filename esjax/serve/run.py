@@ -51,7 +51,7 @@ def chat(args: argparse.Namespace, given: Overrides) -> None:
         listening = listen("127.0.0.1", args.port, PORT)
     elif args.port is not None:
         raise InputError("--port: only --web makes use of it; leave it out")
-    name = args.model if run_model(args.model) is None else args.model.rpartition(":")[2]
+    name = args.model.rpartition("/" if run_model(args.model) is None else ":")[2]
     with Engine({name: (args.model, config)}, most=16, thinks=True) as engine:
         if listening is None:
             Terminal(engine, name, guard, given).run()
