@@ -1,7 +1,7 @@
 """The run directory: its config, its lock, and the manifest of stages that are done once.
 
-Everything under RUN except ``manifest.json``, ``tensorboard/`` and ``report.html`` is a function of the config and the inputs alone, so a
-killed and resumed run ends with the same bytes as an undisturbed one.
+Everything under RUN except ``manifest.json``, ``tensorboard/`` and ``report.html`` is a function of the config and the inputs
+alone, so a killed and resumed run ends with the same bytes as an undisturbed one.
 """
 
 from __future__ import annotations

@@ -202,8 +202,8 @@ class Engine:
         chat = room - new
         if chat < 16:
             raise InputError(
-                f"{spec}: data.window={c.data.window} leaves {chat} tokens for a conversation beside a reply of {new}; raise it, or "
-                "lower reply.max_tokens"
+                f"{spec}: data.window={c.data.window} leaves {chat} tokens for a conversation beside a reply of {new}; "
+                "raise it, or lower reply.max_tokens"
             )
         longest = chat
         if self.thinks:
