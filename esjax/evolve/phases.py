@@ -70,6 +70,7 @@ def sft(experiment: Experiment, run: RunDir) -> None:
             validate=validate,
             validate_every=c.sft.validate_every,
             dropout=c.lora.dropout,
+            wandb=c.train.wandb,
         )
         _save(experiment, place, train(phase, experiment.backbone, first))
         return facts
@@ -119,6 +120,7 @@ def dpo(
             validate=held_out(experiment, held, first) if experiment.config.dpo.validate_every else None,
             validate_every=experiment.config.dpo.validate_every,
             best=best,
+            wandb=experiment.config.train.wandb,
         )
         _save(experiment, place, train(phase, experiment.backbone, start()))
         if best is not None:

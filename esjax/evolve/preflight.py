@@ -11,6 +11,7 @@ from esjax.evolve.phases import apart
 from esjax.evolve.rounds import lengths
 from esjax.run.directory import RunDir
 from esjax.run.jsonl import Line
+from esjax.run.metrics import check_tracked
 from esjax.runtime.context import current
 from esjax.runtime.mesh import check_split, rows_at_once
 from esjax.settings.schema import DpoSettings
@@ -60,6 +61,7 @@ def _check_sft(experiment: Experiment, run: RunDir) -> None:
             f"data.window={c.data.window} exceeds the model's {most} positions; lower it to {most} or less"
         )
     rows_at_once("sft", c.sft)
+    check_tracked(c.train.wandb)
     if not _done(run, "sft"):
         _ = experiment.corpora.leaks, experiment.corpora.sft_rows, experiment.corpora.valid_rows
 
@@ -80,6 +82,7 @@ def check_dpo(experiment: Experiment, run: RunDir, pairs: list[Line]) -> None:
     c, most = experiment.config.dpo, experiment.backbone.arch.max_positions
     with current().processes.in_step():
         rows_at_once("dpo", c)
+        check_tracked(experiment.config.train.wandb)
         _check_replay(experiment)
         apart(pairs, c, 0)
         if c.validate_every > 0:

@@ -36,6 +36,9 @@ class TrainSettings(Settings):
     what: Literal["lora", "all"] = "lora"
     """lora: an adapter on a frozen base; all: every parameter (in float32, computed with in model.dtype), so that M_t is a
     whole model."""
+    wandb: Annotated[str | None, EXECUTION] = None
+    """A project of Weights & Biases that gets the numbers of training beside metrics.jsonl and TensorBoard (esjax's wandb extra);
+    null for none."""
 
 
 class OptimSettings(Settings):

@@ -66,6 +66,7 @@ class Phase:
     replay: Replay | None = None
     dropout: float = 0.0  # of what an adapter reads; only without ``reference``
     best: Best | None = None
+    wandb: str | None = None  # a project that gets the metrics, too
 
 
 def train(phase: Phase, backbone: Backbone, adapter: Adapter) -> Adapter:
@@ -188,7 +189,7 @@ class StepLog:
 
     def __init__(self, phase: Phase, rate: Callable[[int], Any], done: int, steps: int) -> None:
         self.phase, self.rate, self.steps = phase, rate, steps
-        self.metrics = Metrics(phase.folder / "metrics.jsonl", phase.board)
+        self.metrics = Metrics(phase.folder / "metrics.jsonl", phase.board, phase.wandb)
         self.metrics.rewind(done)
         self.pending: tuple[int, dict[str, Any]] | None = None
 
