@@ -42,9 +42,9 @@ def app(runs: dict[str, Path]) -> Starlette:
             return Response(str(e), NOT_NOW)
 
     def data(request: Request) -> Response:
-        if request.query_params.get("state") == state(runs.values()):
-            return Response(status_code=NOTHING_NEW)
         try:
+            if request.query_params.get("state") == state(runs.values()):
+                return Response(status_code=NOTHING_NEW)
             return JSONResponse(content(runs))
         except (InputError, OSError) as e:
             return Response(str(e), NOT_NOW)

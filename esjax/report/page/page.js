@@ -93,6 +93,8 @@
       for (const { layout } of figure.plots.slice(plots.children.length))
         plots.append(make("div", { class: "plot", role: "img", style: `min-height: ${layout.height}px` }));
     }
+    // Plotly stands behind this script: its three megabytes are read when the examples can be seen already.
+    if (!window.Plotly) await new Promise((go) => addEventListener("load", go, { once: true }));
     for (const figure of page.figures) {
       const plots = $(figure.id).querySelector(".plots");
       for (const [number, { data, layout }] of figure.plots.entries()) {
