@@ -17,7 +17,7 @@ from esjax.errors import InputError
 from esjax.hub.shards import ShardReader
 
 AT_ONCE = 32  # texts; with LENGTHS few programs are compiled
-LENGTHS = (32, 64, 128, 256, 512)
+LENGTHS = (32, 48, 64, 96, 128, 192, 256, 384, 512)
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
     "relu": jax.nn.relu,
@@ -56,6 +56,7 @@ class Embedder:
         limit = folder / "sentence_bert_config.json"
         most = _json(limit).get("max_seq_length") if limit.exists() else None
         self.longest = min(int(most or 512), int(self.config["max_position_embeddings"]), LENGTHS[-1])
+        self._known: dict[str, np.ndarray] = {}  # by text: several metrics ask for the same
         self.tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         reader = ShardReader(folder)
         keys = {key.removeprefix("bert."): key for key in sorted(reader.keys())}
@@ -66,7 +67,12 @@ class Embedder:
         }
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """float32 [texts, width]; each text's tokens beyond the longest that the model takes are left out."""
+        """float32 [texts, width]; what is longer than the model takes is cut. A text is computed once."""
+        if new := [text for text in dict.fromkeys(texts) if text not in self._known]:
+            self._known.update(zip(new, self._computed(new), strict=True))
+        return np.stack([self._known[text] for text in texts])
+
+    def _computed(self, texts: Sequence[str]) -> np.ndarray:
         made = self.tokenizer(list(texts), truncation=True, max_length=self.longest).input_ids
         order = sorted(range(len(made)), key=lambda i: len(made[i]))
         out = np.zeros((len(made), self.config["hidden_size"]), np.float32)
