@@ -99,6 +99,14 @@ def mean_divergence(
     return total / max(count, 1)
 
 
+def _split(x: Array, size: int) -> Array:
+    """[B, T, ...] in chunks of ``size`` tokens, the last filled up: [chunks, B, size, ...]."""
+    b, t = x.shape[:2]
+    count = -(-t // size)
+    x = jnp.pad(x, ((0, 0), (0, count * size - t), *[(0, 0)] * (x.ndim - 2)))
+    return x.reshape(b, count, size, *x.shape[2:]).swapaxes(0, 1)
+
+
 def _divergence(
     definition: nnx.GraphDef[Decoder],
     execution: Execution,
@@ -111,11 +119,6 @@ def _divergence(
     p, q = (bind(definition, adapter, base) for adapter in (first, second))
     b, t = rows.tokens.shape
     size = max(1, min(t, execution.logits // (b * p.arch.vocab)))
-    count = -(-t // size)
-
-    def split(x: Array) -> Array:  # [B, T, ...] -> [chunks, B, size, ...]
-        x = jnp.pad(x, ((0, 0), (0, count * size - t), *[(0, 0)] * (x.ndim - 2)))
-        return x.reshape(b, count, size, *x.shape[2:]).swapaxes(0, 1)
 
     def one(part: tuple[Array, Array, Array]) -> Array:
         x, y, wanted = part
@@ -124,7 +127,8 @@ def _divergence(
         return jnp.sum(jnp.where(wanted, each, 0.0))
 
     wanted = rows.weight != 0
-    return replicated(jnp.sum(jax.lax.map(one, (split(p(rows, execution)), split(q(rows, execution)), split(wanted)))))
+    parts = (_split(x, size) for x in (p(rows, execution), q(rows, execution), wanted))
+    return replicated(jnp.sum(jax.lax.map(one, tuple(parts))))
 
 
 DIVERGENCE = program("divergence", _divergence, static_argnums=(0, 1))
@@ -162,11 +166,6 @@ def _tops(
     model = bind(definition, adapter, base)
     b, t = rows.tokens.shape
     size = max(1, min(t, execution.logits // (b * model.arch.vocab)))
-    count = -(-t // size)
-
-    def split(x: Array) -> Array:  # [B, T, ...] -> [chunks, B, size, ...]
-        x = jnp.pad(x, ((0, 0), (0, count * size - t), *[(0, 0)] * (x.ndim - 2)))
-        return x.reshape(b, count, size, *x.shape[2:]).swapaxes(0, 1)
 
     def one(part: tuple[Array, Array]) -> tuple[Array, Array, Array]:
         logprobs = jax.nn.log_softmax(model.logits(part[0]))
@@ -174,8 +173,8 @@ def _tops(
         return jnp.take_along_axis(logprobs, part[1][..., None], axis=-1)[..., 0], ids, top
 
     following = jnp.pad(rows.tokens[:, 1:], ((0, 0), (0, 1)))
-    made = jax.lax.map(one, (split(model(rows, execution)), split(following)))
-    joined = [x.swapaxes(0, 1).reshape(b, count * size, *x.shape[3:]) for x in made]
+    made = jax.lax.map(one, (_split(model(rows, execution), size), _split(following, size)))
+    joined = [x.swapaxes(0, 1).reshape(b, -1, *x.shape[3:]) for x in made]
     return replicated(tuple(joined))
 
 
