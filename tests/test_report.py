@@ -7,7 +7,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +202,20 @@ class Opened:
     def count(self) -> str:
         return str(self.page.inner_text("#count"))
 
+    def follow(self, example: str, shown: str) -> None:
+        """Follow a link to one example, until the page shows these words for it."""
+        self.page.goto(f"{self.page.url.split('#')[0]}#example={example}")
+        self.page.wait_for_selector(f"#example >> text={shown}")
+
+
+def soon(holds: Callable[[], bool]) -> bool:
+    """Whether it holds within ten seconds. (Playwright's own wait for a condition is an `eval`, which the page forbids.)"""
+    for _ in range(200):
+        if holds():
+            return True
+        time.sleep(0.05)
+    return False
+
 
 @pytest.fixture
 def opened(browser: Any, tmp_path: Path, tiny_config: Config) -> Iterator[Opened]:
@@ -235,7 +249,7 @@ def test_examples_are_filtered_found_and_linked(opened: Opened) -> None:
     page.select_option("#by-outcome", "too_short")
     assert opened.count == "10 of 240 examples"
     page.click("text=Show all")
-    page.wait_for_function("document.getElementById('count').textContent.startsWith('240')")
+    page.wait_for_selector("#count >> text=240 of 240 examples")
     page.fill("#search", "NUMBER 117.")
     assert opened.count == "2 of 240 examples"
     page.fill("#search", "answers 117:")
@@ -252,22 +266,19 @@ def test_examples_are_filtered_found_and_linked(opened: Opened) -> None:
     assert "words a reply: 31" in page.inner_text("#example") or page.locator("#example li", has_text="31").count()
     page.click("#after")
     assert page.inner_text("#page") == "51 to 100"
-    url = page.url.split("#")[0]
-    page.goto(f"{url}#example=d23%2F3")  # a link that somebody sent
+    opened.follow("d23%2F3", "Refined d23/3")  # a link that somebody sent
     assert page.inner_text("#example h3 >> nth=0") == "d23/3"
-    assert "Refined d23/3" in page.inner_text("#example")
-    page.goto(f"{url}#example=nobody")
-    assert "There is no example nobody" in page.inner_text("#example")
+    opened.follow("nobody", "There is no example nobody")
 
 
 def test_texts_are_shown_as_they_are(opened: Opened) -> None:
     page = opened.page
-    page.goto(page.url.split("#")[0] + "#example=td0%2F1")
+    opened.follow("td0%2F1", "td0/1")
     shown = page.inner_text("#example")
     assert HOSTILE.split(" \u2028")[0] in shown
     assert page.locator("#example img, #example script").count() == 0
     assert page.locator("#example [dir=auto]").count() > 4
-    page.goto(page.url.split("#")[0] + "#example=d0%2F3")
+    opened.follow("d0%2F3", "Refined d0/3")
     added, gone = (" ".join(page.locator(f"#example {tag}").all_inner_texts()) for tag in ("ins", "del"))
     assert "Refined" in added
     assert "Draft" in gone
@@ -290,7 +301,7 @@ def test_theme_and_keyboard(opened: Opened) -> None:
     light, ink = page.evaluate(back), page.evaluate(font)
     page.click("#theme")
     assert page.evaluate(back) != light
-    page.wait_for_function(f"{font} !== '{ink}'")
+    assert soon(lambda: page.evaluate(font) != ink)
     page.click("#theme")
     assert page.evaluate(back) == light
 
@@ -330,7 +341,7 @@ def test_the_live_page_follows_a_run(browser: Any, tmp_path: Path, tiny_config: 
         page.wait_for_selector("text=DPO, round 1", timeout=300_000)
         page.wait_for_selector("text=Differences between models >> visible=true", timeout=300_000)
         job.join()
-        page.wait_for_function("document.getElementById('notes').hidden", timeout=30_000)
+        page.wait_for_selector("#notes", state="hidden", timeout=30_000)
         assert made.count.endswith(f"of {len(content({'run': run})['examples'])} examples")
         assert [t for t in made.said if "503" not in t] == []  # a file that was being replaced is asked for again
     finally:
