@@ -28,7 +28,7 @@ from esjax.run.jsonl import read_jsonl
 from esjax.run.listen import listen
 from esjax.safety.guard import DEFAULT, Guard, read_resources
 from esjax.serve.app import app
-from esjax.serve.engine import Engine, names
+from esjax.serve.engine import Engine, EngineFailed, names
 from esjax.serve.protocol import ChatRequest, CompletionRequest, parsed
 from esjax.serve.protocol import Refused as BadRequest
 from esjax.serve.run import limits_of
@@ -406,6 +406,24 @@ def test_a_request_that_takes_too_long(tiny_run: Path) -> None:
             made.client.chat.completions.create(messages=CHATS[0], model="m", n=8)
         assert e.value.status_code == 504
         assert made.idle()
+
+
+def test_an_engine_that_fails_leaves_nobody_waiting(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("no memory is left")
+
+    ask: dict[str, Any] = {"model": "m", "prompt": "I am tired", "max_tokens": 0, "echo": True, "logprobs": 1}
+    ended = threading.Event()
+    with pytest.raises(EngineFailed, match="no memory is left"), Served({"m": f"{tiny_run}:m0"}, Limits()) as made:
+        made.engine.on_failure = ended.set  # which ends the command
+        assert made.client.completions.create(**ask).choices[0].logprobs
+        monkeypatch.setattr(made.engine.models["m"].stream, "advance", fail)
+        for _ in range(2):
+            with pytest.raises(openai.InternalServerError, match="no memory is left"):
+                made.client.chat.completions.create(messages=CHATS[0], model="m")
+        with pytest.raises(openai.InternalServerError, match="no memory is left"):
+            made.client.completions.create(**ask)
+        assert ended.wait(5)
 
 
 BAD: list[tuple[str, Any, str]] = [

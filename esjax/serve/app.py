@@ -14,7 +14,7 @@ from starlette.routing import Route
 from esjax.errors import InputError
 from esjax.serve.chat import chat
 from esjax.serve.completions import completions
-from esjax.serve.engine import Busy
+from esjax.serve.engine import Busy, EngineFailed
 from esjax.serve.protocol import Refused
 from esjax.serve.replies import Late
 from esjax.serve.server import Server
@@ -52,6 +52,8 @@ def answered(server: Server, work: Work) -> Callable[[Request], Awaitable[Respon
             return JSONResponse(busy.body(), 429, headers={"retry-after": "1"})
         except Late:
             return JSONResponse(Refused(504, f"not done after {server.limits.seconds:g} s").body(), 504)
+        except EngineFailed as e:
+            return JSONResponse(Refused(500, str(e)).body(), 500)
         except ClientDisconnect:
             return Response(status_code=499)
 

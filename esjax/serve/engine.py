@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from esjax.errors import InputError
+from esjax.errors import InputError, RunError
 from esjax.evolve.experiment import Experiment, open_model
 from esjax.evolve.rounds import lengths
 from esjax.model.lora import Adapter
@@ -35,6 +35,10 @@ T = TypeVar("T")
 
 class Busy(Exception):
     """As many requests wait as may."""
+
+
+class EngineFailed(RunError):
+    """The engine's thread ended by an error; nothing more is drawn."""
 
 
 @dataclass(eq=False)
@@ -74,9 +78,11 @@ class Engine:
         self._inbox: deque[Callable[[], None]] = deque()
         self._there = threading.Condition()
         self._jobs: dict[int, Job] = {}
+        self._calls: set[Future[Any]] = set()  # that nobody has answered yet
         self._keys = count()
         self._ending = False
-        self._failed: BaseException | None = None
+        self._failed: EngineFailed | None = None
+        self.on_failure: Callable[[], None] = lambda: None  # called in the engine's thread
         context = contextvars.copy_context()
         self._thread = threading.Thread(target=context.run, args=(self._run,), name="engine", daemon=True)
         self._ready: Future[None] = Future()
@@ -88,15 +94,17 @@ class Engine:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let what is under way be finished."""
+        """Let what is under way be finished. Raises EngineFailed where the thread has ended by itself."""
         self._ending = True
         self._wake()
         self._thread.join()
+        if self._failed is not None:
+            raise self._failed
 
     # --- what other threads call -----------------------------------------------------------------------------------
 
     def submit(self, job: Job) -> int:
-        """Let a job join. Returns what names it. Raises Busy, and InputError where it is too long."""
+        """Let a job join. Returns what names it. Raises Busy, EngineFailed, and InputError where it is too long."""
         self.models[job.model].stream.check(self._request(job))
         with self._there:
             if self._failed is not None:
@@ -142,8 +150,12 @@ class Engine:
                 made.set_result(do())
             except Exception as e:
                 made.set_exception(e)
+            self._calls.discard(made)
 
         with self._there:
+            if self._failed is not None:
+                raise self._failed
+            self._calls.add(made)
             self._inbox.append(work)
             self._there.notify()
         return made
@@ -168,11 +180,14 @@ class Engine:
                     pass
         except BaseException as e:
             with self._there:
-                self._failed = e
+                self._failed = EngineFailed(f"the model's computation failed: {type(e).__name__}: {e}")
+                self._failed.__cause__ = e
                 jobs, self._jobs = list(self._jobs.values()), {}
             for job in jobs:
-                job.tell(RuntimeError(f"the server's engine failed: {e}"))
-            raise
+                job.tell(self._failed)
+            for call in self._calls:
+                call.set_exception(self._failed)
+            self.on_failure()
 
     def _step(self) -> bool:
         """Take in who came, then let each model draw for a while. False when all is done and the engine ends."""
@@ -236,9 +251,9 @@ class Engine:
         if job.key not in self._jobs:  # it left before it came
             return
         opened = self.models[job.model]
-        if self._fits(opened, job):
+        if (job.form is None or not opened.waiting) and self._fits(opened, job):
             self._add(opened, job)
-        else:
+        else:  # also behind those that wait, so that nobody waits for ever
             opened.waiting.append(job)
 
     def _fits(self, opened: Opened, job: Job) -> bool:

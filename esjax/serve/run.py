@@ -40,7 +40,7 @@ def serve(args: argparse.Namespace, given: Overrides) -> None:
     with Engine(configs, args.max_waiting) as engine:
         host, port = listening.getsockname()[:2]
         say(f"http://{host}:{port}/v1 serves {', '.join(configs)}; Ctrl-C ends it")
-        answer(app(Server(engine, guard, limits)), listening)
+        answer(app(Server(engine, guard, limits)), listening, engine)
 
 
 def chat(args: argparse.Namespace, given: Overrides) -> None:
@@ -58,7 +58,7 @@ def chat(args: argparse.Namespace, given: Overrides) -> None:
         else:
             say(f"http://127.0.0.1:{listening.getsockname()[1]}/ talks as {name}; Ctrl-C ends it")
             server = Server(engine, guard, Limits())
-            answer(app(server, *routes(server, given)), listening)
+            answer(app(server, *routes(server, given)), listening, engine)
 
 
 def guard_of(args: argparse.Namespace, config: Config) -> Guard | None:
@@ -66,10 +66,16 @@ def guard_of(args: argparse.Namespace, config: Config) -> Guard | None:
     return None if args.guard == "off" else Guard(config.screen.crisis_patterns, args.locale)
 
 
-def answer(application: Starlette, listening: socket.socket) -> None:
-    """Answer whoever comes, until the process is stopped."""
+def answer(application: Starlette, listening: socket.socket, engine: Engine) -> None:
+    """Answer whoever comes, until the process is stopped or the engine fails."""
     how = uvicorn.Config(application, log_level="warning", timeout_graceful_shutdown=GRACE, lifespan="off")
-    uvicorn.Server(how).run(sockets=[listening])
+    server = uvicorn.Server(how)
+
+    def end() -> None:
+        server.should_exit = True
+
+    engine.on_failure = end
+    server.run(sockets=[listening])
 
 
 def limits_of(args: argparse.Namespace) -> Limits:
