@@ -414,16 +414,18 @@ def test_an_engine_that_fails_leaves_nobody_waiting(tiny_run: Path, monkeypatch:
 
     ask: dict[str, Any] = {"model": "m", "prompt": "I am tired", "max_tokens": 0, "echo": True, "logprobs": 1}
     ended = threading.Event()
-    with pytest.raises(EngineFailed, match="no memory is left"), Served({"m": f"{tiny_run}:m0"}, Limits()) as made:
-        made.engine.on_failure = ended.set  # which ends the command
-        assert made.client.completions.create(**ask).choices[0].logprobs
-        monkeypatch.setattr(made.engine.models["m"].stream, "advance", fail)
-        for _ in range(2):
-            with pytest.raises(openai.InternalServerError, match="no memory is left"):
-                made.client.chat.completions.create(messages=CHATS[0], model="m")
+    made = Served({"m": f"{tiny_run}:m0"}, Limits()).__enter__()
+    made.engine.on_failure = ended.set  # which ends the command
+    assert made.client.completions.create(**ask).choices[0].logprobs
+    monkeypatch.setattr(made.engine.models["m"].stream, "advance", fail)
+    for _ in range(2):
         with pytest.raises(openai.InternalServerError, match="no memory is left"):
-            made.client.completions.create(**ask)
-        assert ended.wait(5)
+            made.client.chat.completions.create(messages=CHATS[0], model="m")
+    with pytest.raises(openai.InternalServerError, match="no memory is left"):
+        made.client.completions.create(**ask)
+    assert ended.wait(5)
+    with pytest.raises(EngineFailed, match="no memory is left"):
+        made.__exit__()
 
 
 BAD: list[tuple[str, Any, str]] = [
