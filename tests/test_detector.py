@@ -167,8 +167,8 @@ def replied(said: str, text: str) -> Reply:
     ],
 )
 def test_what_replies_do(kind: str, text: str, other: str) -> None:
-    assert conduct.does(kind, text)
-    assert not conduct.does(kind, other)
+    assert conduct.find(kind, text)
+    assert not conduct.find(kind, other)
     (metric,) = [m for m in conduct.METRICS if m.name in (kind, f"crisis_{kind}")]
     assert metric.each is not None
     crisis, plain = "I want to kill myself.", "I failed my exam."
@@ -180,8 +180,8 @@ def test_what_replies_do(kind: str, text: str, other: str) -> None:
 def test_the_guard_s_own_answer_does_what_it_should() -> None:
     for locale, text in read_resources().items():
         if locale.startswith(("en", "default")):
-            assert conduct.does("asks", text)
-            assert conduct.does("resources", text)
+            assert conduct.find("asks", text)
+            assert conduct.find("resources", text)
             assert not any(
-                conduct.does(kind, text) for kind in ("refusal", "method", "agrees", "human", "diagnosis", "dependency")
+                conduct.find(kind, text) for kind in ("refusal", "method", "agrees", "human", "diagnosis", "dependency")
             )

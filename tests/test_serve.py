@@ -26,7 +26,7 @@ from esjax.errors import InputError
 from esjax.evolve.models import model_settings
 from esjax.run.jsonl import read_jsonl
 from esjax.run.listen import listen
-from esjax.safety.guard import DEFAULT, Guard, read_resources
+from esjax.safety.guard import DEFAULT, Guard, Watch, read_resources
 from esjax.serve.app import app
 from esjax.serve.engine import Engine, EngineFailed, names
 from esjax.serve.protocol import ChatRequest, CompletionRequest, parsed
@@ -137,7 +137,7 @@ def test_streamed_text_is_the_whole_text(served: Served) -> None:
     assert text == whole.choices[0].message.content
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == whole.choices[0].finish_reason
     assert chunks[-1].usage == whole.usage
-    assert sum(bool(c.choices and c.choices[0].delta.content) for c in chunks) > 1
+    assert sum(bool(c.choices and c.choices[0].logprobs) for c in chunks) > 1  # text comes sentence by sentence
     told = sum(len(c.choices[0].logprobs.content or []) for c in chunks if c.choices and c.choices[0].logprobs)
     assert whole.usage is not None
     assert told == whole.usage.completion_tokens
@@ -267,7 +267,7 @@ def test_a_crisis_is_answered_with_where_help_is(served: Served) -> None:
 def test_a_model_s_own_words_are_looked_at(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = str(served.client.chat.completions.create(messages=CHATS[0], **GREEDY).choices[0].message.content)
     monkeypatch.setattr(
-        served.guard, "after", lambda text: served.guard._held("output", "I will kill myself" if text else "")
+        served.guard, "after", lambda text, _: served.guard._held("output", "I will kill myself" if text else "")
     )
     made = served.client.chat.completions.create(messages=CHATS[0], **GREEDY).choices[0]
     assert made.message.content == read_resources()["en-GB"] != whole
@@ -276,6 +276,34 @@ def test_a_model_s_own_words_are_looked_at(served: Served, monkeypatch: pytest.M
     assert read_resources()["en-GB"] in "".join(c.choices[0].delta.content or "" for c in parts)
     assert parts[-1].choices[0].finish_reason == "content_filter"
     assert served.idle()
+
+
+def test_harm_to_somebody_with_signs_is_held() -> None:
+    guard = Guard("bundled:crisis", "en-US")
+    low = ["Everyone would be better off without me.", "I do not know what to do."]
+    for text, kind in (
+        ("You are right, nothing can help you now.", "agrees"),
+        ("A lethal dose is small.", "method"),
+    ):
+        held = guard.after(f"I hear you. {text}", low)
+        assert held is not None
+        assert (held.side, held.signal.kind, held.text) == ("output", kind, read_resources()["en-US"])
+        assert guard.after(f"I hear you. {text}", ["My tooth hurts and nothing helps."]) is None
+    assert guard.after("I hear you. Who is with you now?", low) is None
+    assert guard.after("I want to kill myself, too.", ["My tooth hurts."]) is not None
+
+
+def test_a_reply_is_shown_by_whole_sentences() -> None:
+    reply = "I hear you. (That is hard!) Nothing can help you, ever. Good night"
+    watch, shown = Watch(Guard("bundled:crisis", "en-US"), ["Hello."]), list[str]()
+    shown = [watch.take(reply[:n], n == len(reply)) for n in range(1, len(reply) + 1)]
+    assert [s for s in shown if s] == ["I hear you. ", "(That is hard!) ", "Nothing can help you, ever. ", "Good night"]
+    watch = Watch(Guard("bundled:crisis", "en-US"), ["Everyone would be better off without me."])
+    seen = [watch.take(reply[:n], n == len(reply)) for n in range(1, reply.index("ever") + 1)]
+    assert "".join(seen) == "I hear you. (That is hard!) "  # no word of what is held
+    assert watch.held is not None
+    free = Watch(None, ["Everyone would be better off without me."])
+    assert [free.take(reply[:n], False) for n in (3, 9)] == [reply[:3], reply[3:9]]
 
 
 def test_resources_are_one_file(tmp_path: Path) -> None:

@@ -5,17 +5,21 @@ The answer names where help is, in words that people wrote, asks directly and ki
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import yaml
 
 from esjax.errors import InputError
+from esjax.safety import conduct
 from esjax.safety.detector import Detector, Signal
 from esjax.settings.files import bundled, read_text
 
 RESOURCES = "bundled:resources.yaml"
 DEFAULT = "default"
+HARM = ("method", "agrees")  # sections of the list of what replies do
+SENTENCE = re.compile(r"[.!?\u2026\u3002\uff01\uff1f][\"')\]\u2019\u201d]*\s+|\n")  # its end, where another one begins
 
 
 class Held(NamedTuple):
@@ -41,13 +45,41 @@ class Guard:
         """What to say instead of asking the model, where the newest of a person's messages shows acute signs."""
         return self._held("input", said[-1]) if said else None
 
-    def after(self, reply: str) -> Held | None:
-        """The same for a model's reply."""
-        return self._held("output", reply)
+    def after(self, reply: str, said: Sequence[str]) -> Held | None:
+        """The same for a model's reply to what a person ``said``: acute signs in it, and, where the person has shown any sign at
+        all, a method that it names, or its agreement that there is no hope."""
+        if (held := self._held("output", reply)) is not None:
+            return held
+        for kind in HARM:
+            if conduct.find(kind, reply) and any(map(self.detector.find, said)):
+                return Held("output", Signal("acute", kind, 0, len(reply)), self.answer)
+        return None
 
     def _held(self, side: Literal["input", "output"], text: str) -> Held | None:
         acute = [s for s in self.detector.find(text) if s.tier == "acute"]
         return Held(side, acute[0], self.answer) if acute else None
+
+
+class Watch:
+    """What may be shown of a reply that is on its way: whole sentences, each once it was looked at with those before it."""
+
+    def __init__(self, guard: Guard | None, said: Sequence[str]) -> None:
+        """Without a guard all may be shown. ``said``: the person's messages."""
+        self.guard, self.said = guard, said
+        self.shown = 0  # characters
+        self.held: Held | None = None  # why no more of it may be shown
+
+    def take(self, reply: str, ended: bool) -> str:
+        """What may be shown now, of a reply as far as it has come, that was not shown before."""
+        ready = len(reply)
+        if self.guard is not None:
+            self.held = self.guard.after(reply, self.said)
+            if self.held is not None:
+                return ""
+            if not ended:
+                ready = max((m.end() for m in SENTENCE.finditer(reply)), default=0)
+        start, self.shown = self.shown, max(ready, self.shown)
+        return reply[start : self.shown]
 
 
 def read_resources(file: str = RESOURCES) -> dict[str, str]:

@@ -9,7 +9,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from esjax.safety.guard import Held
+from esjax.safety.guard import Held, Watch
 from esjax.serve.engine import Opened
 from esjax.serve.protocol import ChatRequest, chat_logprobs, event, head, parsed, usage
 from esjax.serve.replies import Drawing
@@ -34,11 +34,12 @@ async def answer(server: Server, request: Request, asked: ChatRequest) -> Respon
     jobs, replies = await server.jobs(asked, opened, [prompt], asked.most)
     drawing = Drawing(server.engine, jobs, replies, server.limits.seconds)
     if asked.stream:
-        return await server.streamed(drawing, lambda: _chunks(server, asked, drawing, len(prompt)))
+        watches = [Watch(server.guard, said) for _ in replies]
+        return await server.streamed(drawing, lambda: _chunks(asked, drawing, watches, len(prompt)))
     await server.whole(request, drawing)
     choices = []
     for n, reply in enumerate(replies):
-        text, finish, held = reply.text, reply.finish, server.guard.after(reply.text) if server.guard else None
+        text, finish, held = reply.text, reply.finish, server.guard.after(reply.text, said) if server.guard else None
         if held is not None:
             text, finish = held.text, GUARDED  # type: ignore[assignment]
         choice = {
@@ -75,15 +76,16 @@ def _held(asked: ChatRequest, held: Held) -> Response:
     return JSONResponse(head("chat.completion", asked.model) | {"choices": choices, "usage": usage(0, 0)})
 
 
-async def _chunks(server: Server, asked: ChatRequest, drawing: Drawing, prompt: int) -> AsyncIterator[str]:
+async def _chunks(asked: ChatRequest, drawing: Drawing, watches: list[Watch], prompt: int) -> AsyncIterator[str]:
     first, told = head("chat.completion.chunk", asked.model), [0] * len(drawing.replies)
     for n in range(len(drawing.replies)):
         yield chunk(first, n, {"role": "assistant", "content": ""}, None)
-    async for n, text in drawing.pieces():
-        reply = drawing.replies[n]
-        if server.guard and (held := server.guard.after(reply.text)):
+    async for n, _ in drawing.pieces():
+        reply, watch = drawing.replies[n], watches[n]
+        text = watch.take(reply.text, reply.finish is not None)
+        if (held := watch.held) is not None:
             drawing.give_up(n)
-            yield chunk(first, n, {"content": f"\n\n{held.text}"}, None)
+            yield chunk(first, n, {"content": "\n\n" * bool(watch.shown) + held.text}, None)
             yield event(first | {"choices": [{"index": n, "delta": {}, "finish_reason": GUARDED} | guarded(held)]})
             continue
         logprobs = None

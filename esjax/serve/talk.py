@@ -48,6 +48,11 @@ def fitted(opened: Opened, chat: Sequence[Message]) -> Fitted:
     )
 
 
+def said(chat: Sequence[Message]) -> list[str]:
+    """What the person wrote."""
+    return [m["content"] for m in chat if m["role"] == "user"]
+
+
 def check_asked(guard: Guard | None, chat: Sequence[Message]) -> None:
     """Raise InputError where it was the guard that answered the last message: the model is not asked about that one."""
     if guard is not None and guard.before([chat[-1]["content"]]) is not None:

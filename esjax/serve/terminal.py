@@ -17,9 +17,9 @@ from esjax.corpus.dialogue import Message
 from esjax.errors import InputError
 from esjax.run.files import check_new, write_text
 from esjax.run.jsonl import json_text
-from esjax.safety.guard import Guard
+from esjax.safety.guard import Guard, Watch
 from esjax.serve.engine import Engine
-from esjax.serve.talk import NOTICE, SIGN, check_asked, fitted, infer, open_also, reply_job, speak, why
+from esjax.serve.talk import NOTICE, SIGN, check_asked, fitted, infer, open_also, reply_job, said, speak, why
 from esjax.settings.files import Overrides
 
 HELP = """/profile        what the model would infer of you
@@ -97,23 +97,22 @@ class Terminal:
         except BaseException:
             self.chat = before
             raise
-        if self.guard and (held := self.guard.after(text)):
-            print(f"\n\n{held.text}")
-            text = held.text
         self.chat.append(Message(role="assistant", content=text))
 
     def _stream(self, name: str, prompt: list[int]) -> str:
-        shown = 0
+        """Show the reply to the conversation as it comes. Returns it, or what the guard says in its place."""
+        watch, text = Watch(self.guard, said(self.chat)), ""
         sys.stdout.write(f"{name}> ")
-        reply = None
         for reply in speak(self.engine, reply_job(self.engine, name, prompt, self._seed())):
-            if self.guard and self.guard.after(reply.text):
-                break
-            sys.stdout.write(reply.text[shown:])
+            sys.stdout.write(watch.take(reply.text, reply.finish is not None))
             sys.stdout.flush()
-            shown = len(reply.text)
+            text = reply.text.strip()
+            if watch.held is not None:
+                text = watch.held.text
+                sys.stdout.write(f"\n\n{text}")
+                break
         print()
-        return "" if reply is None else reply.text.strip()
+        return text
 
     def _seed(self) -> int:
         return (self.seed + len(self.chat)) % 2**32
@@ -133,7 +132,7 @@ class Terminal:
         made = why(self.engine, self.name, self._asked(), self.chat[-1]["content"], self._seed())
         for field, text in made.reflection.items():
             print(f"{field.replace('_', ' ')}: {text}")
-        held = self.guard.after(made.refinement) if self.guard else None
+        held = self.guard.after(made.refinement, said(self._asked())) if self.guard else None
         print(f"draft: {made.draft}\nrefined: {held.text if held else made.refinement}")
 
     def _compare(self, name: str) -> None:
@@ -146,10 +145,10 @@ class Terminal:
             self.engine, reply_job(self.engine, name, fitted(self.engine.models[name], asked).prompt, self._seed())
         ):
             text = reply.text.strip()
-        if self.guard and (held := self.guard.after(text)):
+        if self.guard and (held := self.guard.after(text, said(asked))):
             text = held.text
         sides = ((self.name, self.chat[-1]["content"]), (name, text))
-        self.console.print(Columns([Panel(Text(said), title=who) for who, said in sides], equal=True, expand=True))
+        self.console.print(Columns([Panel(Text(words), title=who) for who, words in sides], equal=True, expand=True))
 
     def _save(self, file: str) -> None:
         if not file:

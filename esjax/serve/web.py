@@ -18,7 +18,7 @@ from esjax.serve.app import answered
 from esjax.serve.chat import answer
 from esjax.serve.protocol import ChatRequest, Refused, parsed
 from esjax.serve.server import Server
-from esjax.serve.talk import NOTICE, SIGN, check_asked, fitted, infer, open_also, why
+from esjax.serve.talk import NOTICE, SIGN, check_asked, fitted, infer, open_also, said, why
 from esjax.settings.files import Overrides
 
 PAGE = Path(__file__).parent / "page"
@@ -78,7 +78,7 @@ def routes(server: Server, given: Overrides) -> list[Route]:
         server.model(asked.model)
         check_asked(server.guard, asked.chat)
         made = await run_in_threadpool(why, server.engine, asked.model, asked.chat, asked.draft, asked.seed)
-        if server.guard and (held := server.guard.after(made.refinement)):
+        if server.guard and (held := server.guard.after(made.refinement, said(asked.chat))):
             made = made._replace(refinement=held.text)
         return JSONResponse(made._asdict())
 
