@@ -74,6 +74,14 @@ def test_the_first_stage_claims_the_directory_for_its_config(tmp_path: Path, con
         opened_with(tmp_path, config)
 
 
+def test_nothing_is_left_of_a_directory_where_nothing_was_made(tmp_path: Path, config: Config) -> None:
+    (tmp_path / "made by hand").mkdir()
+    for name in ("new", "made by hand"):
+        with RunDir(tmp_path / name, config), pytest.raises(TransientError, match="in use"):
+            RunDir(tmp_path / name, config).__enter__()
+    assert [p.name for p in tmp_path.rglob("*")] == ["made by hand"]
+
+
 def test_a_stage_keeps_the_settings_that_it_hangs_on(tmp_path: Path, config: Config) -> None:
     with RunDir(tmp_path, config) as run:
         stage = Stage(run)

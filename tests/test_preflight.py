@@ -39,8 +39,8 @@ def asked(folder: Path) -> Path:
 
 
 def untouched(run: Path) -> bool:
-    """Whether a run directory is free for any config."""
-    return {p.name for p in run.rglob("*")} <= {".lock"}
+    """Whether nothing is left of a run directory that a command would have made."""
+    return not run.exists()
 
 
 # --- before anything is written --------------------------------------------------------------------------------------

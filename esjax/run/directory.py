@@ -46,7 +46,7 @@ class RunDir:
         self.path, self.config, self._content = buckets.local(place), config, content or setting_hash
         self.manifest_path = self.path / "manifest.json"
         self.manifest: dict[str, Any] = {"stages": {}}
-        self._used = self._claimed = False
+        self._used = self._claimed = self._new = False
         self._lock: TextIOWrapper | buckets.Lock | None = None
 
     def __enter__(self) -> RunDir:
@@ -70,10 +70,15 @@ class RunDir:
     def __exit__(self, error: object = None, *_: object) -> None:
         if error is None and self._used:
             self._claim()
+        if isinstance(self._lock, TextIOWrapper) and [p.name for p in self.path.iterdir()] == [".lock"]:
+            Path(self._lock.name).unlink()  # refused before anything was made
+            if self._new:
+                self.path.rmdir()
         if self._lock is not None:
             self._lock.close()
 
     def _make(self) -> None:
+        self._new = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as e:
@@ -85,15 +90,17 @@ class RunDir:
         if bucket := buckets.of(self.path):
             self._lock = buckets.Lock(bucket)
             return
-        lock = open(self.path / ".lock", "a+")  # noqa: SIM115  closed in __exit__, or by the end of the process
+        place = self.path / ".lock"
+        lock = open(place, "a+")  # noqa: SIM115  closed in __exit__, or by the end of the process
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._lock = lock
-        except BlockingIOError as e:
+            free = place.exists() and os.path.samestat(os.fstat(lock.fileno()), place.stat())
+        except BlockingIOError:
+            free = False
+        if not free:  # held, or deleted just now by a command that was refused
             lock.close()
-            raise TransientError(
-                f"{self.path}: in use by another process; wait for it or choose another --run-dir"
-            ) from e
+            raise TransientError(f"{self.path}: in use by another process; wait for it or choose another --run-dir")
+        self._lock = lock
 
     def _check_shared(self) -> None:
         """All processes must see one directory."""
