@@ -18,6 +18,7 @@ from report_runs import made_run, write_rows
 
 import esjax
 from esjax.cli import main
+from esjax.eval.results import Value, write_parquet
 from esjax.report.gather import gather
 from esjax.report.live import HOST, app
 from esjax.report.page import content, html, named
@@ -168,6 +169,31 @@ def test_the_live_page_answers_to_its_own_name_alone(tmp_path: Path, tiny_config
     assert client.get("/data", params={"state": data["state"]}).status_code == 204
     (run / "round1" / "drafts.jsonl").write_text("{")
     assert client.get("/data", params={"state": data["state"]}).status_code == 503
+
+
+def test_corpora_that_number_alike_are_told_apart(tmp_path: Path, tiny_config: Config) -> None:
+    """Dialogue d0 that is trained on is another person's than dialogue d0 of the evaluation."""
+    people = {"train": ("d0", "sad", "I am tired, says number 0."), "test": ("d0", "afraid", "My tooth hurts.")}
+    for split, (name, emotion, text) in people.items():
+        turns = [{"role": "seeker", "text": text}, {"role": "supporter", "text": "I see."}]
+        row = {"id": name, "emotion": emotion, "turns": turns, "profile": "", "problem": "", "situation": ""}
+        write_rows(tmp_path / f"{split}.jsonl", [row])
+    given = {f"data.{split}": str(tmp_path / f"{split}.jsonl") for split in people}
+    run = made_run(tmp_path / "run", changed(tiny_config, {"data.format": "sample", **given}), count=1)
+    for file in (run / "eval").glob("*.jsonl"):
+        rows = read_jsonl(file)
+        for row in rows if "." not in file.stem else ():
+            row |= {"id": "d0/1", "messages": [{"role": "user", "content": "My tooth hurts."}]}
+        write_rows(file, rows)
+    write_parquet(run / "eval" / "results.parquet", [Value("m0", "words", "d0", "d0/1", -1, 3.0)])
+    page = gather({"run": run})
+    assert page["runs"][0]["unlabelled"] == ""
+    answered, trained = page["examples"]
+    assert (answered["id"], trained["id"]) == ("d0/1 (2)", "d0/1")
+    assert (answered["emotion"], trained["emotion"]) == ("afraid", "sad")
+    assert (len(answered["rounds"]), len(trained["rounds"])) == (0, 1)
+    assert (set(answered["replies"]), set(trained["replies"])) == ({"backbone", "m0", "m1"}, set())
+    assert (answered["metrics"], trained["metrics"]) == ({"m0": {"words": 3.0}}, {})
 
 
 # --- the page in a browser -------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -33,9 +34,8 @@ def gather(runs: Mapping[str, Path]) -> Row:
     examples = Examples()
     for run, path in zip(made, runs.values(), strict=True):
         prefix = f"{run['name']}/" if several else ""
-        examples.add(path, prefix)
-        people, run["unlabelled"] = _people(load(str(path / "config.yaml"), [], together=False))
-        examples.label(people)
+        trained, people, run["unlabelled"] = _people(load(str(path / "config.yaml"), [], together=False))
+        examples.add(path, prefix, trained, people)
         for record in run["records"]:
             record["model"], record["differences"] = _renamed(record, prefix)
         for talk in run["talks"]:
@@ -136,13 +136,17 @@ def _talks(file: Path) -> list[Row]:
     return list(talks.values())
 
 
-def _people(config: Config) -> tuple[dict[str, Dialogue], str]:
-    """The dialogues by id, where the corpora are at hand, and else why they are not."""
+People = Mapping[str, Dialogue]
+
+
+def _people(config: Config) -> tuple[People, People, str]:
+    """The dialogues that are trained on and evaluated, by id, where they are at hand, and else why they are not."""
     try:
         corpora = [read(source, config.data.format, config.seed) for source in (config.data.train, config.data.test)]
     except PROBLEMS as error:
-        return {}, str(error)
-    return {d.id: d for corpus in corpora for d in corpus.dialogues}, ""
+        return {}, {}, str(error)
+    trained, tested = ({d.id: d for d in corpus.dialogues} for corpus in corpora)
+    return trained, tested, ""
 
 
 class Examples:
@@ -153,46 +157,51 @@ class Examples:
 
     def __init__(self) -> None:
         self.messages: dict[tuple[str, str], int] = {}  # (role, text) -> number
-        self._by_id: dict[str, Row] = {}
+        self._made: dict[tuple[str, str], Row] = {}  # by id and newest message, as two corpora may number alike
+        self._named: Counter[str] = Counter()
 
     def rows(self) -> list[Row]:
         """One a context, those that were answered in the evaluation first."""
-        rows = list(self._by_id.values())
+        rows = list(self._made.values())
         return [r for r in rows if r["replies"]] + [r for r in rows if not r["replies"]]
 
-    def add(self, path: Path, prefix: str) -> None:
+    def add(self, path: Path, prefix: str, trained: People, tested: People) -> None:
         """Those of a run, whose models and rounds the page calls by their names behind ``prefix``."""
         for phase in _phases(path):
             if phase.endswith("/dpo"):
-                self._round(path / phase.removesuffix("/dpo"), prefix)
-        for file in sorted(path.glob("eval/*.jsonl"), key=lambda f: (f.stem != "backbone", f.stem)):
+                self._round(path / phase.removesuffix("/dpo"), prefix, trained)
+        answered: dict[str, Row] = {}
+        for file in sorted(path.glob("eval/*.jsonl"), key=lambda f: ("." in f.stem, f.stem != "backbone", f.stem)):
             model, _, kind = file.stem.partition(".")
             for row in _rows(file) if not kind or kind == "reflections" else ():
-                example = self._example(row)
                 if kind:
-                    example["inferred"][prefix + model] = row["reflection"]
+                    answered[row["id"]]["inferred"][prefix + model] = row["reflection"]
                 else:
+                    example = answered[row["id"]] = self._example(row, row["messages"], tested)
                     example["reference"] = row["reference"]
                     example["replies"][prefix + model] = row["prediction"]
         if (table := path / "eval" / "results.parquet").is_file():
             for value in read_parquet(table):
-                if value.context in self._by_id:
-                    metrics = self._by_id[value.context]["metrics"].setdefault(prefix + value.model, {})
+                if value.context in answered:
+                    metrics = answered[value.context]["metrics"].setdefault(prefix + value.model, {})
                     metrics[value.metric] = round(value.value, 4)
 
-    def _example(self, row: Row) -> Row:
-        made = self._by_id.get(row["id"])
-        if made is None:
-            chat = row.get("messages") or row.get("prompt") or []
-            made = {"id": row["id"], "context": self._numbers(chat), "emotion": "", "problem": "", "situation": ""}
+    def _example(self, row: Row, chat: Sequence[Mapping[str, str]], people: People) -> Row:
+        key = (row["id"], chat[-1]["content"])
+        if key not in self._made:
+            self._named[row["id"]] += 1
+            number = self._named[row["id"]]
+            made = {"id": row["id"] if number == 1 else f"{row['id']} ({number})", "context": self._numbers(chat)}
             made |= {"reference": "", "rounds": [], "replies": {}, "inferred": {}, "metrics": {}}
-            self._by_id[row["id"]] = made
-        return made
+            person = people.get(row["id"].rpartition("/")[0])
+            made |= {k: "" if person is None else getattr(person, k) for k in ("emotion", "problem", "situation")}
+            self._made[key] = made
+        return self._made[key]
 
     def _numbers(self, chat: Sequence[Mapping[str, str]]) -> list[int]:
         return [self.messages.setdefault((m["role"], m["content"]), len(self.messages)) for m in chat]
 
-    def _round(self, folder: Path, prefix: str) -> None:
+    def _round(self, folder: Path, prefix: str, people: People) -> None:
         rows = {kind: _rows(folder / f"{kind}.jsonl") for kind in KINDS}
         outcome = {str(r["id"]): str(r["reason"]) for r in _rows(folder / "dropped.jsonl")}
         outcome |= {str(r["id"]): KEPT for r in _rows(folder / "pairs.jsonl")}
@@ -204,10 +213,4 @@ class Examples:
                 made["reflection"] = reflection["reflection"]
             if (refinement := others["refinements"].get(name)) is not None:
                 made["refinement"] = refinement["text"]
-            self._example(draft)["rounds"].append(made)
-
-    def label(self, people: Mapping[str, Dialogue]) -> None:
-        """Put what the corpora say of each person beside their contexts."""
-        for example in self._by_id.values():
-            if dialogue := people.get(example["id"].rpartition("/")[0]):
-                example |= {k: getattr(dialogue, k) for k in ("emotion", "problem", "situation")}
+            self._example(draft, draft["prompt"], people)["rounds"].append(made)
