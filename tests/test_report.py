@@ -105,13 +105,15 @@ def test_a_run_that_goes_on(tmp_path: Path, tiny_config: Config) -> None:
 
 def test_several_runs_beside_each_other(tmp_path: Path, tiny_config: Config) -> None:
     first = made_run(tmp_path / "first", tiny_config)
-    second = made_run(tmp_path / "second", changed(tiny_config, {"dpo.beta": 0.2}), say="I am glad")
+    second = made_run(tmp_path / "second", changed(tiny_config, {"dpo.beta": 0.2}))
+    answers = second / "eval" / "m1.jsonl"
+    write_rows(answers, [row | {"prediction": "I am glad"} for row in read_jsonl(answers)])
     page = gather({"first": first, "second": second})
     example = next(e for e in page["examples"] if e["replies"])
     assert sorted(example["replies"]) == sorted(
         f"{r}/{m}" for r in ("first", "second") for m in ("backbone", "m0", "m1")
     )
-    assert example["replies"]["second/m1"].endswith("I am glad")
+    assert example["replies"]["second/m1"] == "I am glad" != example["replies"]["first/m1"]
     tables = {t["title"]: t["rows"] for t in content({"first": first, "second": second})["tables"]}
     assert tables["Settings that differ"] == [["setting", "first", "second"], ["dpo.beta", "0.1", "0.2"]]
     moved = [next(c for c in r["curves"] if c["phase"] == "round1/dpo")["series"]["chosen_moved"] for r in page["runs"]]
@@ -173,17 +175,17 @@ def test_the_live_page_answers_to_its_own_name_alone(tmp_path: Path, tiny_config
 
 def test_corpora_that_number_alike_are_told_apart(tmp_path: Path, tiny_config: Config) -> None:
     """Dialogue d0 that is trained on is another person's than dialogue d0 of the evaluation."""
-    people = {"train": ("d0", "sad", "I am tired, says number 0."), "test": ("d0", "afraid", "My tooth hurts.")}
-    for split, (name, emotion, text) in people.items():
-        turns = [{"role": "seeker", "text": text}, {"role": "supporter", "text": "I see."}]
-        row = {"id": name, "emotion": emotion, "turns": turns, "profile": "", "problem": "", "situation": ""}
+    felt = {"train": "sad", "test": "afraid"}
+    for split, emotion in felt.items():
+        turns = [{"role": "seeker", "text": "I am tired, says number 0."}, {"role": "supporter", "text": "I see."}]
+        row = {"id": "d0", "emotion": emotion, "turns": turns, "profile": "", "problem": "", "situation": ""}
         write_rows(tmp_path / f"{split}.jsonl", [row])
-    given = {f"data.{split}": str(tmp_path / f"{split}.jsonl") for split in people}
+    given = {f"data.{split}": str(tmp_path / f"{split}.jsonl") for split in felt}
     run = made_run(tmp_path / "run", changed(tiny_config, {"data.format": "sample", **given}), count=1)
     for file in (run / "eval").glob("*.jsonl"):
         rows = read_jsonl(file)
         for row in rows if "." not in file.stem else ():
-            row |= {"id": "d0/1", "messages": [{"role": "user", "content": "My tooth hurts."}]}
+            row["id"] = "d0/1"
         write_rows(file, rows)
     write_parquet(run / "eval" / "results.parquet", [Value("m0", "words", "d0", "d0/1", -1, 3.0)])
     page = gather({"run": run})

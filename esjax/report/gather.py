@@ -157,7 +157,7 @@ class Examples:
 
     def __init__(self) -> None:
         self.messages: dict[tuple[str, str], int] = {}  # (role, text) -> number
-        self._made: dict[tuple[str, str], Row] = {}  # by id and newest message, as two corpora may number alike
+        self._made: dict[tuple[str, ...], Row] = {}  # by corpus, id and newest message, as two corpora may number alike
         self._named: Counter[str] = Counter()
 
     def rows(self) -> list[Row]:
@@ -177,7 +177,7 @@ class Examples:
                 if kind:
                     answered[row["id"]]["inferred"][prefix + model] = row["reflection"]
                 else:
-                    example = answered[row["id"]] = self._example(row, row["messages"], tested)
+                    example = answered[row["id"]] = self._example("test", row, row["messages"], tested)
                     example["reference"] = row["reference"]
                     example["replies"][prefix + model] = row["prediction"]
         if (table := path / "eval" / "results.parquet").is_file():
@@ -186,8 +186,8 @@ class Examples:
                     metrics = answered[value.context]["metrics"].setdefault(prefix + value.model, {})
                     metrics[value.metric] = round(value.value, 4)
 
-    def _example(self, row: Row, chat: Sequence[Mapping[str, str]], people: People) -> Row:
-        key = (row["id"], chat[-1]["content"])
+    def _example(self, corpus: str, row: Row, chat: Sequence[Mapping[str, str]], people: People) -> Row:
+        key = (corpus, row["id"], chat[-1]["content"])
         if key not in self._made:
             self._named[row["id"]] += 1
             number = self._named[row["id"]]
@@ -213,4 +213,4 @@ class Examples:
                 made["reflection"] = reflection["reflection"]
             if (refinement := others["refinements"].get(name)) is not None:
                 made["refinement"] = refinement["text"]
-            self._example(draft, draft["prompt"], people)["rounds"].append(made)
+            self._example("train", draft, draft["prompt"], people)["rounds"].append(made)
