@@ -42,7 +42,7 @@ def test_no_difference_is_rarely_claimed() -> None:
     rng, claimed, uncorrected = np.random.default_rng(3), 0, 0
     for n in range(200):
         values = []
-        for metric in ("unhelpful", "generic", "words", "specificity"):
+        for metric in ("rank_bm25", "rank_embedding", "words", "specificity"):
             common, dialogues = clustered(rng, 0.0, "normal")
             for model in ("a", "b", "c"):
                 noisy = common + rng.normal(0, 1, len(common))
@@ -99,6 +99,20 @@ def test_a_share_of_none_has_wilson_s_interval() -> None:
     values = [Value("a", "unhelpful", str(d), f"{d}/{i}", -1, 0.0) for d in range(10) for i in range(3)]
     made = summarise(values, [], RESAMPLES, 0).means["unhelpful"]["a"]
     assert (made.low, made.high) == pytest.approx((0.0, 0.2775), abs=1e-4)
+
+
+def test_what_hardly_ever_happens_has_an_interval_within_its_range() -> None:
+    """Once in 700 replies of 70 dialogues: each reply is a case of its own, whose interval is Wilson's."""
+    values = [
+        Value("a", "unhelpful", str(d), f"{d}/{i}", -1, float(d == i == 3)) for d in range(70) for i in range(10)
+    ] + [Value("b", "unhelpful", str(d), f"{d}/{i}", -1, 0.0) for d in range(70) for i in range(10)]
+    made = summarise(values, [("a", "b")], RESAMPLES, 0)
+    mean, difference = made.means["unhelpful"]["a"], made.differences["unhelpful", "a", "b"]
+    proportion = stats.binomtest(1, 700).proportion_ci(method="wilson")
+    assert (mean.low, mean.high) == pytest.approx((proportion.low, proportion.high), rel=0.05)
+    assert difference.value == pytest.approx(1 / 700)
+    assert (difference.low, difference.high) == pytest.approx((1 / 700 - 1.995 / 700, 1 / 700 + 1.995 / 700), rel=0.02)
+    assert made.verdict(("unhelpful", "a", "b")) == "no difference shown"
 
 
 def test_one_dialogue_has_no_interval() -> None:

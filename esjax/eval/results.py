@@ -211,9 +211,15 @@ def _estimate(metric: Metric, rows: Rows, others: Rows | None, resamples: int, s
         return Estimate(*(math.nan,) * 5)
     values = np.asarray([v.value for v in both])
     made = mean_by_cluster(values, [v.dialogue for v in both], resamples, seed)
-    if others is None and metric.share and set(values.tolist()) in ({0.0}, {1.0}):  # none, or all: of so many dialogues
-        dialogues = len({v.dialogue for v in both})
-        low, high = wilson(round(made.value) * dialogues, dialogues)
+    constant = set(values.tolist()) in ({0.0}, {1.0})
+    if others is None and metric.share and (constant or not (math.isnan(made.low) or 0 < made.low < made.high < 1)):
+        # Few, none, or all: Wilson's, of as many cases as would have this error; where nothing varies, of so many dialogues.
+        n = (
+            len({v.dialogue for v in both})
+            if constant
+            else max(1, round(made.value * (1 - made.value) / made.error**2))
+        )
+        low, high = wilson(round(made.value * n), n)
         return made._replace(low=low, high=high)
     return made
 

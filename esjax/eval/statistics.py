@@ -34,7 +34,8 @@ def mean_by_cluster(values: np.ndarray, clusters: Sequence[object], resamples: i
 
     Whole clusters are drawn with replacement, and what is compared with its own standard error is the ratio of sums (Efron and
     Tibshirani 1993, section 12.5; the error of a ratio as in Cochran 1977, section 6.4), which covers well also where clusters
-    are few and unequal. For a difference give the paired differences.
+    are few and unequal. For a difference give the paired differences. Of what hardly ever happens many draws have
+    nothing, so that a quantile is infinite; then the interval is Student's.
 
     Args:
         values: float [n].
@@ -61,6 +62,8 @@ def mean_by_cluster(values: np.ndarray, clusters: Sequence[object], resamples: i
     alone = np.where(apart == 0, 0.0, np.copysign(np.inf, apart))
     t = np.where(known, apart / np.where(known, errors, 1.0), alone)
     low, high = np.quantile(t, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="inverted_cdf")
+    if not np.isfinite([low, high]).all():
+        low, high = stats.t.interval(LEVEL, len(names) - 1)
     extreme = np.abs(t) >= abs(value) / error
     p = float((1 + extreme.sum()) / (1 + resamples))
     return Estimate(value, value - float(high) * error, value - float(low) * error, error, p)
