@@ -95,6 +95,21 @@ def test_few_equal_differences_are_no_proof(dialogues: int, claimed: bool) -> No
     assert (made.verdict(("words", "b", "a")) == "higher") == claimed
 
 
+def test_p_says_what_the_interval_says() -> None:
+    """Also of skewed values, whose intervals reach further on one side."""
+    rng, shown, skewed = np.random.default_rng(5), 0, 0
+    for n in range(60):
+        clusters = [str(i // 3) for i in range(60)]
+        values = rng.lognormal(0, 1.2, 60) - 1.0 - 0.05 * n
+        made = mean_by_cluster(values, clusters, RESAMPLES, n)
+        apart = made.low > 0 or made.high < 0
+        assert apart == (made.p < 0.05) or abs(made.p - 0.05) < 0.005
+        shown += apart
+        skewed += made.high - made.value > 1.5 * (made.value - made.low)
+    assert 5 < shown < 55
+    assert skewed > 20
+
+
 def test_a_share_of_none_has_wilson_s_interval() -> None:
     values = [Value("a", "unhelpful", str(d), f"{d}/{i}", -1, 0.0) for d in range(10) for i in range(3)]
     made = summarise(values, [], RESAMPLES, 0).means["unhelpful"]["a"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -55,18 +56,28 @@ def mean_by_cluster(values: np.ndarray, clusters: Sequence[object], resamples: i
     error = float(_error(np.ones((1, len(names))), sums, counts)[0])
     if error <= 1e-12 * float(np.abs(values).max()):  # every cluster has the same mean
         return _constant(value, len(names))
-    draws = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), resamples)
+    draws = _draws(len(names), resamples, seed)
     apart = (draws @ sums) / (draws @ counts)
     errors = _error(draws, sums, counts)
     known = errors > 1e-6 * error  # a draw of one cluster alone says nothing of the error
     alone = np.where(apart == 0, 0.0, np.copysign(np.inf, apart))
     t = np.where(known, apart / np.where(known, errors, 1.0), alone)
     low, high = np.quantile(t, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="inverted_cdf")
-    if not np.isfinite([low, high]).all():
+    seen = value / error
+    if np.isfinite([low, high]).all():  # each side by itself, as the interval has it: t is often skewed
+        p = min(1.0, 2 * (1 + min((t >= seen).sum(), (t <= seen).sum())) / (1 + resamples))
+    else:
         low, high = stats.t.interval(LEVEL, len(names) - 1)
-    extreme = np.abs(t) >= abs(value) / error
-    p = float((1 + extreme.sum()) / (1 + resamples))
-    return Estimate(value, value - float(high) * error, value - float(low) * error, error, p)
+        p = 2 * stats.t.sf(abs(seen), len(names) - 1)
+    return Estimate(value, value - float(high) * error, value - float(low) * error, error, float(p))
+
+
+@lru_cache(maxsize=2)
+def _draws(clusters: int, resamples: int, seed: int) -> np.ndarray:
+    """How often each cluster is drawn, [resamples, clusters]; the same for all metrics."""
+    draws = np.random.default_rng(seed).multinomial(clusters, np.full(clusters, 1 / clusters), resamples).astype(float)
+    draws.setflags(write=False)
+    return draws
 
 
 def _error(draws: np.ndarray, sums: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -236,7 +236,7 @@ class EvalSettings(Settings):
     replay: Annotated[Sources | None, CONTENT] = None
     """Held-out general instruction data (a source as data.train, in none of it), on which the loss is measured before and
     after each phase; null leaves that out."""
-    resamples: int = Field(2000, ge=200, le=100000)
+    resamples: int = Field(10000, ge=200, le=100000)
     """How often dialogues are drawn anew for an interval."""
     reflections: bool = False
     """Whether each model also reflects on the contexts, and how often that finds its own seeker and names the gold emotion."""
