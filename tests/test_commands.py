@@ -89,8 +89,14 @@ def prompts(tmp_path: Path) -> Path:
 # --- killed and continued --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what", ["SIGTERM", "SIGKILL"])
-@pytest.mark.parametrize("command", ["sample", "score"])
+@pytest.mark.parametrize(
+    ("command", "what"),
+    [
+        ("sample", "SIGKILL"),
+        ("score", "SIGTERM"),
+        *(pytest.param(*p, marks=pytest.mark.slow) for p in (("sample", "SIGTERM"), ("score", "SIGKILL"))),
+    ],
+)
 def test_a_killed_command_goes_on_from_what_is_finished(
     tiny_folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, what: str
 ) -> None:

@@ -220,7 +220,8 @@ def test_commands_refuse_bad_files(refused: Callable[..., str], tiny_run: Path, 
 
 
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounting a small file system needs root")
-@pytest.mark.parametrize("size", ["60k", pytest.param("300k", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["60k", "300k"])
 def test_a_really_full_disk_is_one_line(tiny_folder: Path, tmp_path: Path, size: str) -> None:
     """A file system too small for a checkpoint; given more room, the same command continues."""
     disk = tmp_path / "disk"

@@ -20,19 +20,15 @@ from esjax.model.families import read_architecture
 
 CASES = [  # windows, soft caps and norms after; joined layers; a norm over all heads; layers that turn nothing; few bits
     ("gemma2", "plain"),
-    *(
-        pytest.param(*case, marks=pytest.mark.slow)
-        for case in (
-            ("phi3-window", "plain"),
-            ("olmo2", "plain"),
-            ("smollm3", "plain"),
-            ("qwen2", "int8"),
-            ("qwen2", "nf4"),
-        )
-    ),
+    ("phi3-window", "plain"),
+    ("olmo2", "plain"),
+    ("smollm3", "plain"),
+    ("qwen2", "int8"),
+    ("qwen2", "nf4"),
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kernels"), CASES)
 def test_eight_devices_compute_what_one_does(name: str, kernels: str, tmp_path: Path) -> None:
     folder = save(name, tmp_path / name)

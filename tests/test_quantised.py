@@ -96,7 +96,7 @@ def pair(folder: Path, kind: Any) -> tuple[Backbone, Backbone]:
     return small, replace(plain, base=unflatten(flat))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param("int8", marks=pytest.mark.slow), "nf4"])
 def test_the_model_is_that_of_the_dequantised_weights(kind: Any, tiny_folder: Path) -> None:
     small, plain = pair(tiny_folder, kind)
     original = load_backbone(tiny_folder, LORA, FLOAT32)
@@ -144,7 +144,8 @@ def test_it_takes_less_memory(kind: Any, share: float, tiny_folder: Path) -> Non
     assert small["rest"] == plain["rest"]
 
 
-@pytest.mark.parametrize("kind", [pytest.param("int8", marks=pytest.mark.slow), "nf4"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_a_run_on_it_and_its_export(kind: Any, tiny_folder: Path, tmp_path: Path, capsys: Any) -> None:
     run, base = tmp_path / "run", ["--model.base", kind]
     main(["evolve", "--run-dir", str(run), *tiny_overrides(tiny_folder), *base, "--evolve.rounds", "1"])

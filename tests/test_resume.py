@@ -43,6 +43,7 @@ KILLS = {
     "eval/m1": ("esjax.eval.compare", "", "publish_text", 3),
     "eval/results": ("esjax.eval.measure", "", "specificity", 1),
 }
+FEW = ("sft", "round1/replies (reflecting)", "round1/dpo", "eval/m1")
 
 
 def files(run: Path) -> dict[str, bytes]:
@@ -60,11 +61,12 @@ def stages(run: Path) -> dict[str, dict[str, object]]:
     return {name: entry for name, entry in entries.items() if entry["status"] == "done"}
 
 
-@pytest.fixture(scope="module")
-def killed_run(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=[FEW, pytest.param(tuple(KILLS), marks=pytest.mark.slow)], ids=["few", "all"])
+def killed_run(request: pytest.FixtureRequest, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("killed") / "run"
     command = ["evolve", "--run-dir", str(run), *tiny_overrides(tiny_folder)]
-    for where, (module, owner, name, nth) in KILLS.items():
+    for where in request.param:
+        module, owner, name, nth = KILLS[where]
         stage, before = where.split()[0], stages(run)
         done = subprocess.run(
             [sys.executable, "-c", SIGNALLER, "SIGKILL", module, owner, name, str(nth), *command],

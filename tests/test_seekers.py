@@ -135,6 +135,7 @@ def test_old_turns_are_left_out_and_the_card_stays(talks: Talks) -> None:
         fitting(experiment, chat, 1020)
 
 
+@pytest.mark.slow
 def test_a_killed_conversation_goes_on_to_the_same_bytes(talked: Path, tiny_run: Path, tmp_path: Path) -> None:
     command = ["eval", "--run-dir", str(tiny_run), "--out", str(tmp_path / "out"), *SEEKERS, *WIDE[:2]]
     command += ["--eval.backbone", "false"]
