@@ -70,7 +70,11 @@ class RunDir:
     def __exit__(self, error: object = None, *_: object) -> None:
         if error is None and self._used:
             self._claim()
-        if isinstance(self._lock, TextIOWrapper) and [p.name for p in self.path.iterdir()] == [".lock"]:
+        if (
+            isinstance(self._lock, TextIOWrapper)
+            and not self._claimed
+            and [p.name for p in self.path.glob("*")] == [".lock"]
+        ):
             Path(self._lock.name).unlink()  # refused before anything was made
             if self._new:
                 self.path.rmdir()
