@@ -178,6 +178,7 @@ def test_flops_by_formula_are_close_to_the_compilers() -> None:
         assert bench.program_flops(arch, lora, FLOAT32, sft_loss, full, (batch, None)) > 1.15 * counted
 
 
+@pytest.mark.slow
 def test_three_times_the_vocabulary_costs_its_embedding_and_no_more() -> None:
     """SmolLM2's shape, a DPO step: from 49k to 152k words peak memory grows by the embedding and under 10%."""
     work = sizes.read_workload(WORKLOAD, "cpu")

@@ -440,6 +440,7 @@ def named(tree: Any) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+@pytest.mark.slow
 def test_a_whole_model_is_restored_on_another_mesh(tmp_path: Path) -> None:
     """On eight devices divided otherwise, and on one."""
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(Path(__file__).parent)}

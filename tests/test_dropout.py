@@ -149,6 +149,7 @@ def test_nothing_is_dropped_without_it(tiny: Tiny) -> None:
     assert worst(score(None), score(Dropout(RATE, keys))) > 1e-2
 
 
+@pytest.mark.slow
 def test_a_run_drops_in_sft_alone(tiny_folder: Path, tiny_run: Path, tmp_path: Path) -> None:
     """Its losses are others, its validation drops nothing, and DPO starts at its reference."""
     run = tmp_path / "run"

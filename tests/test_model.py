@@ -408,10 +408,9 @@ def test_the_ways_of_a_gpu_do_not_change_the_gradient(tiny_folder: Path) -> None
 
     expected = gradient(Execution("dense"))
     assert len(expected) == 10
-    for remat in ("none", "dots", "full"):
-        for unroll in (False, True):
-            how = Execution("pallas", remat=remat, unroll=unroll, interpret=True)  # type: ignore[arg-type]
-            assert apart(gradient(how), expected) <= 1e-5
+    for remat, unroll in (("none", False), ("full", False), ("dots", True)):
+        how = Execution("pallas", remat=remat, unroll=unroll, interpret=True)  # type: ignore[arg-type]
+        assert apart(gradient(how), expected) <= 1e-5
     assert apart(gradient(how, 1.001), expected) > 1e-5  # control: an adapter larger by a thousandth
 
 
