@@ -11,13 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from oracles import real_dialogues, torch_logprobs, torch_model, worst
+import torch
+from oracles import BARE, real_dialogues, torch_logits, torch_logprobs, torch_model, worst
 from transformers import AutoTokenizer
 
 from esjax.cli import main
 from esjax.corpus.dialogue import Message
+from esjax.model.weights import load_backbone
 from esjax.run.files import write_jsonl
 from esjax.run.jsonl import read_jsonl
+from esjax.sample.score import MOST_TOPS, tops
 
 CHATS = 8
 TOLERANCE = 1e-3
@@ -74,3 +77,23 @@ def test_score_is_transformers_log_softmax(
     print(f"worst differences: {[f'{d:.1e}' for d in differences]}")
     assert max(differences) <= TOLERANCE
     assert min(shifted) > TOLERANCE  # one token off would not do, in any chat
+
+
+@pytest.mark.parametrize(
+    "lengths", [(40, 1, 300, 5), (700, 900, 40, 1000), (2100, 3)], ids=["a row", "rows", "a long one"]
+)
+def test_texts_that_share_rows_each_hear_what_is_likely(tiny_folder: Path, lengths: tuple[int, ...]) -> None:
+    draw = np.random.default_rng(3)
+    backbone, oracle = load_backbone(tiny_folder, None, np.dtype("float32")), torch_model(tiny_folder)
+    texts = [draw.integers(2, backbone.arch.vocab, n).tolist() for n in lengths]
+    wrong = []
+    for text, made in zip(texts, tops(backbone, BARE, texts), strict=True):
+        theirs = torch.log_softmax(torch.tensor(torch_logits(oracle, text)[:-1]), -1)
+        assert made.ids.shape == made.top.shape == (len(text) - 1, MOST_TOPS)
+        if len(text) == 1:
+            continue
+        assert worst(made.logprobs, theirs.gather(1, torch.tensor(text[1:])[:, None])[:, 0].numpy()) <= 1e-4
+        assert worst(made.top, theirs.topk(MOST_TOPS).values.numpy()) <= 1e-4
+        assert worst(made.top, theirs.gather(1, torch.tensor(made.ids, dtype=torch.long)).numpy()) <= 1e-4
+        wrong += [worst(made.top[1:], made.top[:-1])] if len(text) > 2 else []
+    assert min(wrong) > 1e-4  # control: the place beside it expects something else

@@ -27,6 +27,7 @@ from esjax.evolve.models import model_settings
 from esjax.run.jsonl import read_jsonl
 from esjax.run.listen import listen
 from esjax.safety.guard import DEFAULT, Guard, Watch, read_resources
+from esjax.sample.score import Tops, tops
 from esjax.serve.app import app
 from esjax.serve.engine import Engine, EngineFailed, names
 from esjax.serve.protocol import ChatRequest, CompletionRequest, parsed
@@ -244,6 +245,33 @@ def test_completions_of_several_prompts(served: Served) -> None:
     assert [c.text for c in made.choices] == [a.choices[0].text for a in alone]
     parts = served.client.completions.create(model="two", prompt=texts[1], max_tokens=8, temperature=0, stream=True)
     assert "".join(c.choices[0].text for c in parts) == made.choices[1].text
+
+
+def test_texts_that_wait_are_scored_together(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one that nobody waits for any more holds up no other."""
+    asked: list[int] = []
+    go = threading.Event()
+
+    def slow(*given: Any) -> list[Tops]:
+        asked.append(len(given[2]))
+        assert go.wait(60)
+        return tops(*given)
+
+    monkeypatch.setattr("esjax.serve.engine.tops", slow)
+    texts = [[5, 6, 7, 8, n] for n in range(9, 15)]
+    first = served.engine.tops("two", texts[0])
+    while not asked:  # the first has begun
+        time.sleep(0.01)
+    others = [served.engine.tops(model, text) for text in texts[1:] for model in ("two", "zero")]
+    assert others[0].cancel()
+    go.set()
+    made = [first, *others[2::2]]
+    assert [len(m.result(60).logprobs) for m in made] == [4] * 5
+    assert [o.result(60) is not None for o in others[1:]] == [True] * 9
+    assert asked == [1, 5, 5]
+    again = [served.engine.tops("two", text).result(60).logprobs for text in (texts[0], *texts[2:])]
+    np.testing.assert_allclose([m.result().logprobs for m in made], again, atol=1e-5)
+    assert abs(again[0] - again[1]).max() > 1e-4  # control
 
 
 # --- the guard -------------------------------------------------------------------------------------------------------

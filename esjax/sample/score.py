@@ -22,7 +22,8 @@ from esjax.runtime.programs import program
 from esjax.tokens.batches import Packed, batch, pack
 
 MOST_TOPS = 20  # likeliest tokens that are told of a place
-TOPS_BUCKET = 256  # texts whose likeliest tokens are wanted are filled up to a multiple of so many
+TOPS_BUCKET = 256  # rows of texts whose likeliest tokens are wanted have a multiple of so many tokens
+TOPS_ROW = 2048  # and so many at most, unless one text is longer
 
 
 class Scorer:
@@ -151,13 +152,26 @@ class Tops(NamedTuple):
     top: np.ndarray  # float32 [n - 1, MOST_TOPS], theirs
 
 
-def tops(backbone: Backbone, adapter: Adapter, ids: Sequence[int]) -> Tops:
-    """The log-probs of a text's tokens from the second on, and of the likeliest ones in their places."""
-    length = -(-len(ids) // TOPS_BUCKET) * TOPS_BUCKET
-    rows = batch([trunk(ids)], [[0]], length, range(batch_groups()))
-    how = backbone.execution._replace(layout="causal", remat="none")
-    made = TOPS(backbone.definition, how, backbone.computed(adapter), backbone.base, shard_batch(rows))
-    return Tops(*(np.asarray(x)[0, : len(ids) - 1] for x in made))
+def tops(backbone: Backbone, adapter: Adapter, texts: Sequence[Sequence[int]]) -> list[Tops]:
+    """For each text the log-probs of its tokens from the second on, and of the likeliest ones in their places.
+
+    Texts share rows, as short a few as hold them, so that many short texts cost little more than one.
+    """
+    examples, sizes = [trunk(ids) for ids in texts], [len(ids) for ids in texts]
+    length = -(-max(max(sizes), min(sum(sizes), TOPS_ROW)) // TOPS_BUCKET) * TOPS_BUCKET
+    packed = pack(sizes, length)
+    how = backbone.execution._replace(layout="packed", remat="none")
+    computed, at_once = backbone.computed(adapter), batch_groups()
+    out: dict[int, Tops] = {}
+    for first in range(0, len(packed), at_once):
+        members = packed[first : first + at_once]
+        rows = batch(examples, members, length, range(at_once))
+        made = [np.asarray(x) for x in TOPS(backbone.definition, how, computed, backbone.base, shard_batch(rows))]
+        for r, row in enumerate(members):
+            for segment, i in enumerate(row, start=1):
+                places = np.flatnonzero(rows.segment[r] == segment)[:-1]  # what follows the last is another text
+                out[i] = Tops(*(x[r, places] for x in made))
+    return [out[i] for i in range(len(texts))]
 
 
 def _tops(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -37,6 +38,8 @@ async def answer(server: Server, request: Request, asked: ChatRequest) -> Respon
         watches = [Watch(server.guard, said) for _ in replies]
         return await server.streamed(drawing, lambda: _chunks(asked, drawing, watches, len(prompt)))
     await server.whole(request, drawing)
+    count = (asked.top_logprobs or 0) if asked.logprobs else 0
+    tops = await asyncio.gather(*(server.tops(asked.model, prompt, reply, count) for reply in replies))
     choices = []
     for n, reply in enumerate(replies):
         text, finish, held = reply.text, reply.finish, server.guard.after(reply.text, said) if server.guard else None
@@ -49,8 +52,7 @@ async def answer(server: Server, request: Request, asked: ChatRequest) -> Respon
         }
         choice["logprobs"] = None
         if asked.logprobs and held is None:
-            tops = await server.tops(asked.model, prompt, reply, asked.top_logprobs or 0)
-            choice["logprobs"] = chat_logprobs(reply.pieces, reply.logprobs, tops)
+            choice["logprobs"] = chat_logprobs(reply.pieces, reply.logprobs, tops[n])
         choices.append(choice | guarded(held))
     spent = usage(len(prompt), sum(len(r.token_ids) for r in replies))
     return JSONResponse(head("chat.completion", asked.model) | {"choices": choices, "usage": spent})

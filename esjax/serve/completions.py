@@ -28,15 +28,17 @@ async def completions(server: Server, request: Request) -> Response:
         return await server.streamed(drawing, lambda: _chunks(asked, drawing, sum(map(len, prompts))))
     if jobs:
         await server.whole(request, drawing)
-    choices = []
-    for n in range(len(prompts) * asked.n):
+
+    async def choice(n: int) -> dict[str, Any]:
         prompt = prompts[n // asked.n]
         reply = replies[n] if replies else Reply(opened.experiment.tokenizer, [], finish="length")
         text = (opened.experiment.tokenizer.hf.decode(prompt) if asked.echo else "") + reply.text
         logprobs = None
         if asked.logprobs is not None:
             logprobs = await _logprobs(server, asked, opened, prompt, reply)
-        choices.append({"index": n, "text": text, "logprobs": logprobs, "finish_reason": reply.finish})
+        return {"index": n, "text": text, "logprobs": logprobs, "finish_reason": reply.finish}
+
+    choices = await asyncio.gather(*map(choice, range(len(prompts) * asked.n)))
     spent = usage(sum(map(len, prompts)), sum(len(r.token_ids) for r in replies))
     return JSONResponse(head("text_completion", asked.model) | {"choices": choices, "usage": spent})
 

@@ -76,6 +76,7 @@ class Engine:
         self.configs, self.most, self.thinks = configs, most, thinks
         self.models: dict[str, Opened] = {}
         self._inbox: deque[Callable[[], None]] = deque()
+        self._texts: list[tuple[str, list[int], Future[Tops]]] = []  # that are to be scored, of which models
         self._there = threading.Condition()
         self._jobs: dict[int, Job] = {}
         self._calls: set[Future[Any]] = set()  # that nobody has answered yet
@@ -125,9 +126,15 @@ class Engine:
                 self._there.notify()
 
     def tops(self, model: str, ids: list[int]) -> Future[Tops]:
-        """The log-probs of a text's tokens, and the likeliest ones in their places."""
-        opened = self.models[model]
-        return self._call(lambda: tops(opened.experiment.backbone, opened.adapter, ids))
+        """The log-probs of a text's tokens, and the likeliest ones in their places. Texts that wait are computed together."""
+        made: Future[Tops] = Future()
+        with self._there:
+            if self._failed is not None:
+                raise self._failed
+            self._calls.add(made)
+            self._texts.append((model, ids, made))
+            self._there.notify()
+        return made
 
     def open(self, name: str, spec: str, config: Config) -> Future[None]:
         """Open one more model. Its errors are those of opening."""
@@ -146,11 +153,7 @@ class Engine:
         made: Future[T] = Future()
 
         def work() -> None:
-            try:
-                made.set_result(do())
-            except Exception as e:
-                made.set_exception(e)
-            self._calls.discard(made)
+            self._answer([made], lambda: [do()])
 
         with self._there:
             if self._failed is not None:
@@ -186,25 +189,47 @@ class Engine:
             for job in jobs:
                 job.tell(self._failed)
             for call in self._calls:
-                call.set_exception(self._failed)
+                if call.set_running_or_notify_cancel():
+                    call.set_exception(self._failed)
             self.on_failure()
 
     def _step(self) -> bool:
         """Take in who came, then let each model draw for a while. False when all is done and the engine ends."""
         with self._there:
-            while not self._inbox and not any(m.stream.busy for m in self.models.values()):
+            while not self._inbox and not self._texts and not any(m.stream.busy for m in self.models.values()):
                 if self._ending:
                     return False
                 self._there.wait()
             taken, self._inbox = self._inbox, deque()
+            texts, self._texts = self._texts, []
         for work in taken:
             work()
+        for name in dict.fromkeys(name for name, *_ in texts):
+            self._score(self.models[name], [(ids, made) for model, ids, made in texts if model == name])
         for opened in list(self.models.values()):
             if opened.stream.busy:
                 opened.stream.advance()
             while opened.waiting and self._fits(opened, opened.waiting[0]):
                 self._add(opened, opened.waiting.popleft())
         return True
+
+    def _score(self, opened: Opened, texts: list[tuple[list[int], Future[Tops]]]) -> None:
+        ids = [ids for ids, _ in texts]
+        self._answer([made for _, made in texts], lambda: tops(opened.experiment.backbone, opened.adapter, ids))
+
+    def _answer(self, calls: list[Future[T]], do: Callable[[], list[T]]) -> None:
+        """Tell those who called what comes of it, or the error; but for those who have gone."""
+        try:
+            found: list[T] | Exception = do()
+        except Exception as e:
+            found = e
+        for n, call in enumerate(calls):
+            if call.set_running_or_notify_cancel():
+                if isinstance(found, Exception):
+                    call.set_exception(found)
+                else:
+                    call.set_result(found[n])
+            self._calls.discard(call)
 
     def _open(self, name: str, spec: str, config: Config) -> Opened:
         experiment, adapter = self._opened(spec, config)
