@@ -199,7 +199,7 @@ def trunks(pairs: Sequence[dict[str, Any]], encoder: Encoder, settings: DpoSetti
     """
     made = encoder.pairs([pair_of(p, number) for number, p in enumerate(pairs, start=1)])
     if settings.trunk == "prompt":
-        return [Trunk([i], prompt_with_replies(*pair)) for i, pair in enumerate(made)]
+        return [Trunk([i], lighter_tails(prompt_with_replies(*pair), settings)) for i, pair in enumerate(made)]
     prompts = [ids for ids, _ in made]
     groups = share_trunks(prompts, [sum(len(r) + 1 for r in replies) for _, replies in made], settings.row_length)
     encoder.counts["unshared"] = _broken_by_template(pairs, prompts)
@@ -207,8 +207,20 @@ def trunks(pairs: Sequence[dict[str, Any]], encoder: Encoder, settings: DpoSetti
     for members in groups:
         stem = max((prompts[i] for i in members), key=len)
         branches = [(len(prompts[i]), reply) for i in members for reply in made[i][1]]
-        out.append(Trunk(members, trunk_with_replies(stem, branches)))
+        out.append(Trunk(members, lighter_tails(trunk_with_replies(stem, branches), settings)))
     return out
+
+
+def lighter_tails(rows: Rows, settings: DpoSettings) -> Rows:
+    """A segment whose branches 2p - 1 and 2p are a pair: what is behind the shorter reply's length weighs dpo.tail_weight."""
+    if settings.tail_weight == 1:
+        return rows
+    weight = rows.weight.copy()
+    places = [np.flatnonzero((rows.branch == b) & (weight > 0)) for b in range(1, int(rows.branch.max()) + 1)]
+    for chosen, rejected in zip(places[::2], places[1::2], strict=True):
+        shorter = min(len(chosen), len(rejected))
+        weight[chosen[shorter:]] = weight[rejected[shorter:]] = settings.tail_weight
+    return rows._replace(weight=weight)
 
 
 def _broken_by_template(pairs: Sequence[dict[str, Any]], prompts: list[list[int]]) -> int:

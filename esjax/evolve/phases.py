@@ -30,7 +30,7 @@ from esjax.settings.schema import DpoSettings
 from esjax.tokens.batches import schedule
 from esjax.train.keep import Best
 from esjax.train.loop import Phase, Replay, train
-from esjax.train.losses import dpo_loss, reply_sums, sft_loss
+from esjax.train.losses import dpo_loss, preference, reply_sums, sft_loss
 
 Row = dict[str, Any]
 
@@ -176,19 +176,18 @@ def held_out(
     def validate(adapter: Adapter) -> dict[str, float]:
         rows = rows_at_once("sft", c.sft)
         out = {"valid_kl": mean_divergence(experiment.backbone, (adapter, begun), valid, c.sft.row_length, rows)}
-        margins = []
+        sums, given, tokens = [], [], []
         for trunk, branches in zip(shared, scorer.score(adapter, [t.rows for t in shared]), strict=True):
             for p, i in enumerate(trunk.members):
-                sides = [branches[2 * p + side] for side in (0, 1)]
-                given = (pairs[i]["reference"][side] for side in ("chosen", "rejected"))
-                change = [float(x.sum(dtype=np.float64)) - ref for x, ref in zip(sides, given, strict=True)]
-                if c.dpo.length_normalised:
-                    change = [x / len(side) for x, side in zip(change, sides, strict=True)]
-                margins.append(c.dpo.beta * (change[0] - change[1]))
-        if margins:
-            m, e = np.asarray(margins), c.dpo.label_smoothing
-            out["valid_loss"] = float(((1 - e) * np.logaddexp(0, -m) + e * np.logaddexp(0, m)).mean())
-            out |= {"valid_margin": float(m.mean()), "valid_accuracy": float((m > 0).mean())}
+                sides = branches[2 * p : 2 * p + 2]
+                weights = [np.where(np.arange(len(x)) < min(map(len, sides)), 1.0, c.dpo.tail_weight) for x in sides]
+                sums.append([float(w @ x) for w, x in zip(weights, sides, strict=True)])
+                tokens.append([w.sum() for w in weights])
+                given.append([pairs[i]["reference"][side] for side in ("chosen", "rejected")])
+        if sums:
+            loss, margin, _ = preference(c.dpo, *map(np.asarray, (sums, given, tokens)))
+            out |= {"valid_loss": float(loss.mean()), "valid_margin": float(margin.mean())}
+            out["valid_accuracy"] = float((margin > 0).mean())
         return out
 
     return validate
@@ -222,7 +221,7 @@ ROUNDING = {4: 2e-5, 2: 2e-2}
 
 
 def check_start(metrics: dict[str, float], dtype: np.dtype) -> None:
-    """DPO begins where the reference is: the first step's loss is ln 2 and its margin 0, to rounding. Raises RunError.
+    """DPO begins where the reference is: with the sigmoid the first loss is ln 2 and the margin 0, to rounding. Raises RunError.
 
     What is checked is the cause: by how much the log-probs of the replies differ from their reference, in nats a token,
     whatever beta and the replies' lengths are.
@@ -230,8 +229,8 @@ def check_start(metrics: dict[str, float], dtype: np.dtype) -> None:
     if not metrics["drift"] <= ROUNDING[dtype.itemsize]:
         raise RunError(
             f"DPO does not start at its reference: log-probs are {metrics['drift']:.5f} nats a token away from it (loss "
-            f"{metrics['preference_loss']:.5f} instead of ln 2, margin {metrics['margin']:.5f} instead of 0); the reference "
-            "log-probs were made by another model"
+            f"{metrics['preference_loss']:.5f}, margin {metrics['margin']:.5f}); the reference log-probs were made by another "
+            "model"
         )
 
 
@@ -246,8 +245,8 @@ def watch_start(dtype: np.dtype) -> Callable[[int, int, dict[str, float]], None]
         still = still + 1 if metrics["drift"] <= ROUNDING[dtype.itemsize] else 0
         if still == max(3, -(-steps // 10) + 1):  # the first step is at the reference by right
             say(
-                f"  dpo: after {number} steps the loss still is {metrics['preference_loss']:.4f}, ln 2: nothing is learned; "
-                "raise dpo.learning_rate, or try lora.init=a_zero"
+                f"  dpo: after {number} steps the loss still is {metrics['preference_loss']:.4f}, as at the reference: nothing "
+                "is learned; raise dpo.learning_rate, or try lora.init=a_zero"
             )
 
     return watch

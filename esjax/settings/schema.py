@@ -310,6 +310,7 @@ class Config(Settings):
             raise InputError(
                 f"data.replay_share={self.data.replay_share} needs data.replay, a file of instruction data"
             )
+        self.dpo.check()
         if self.dpo.validate_every == 0 and (self.dpo.valid_share > 0 or self.dpo.keep == "best"):
             raise InputError(
                 f"dpo.validate_every=0 measures nothing, so dpo.valid_share={self.dpo.valid_share} and dpo.keep={self.dpo.keep} "

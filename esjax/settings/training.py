@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from esjax.errors import InputError
 from esjax.settings.base import CONTENT, EXECUTION, Settings
 
 
@@ -81,12 +82,24 @@ class SftSettings(OptimSettings):
 class DpoSettings(OptimSettings):
     """Phase 2: direct preference optimisation against stored reference log-probs."""
 
+    loss: Literal["sigmoid", "robust", "hinge", "ipo", "apo_zero", "apo_down", "simpo"] = "sigmoid"
+    """Of a pair's margin, where r is beta times how far a reply's log-prob rose above its reference's: sigmoid (DPO, Rafailov et
+    al. 2023), robust (to label_smoothing, Chowdhury et al. 2024), hinge (SLiC, Zhao et al. 2023), ipo (Azar et al. 2024, of
+    log-probs a token), apo_zero and apo_down (D'Oosterlinck et al. 2024, for chosen replies that are better, or worse, than the
+    model's own), simpo (Meng et al. 2024: log-probs a token without a reference)."""
     beta: float = Field(0.1, gt=0)
-    """Strength of the pull towards the reference."""
+    """Strength of the pull towards the reference; IPO's tau."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    """Assumed probability that a preference label is wrong (conservative DPO)."""
+    """Assumed probability that a preference label is wrong: with sigmoid and simpo as conservative DPO has it, with robust."""
+    target_margin: float = Field(0.0, ge=0)
+    """By how much r of the chosen reply should exceed r of the rejected one (SimPO's gamma); of sigmoid, robust, hinge, simpo."""
+    length_weight: float = Field(0.0, ge=0)
+    """What a token of more counts in the margin beside r, so that length does not have to be learned (R-DPO's alpha, Park et al.
+    2024); of sigmoid, robust, hinge."""
+    tail_weight: float = Field(1.0, ge=0, le=1)
+    """Weight of a reply's tokens behind the length of the shorter reply of its pair (LD-DPO's alpha, Liu et al. 2024)."""
     length_normalised: bool = False
-    """Divide each reply's log-prob by its token count before the loss."""
+    """Divide each reply's log-prob by its token count before the loss; ipo and simpo do anyway."""
     trunk: Literal["prompt", "dialogue"] = "dialogue"
     """What is computed once: each pair's prompt, or a whole dialogue with the pairs of all its turns as branches, which then
     fall into one step (dpo.row_length must leave room for them). The loss of a pair is the same."""
@@ -108,3 +121,25 @@ class DpoSettings(OptimSettings):
     def replay_rows(self, share: float) -> int:
         """How many of a step's rows hold replay, where ``share`` of them should: at least one, but not all."""
         return min(max(1, round(self.batch_rows * share)), self.batch_rows - 1) if self.replay_weight > 0 else 0
+
+    def check(self) -> None:
+        """Raise InputError for a setting that the loss makes no use of."""
+        logistic = ("sigmoid", "robust", "hinge")
+        for name, off, losses in (
+            ("label_smoothing", 0.0, ("sigmoid", "robust", "simpo")),
+            ("target_margin", 0.0, (*logistic, "simpo")),
+            ("length_weight", 0.0, logistic),
+            ("length_normalised", False, (*logistic, "apo_zero", "apo_down")),
+            ("tail_weight", 1.0, (*logistic, "apo_zero", "apo_down")),
+        ):
+            given = getattr(self, name)
+            if given != off and self.loss not in losses:
+                raise InputError(
+                    f"dpo.{name}={given} means nothing with dpo.loss={self.loss}: it is for {', '.join(losses)}; set it to {off}"
+                )
+        cures = {"length_weight": 0.0, "length_normalised": False, "tail_weight": 1.0}
+        given = [name for name, off in cures.items() if getattr(self, name) != off]
+        if len(given) > 1:
+            raise InputError(
+                f"{' and '.join(f'dpo.{name}' for name in given)} are both cures for length: use one of them"
+            )
