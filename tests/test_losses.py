@@ -14,25 +14,27 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ESCONV, Refused, read_dialogues, tiny_overrides
 from datasets import Dataset
+from flax import nnx
 from oracles import random_adapter, torch_model
 from peft import PeftModel
-from test_dpo import FLOAT32, Gradient
 from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 from trl.experimental.cpo import CPOTrainer
 
 from esjax.corpus.dialogue import Dialogue
 from esjax.evolve.pairs import Trunk, trunks
+from esjax.model.decoder import token_logprobs
 from esjax.model.layers import Lora
 from esjax.model.lora import Adapter, peft_tensors, save_adapter
-from esjax.model.weights import Backbone, load_backbone
-from esjax.rows import pack, stack
+from esjax.model.weights import Backbone, bind, load_backbone
+from esjax.rows import Rows, pack, stack
 from esjax.settings.schema import DpoSettings
 from esjax.tokens.encode import Encoder
 from esjax.tokens.tokenizer import ChatTokenizer
@@ -84,6 +86,20 @@ class Setup:
         return made, examples
 
     @cached_property
+    def differentiated(self) -> Any:
+        """(adapter, base, rows, what is given back for each log-prob) -> log-probs, gradient of the adapter; compiled."""
+
+        def program(adapter: Adapter, base: nnx.State, rows: Rows, back: Any) -> Any:
+            def logprobs(adapter: Adapter) -> jax.Array:
+                model = bind(self.backbone.definition, adapter, base)
+                return token_logprobs(model, rows, None, self.backbone.execution)
+
+            made, pull = jax.vjp(logprobs, adapter)
+            return made, pull(back)[0]
+
+        return jax.jit(program)
+
+    @cached_property
     def policy(self) -> tuple[Any, Any, Any]:
         """TRL's model, with the log-probs of chosen and rejected [8, 2] and their tokens [8, 2], to be differentiated."""
         trainer, examples = self.trainer()
@@ -117,7 +133,7 @@ def graded(model: Any, loss: Callable[[], Any], keep: bool = False) -> tuple[flo
 @pytest.fixture(scope="module")
 def setup(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Setup:
     lora = Lora(("q_proj", "v_proj", "down_proj"), 4, 2.0)
-    backbone = load_backbone(tiny_folder, lora, FLOAT32)
+    backbone = load_backbone(tiny_folder, lora, np.dtype("float32"))
     adapter = random_adapter(backbone, seed=5, size=0.1)
     out = tmp_path_factory.mktemp("losses")
     save_adapter(out / "adapter", peft_tensors(adapter, backbone.arch), lora, str(tiny_folder))
@@ -134,7 +150,7 @@ def real_pairs() -> list[dict[str, Any]]:
         dialogues = read_dialogues("esconv", str(ESCONV / "valid.jsonl"))
     else:
         sample = Path(__file__).parent.parent / "data" / "sample" / "train.jsonl"
-        dialogues = read_dialogues("native", str(sample))
+        dialogues = read_dialogues("sample", str(sample))
     able = [d for d in dialogues if d.turns[0].role == "seeker" and len(d.supporter_turns()) > 2][:5]
 
     def said(d: Dialogue, n: int) -> list[dict[str, str]]:
@@ -153,16 +169,26 @@ def real_pairs() -> list[dict[str, Any]]:
 
 
 def ours(s: Setup, settings: DpoSettings) -> tuple[float, Grads, list[Trunk]]:
-    """The loss and its gradients by esjax, a trunk a row."""
-    made = trunks(s.pairs, Encoder(ChatTokenizer(s.folder), 2048, ""), settings)
+    """The loss and its gradients by esjax, a trunk a row.
+
+    The model is compiled once for all losses: what a loss gives back for each log-prob goes through its gradient.
+    """
+    encoder = Encoder(ChatTokenizer(s.folder), 2048, "")
+    made, plain = (trunks(s.pairs, encoder, x) for x in (settings, settings.model_copy(update={"tail_weight": 1.0})))
+    rows, whole = (stack([pack([t.rows], max(len(t.rows.tokens) for t in x)) for t in x]) for x in (made, plain))
     most = max(len(t.members) for t in made)
-    rows = stack([pack([t.rows], max(len(t.rows.tokens) for t in made)) for t in made])
     values, valid = np.zeros((len(made), 1, most, 2), np.float32), np.zeros((len(made), 1, most), bool)
     for b, t in enumerate(made):
         values[b, 0, : len(t.members)], valid[b, 0, : len(t.members)] = s.reference[t.members], True
-    gradient = Gradient(s.backbone, dpo_loss(settings), int((rows.weight != 0).sum()))
-    metrics, grads = gradient(s.adapter, rows, Pairs(values, valid))
-    return metrics["loss"], peft_tensors(grads, s.backbone.arch), made
+
+    def loss(logprobs: Any) -> Any:
+        totals = dpo_loss(settings)(logprobs, rows, Pairs(values, valid))
+        return totals.loss / totals.weight
+
+    logprobs, _ = s.differentiated(s.adapter, s.backbone.base, whole, np.zeros(whole.weight.shape, np.float32))
+    value, back = jax.value_and_grad(loss)(logprobs)
+    _, grads = s.differentiated(s.adapter, s.backbone.base, whole, back)
+    return float(value), peft_tensors(grads, s.backbone.arch), made
 
 
 def apart(a: Grads, b: Grads) -> float:
