@@ -12,6 +12,7 @@ from pathlib import Path
 # Compiled programs, also those of an instant, are shared by all tests and the processes that they start. Set before jax comes.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")  # a test's programs run once: compiled fast
 
 import jax
 import pytest
