@@ -330,6 +330,9 @@ def test_a_reply_is_shown_by_whole_sentences() -> None:
     seen = [watch.take(reply[:n], n == len(reply)) for n in range(1, reply.index("ever") + 1)]
     assert "".join(seen) == "I hear you. (That is hard!) "  # no word of what is held
     assert watch.held is not None
+    watch, reply = Watch(Guard("bundled:crisis", "en-US"), ["Hello."]), "我在听。「很难吧？」真的！晚安"  # no spaces
+    shown = [watch.take(reply[:n], n == len(reply)) for n in range(1, len(reply) + 1)]
+    assert [s for s in shown if s] == ["我在听。", "「很难吧？」", "真的！", "晚安"]
     free = Watch(None, ["Everyone would be better off without me."])
     assert [free.take(reply[:n], False) for n in (3, 9)] == [reply[:3], reply[3:9]]
 

@@ -19,7 +19,9 @@ from esjax.settings.files import bundled, read_text
 RESOURCES = "bundled:resources.yaml"
 DEFAULT = "default"
 HARM = ("method", "agrees")  # sections of the list of what replies do
-SENTENCE = re.compile(r"[.!?\u2026\u3002\uff01\uff1f][\"')\]\u2019\u201d]*\s+|\n")  # its end, where another one begins
+CLOSING = "\"')\\]\u2019\u201d\u300d\u300f\uff09"  # after a sentence's last mark, of it
+# A sentence's end, where another one begins: Chinese and Japanese leave no space there.
+SENTENCE = re.compile(rf"[.!?\u2026][{CLOSING}]*\s+|[\u3002\uff01\uff1f][{CLOSING}]*(?=[^{CLOSING}])|\n")
 
 
 class Held(NamedTuple):
