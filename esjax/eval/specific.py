@@ -19,8 +19,6 @@ from esjax.run.progress import progress
 from esjax.runtime.mesh import rows_at_once
 from esjax.sample.score import Scorer
 
-ROOM = 2048  # tokens of a row that is longer than those of DPO, at most, unless one reply needs more
-
 
 class Target(NamedTuple):
     """A reply in a context, its own or another one."""
@@ -41,7 +39,10 @@ def specificity(
     ``others``: for each context, those of other dialogues that its replies are scored in as well; their mean is taken off.
     """
     replies = next(iter(systems.values()))
-    encoder, dpo = experiment.encoder, experiment.config.dpo
+    encoder, dpo = (
+        experiment.encoder,
+        experiment.config.dpo,
+    )  # scored as the references of pairs are, by the same program
     prompts = [experiment.tokenizer.prompt(encoder.with_system(list(r.messages))) for r in replies]
     texts = {name: _tokens(experiment, prompts, each) for name, each in systems.items()}
     wanted: dict[int, list[Target]] = {}
@@ -49,18 +50,12 @@ def specificity(
         for i, ids in enumerate(tokens):
             for context in (i, *others[i]) if ids and others[i] else ():
                 wanted.setdefault(context, []).append(Target(name, i, context))
-
-    def size(t: Target) -> int:
-        return len(texts[t.system][t.reply]) + 1
-
-    # A row that holds all replies to a context computes it once; one that holds another's long reply to it is needed.
-    whole = [len(prompts[c]) - 1 + sum(map(size, group)) for c, group in wanted.items()]
-    needs = [len(prompts[c]) - 1 + max(map(size, group)) for c, group in wanted.items()]
-    longest = max([dpo.row_length, *(min(n, ROOM) for n in whole), *needs])
+    needs = [len(prompts[c]) + max(len(texts[t.system][t.reply]) for t in group) for c, group in wanted.items()]
+    longest = max([dpo.row_length, *needs])  # another's long reply to a long context may need more
     rows, members = list[Rows](), list[list[Target]]()
     for context, targets in wanted.items():
         stem = prompts[context]
-        for group in _groups(targets, size, longest - len(stem) + 1):
+        for group in _groups(targets, lambda t: len(texts[t.system][t.reply]) + 1, longest - len(stem) + 1):
             rows.append(trunk_with_replies(stem, [(len(stem), texts[t.system][t.reply]) for t in group]))
             members.append(group)
     means: dict[Target, float] = {}
