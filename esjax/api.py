@@ -141,7 +141,7 @@ def dpo(config: Config, run_dir: str | Path, pairs: str | Path, model: str | Non
         model: "RUN_DIR:m0", "RUN_DIR:m1", ... to start from; the backbone with a new adapter when left out.
 
     Returns the folder of the adapter (PEFT's format). Errors as for ``evolve``; RunError also where training does not start
-    at its reference, that is with a loss of ln 2.
+    at its reference.
 
     Example:
         >>> esjax.dpo(esjax.load_config("runs/a/config.yaml"), "runs/b", "pairs.jsonl", "runs/a:m0")

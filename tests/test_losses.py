@@ -29,12 +29,16 @@ from trl import DPOConfig, DPOTrainer
 from trl.experimental.cpo import CPOTrainer
 
 from esjax.corpus.dialogue import Dialogue
-from esjax.evolve.pairs import Trunk, trunks
+from esjax.evolve.experiment import Experiment
+from esjax.evolve.models import adapter_folder
+from esjax.evolve.pairs import Trunk, read_pairs, trunks
+from esjax.evolve.phases import held_out
 from esjax.model.decoder import token_logprobs
 from esjax.model.layers import Lora
 from esjax.model.lora import Adapter, peft_tensors, save_adapter
 from esjax.model.weights import Backbone, bind, load_backbone
 from esjax.rows import Rows, pack, stack
+from esjax.settings.files import load
 from esjax.settings.schema import DpoSettings
 from esjax.tokens.encode import Encoder
 from esjax.tokens.tokenizer import ChatTokenizer
@@ -252,6 +256,30 @@ def test_a_loss_and_its_gradient_are_those_of_trl(setup: Setup, name: str, trunk
     )  # control: another loss
 
 
+def test_held_out_pairs_are_measured_by_the_loss_that_trains(tiny_run: Path) -> None:
+    """Each loss of a finished round's pairs, as validation computes it and as training does."""
+    opened = Experiment.open(load(str(tiny_run / "config.yaml")))
+    pairs = read_pairs(tiny_run / "round1" / "pairs.jsonl")
+    m0, m1 = (opened.adapter(adapter_folder(tiny_run, t)) for t in (0, 1))
+    found, expected = [], []
+    for options, _ in LOSSES.values():
+        dpo = opened.config.dpo.model_copy(update=options)
+        e = opened.again(opened.config.model_copy(update={"dpo": dpo}))
+        found.append(held_out(e, pairs, lambda: m0)(m1)["valid_loss"])
+        made = trunks(pairs, e.encoder, dpo)
+        rows = stack([pack([t.rows], dpo.row_length) for t in made])
+        most = max(len(t.members) for t in made)
+        values, valid = np.zeros((len(made), 1, most, 2), np.float32), np.zeros((len(made), 1, most), bool)
+        for b, t in enumerate(made):
+            given = [[pairs[i]["reference"][side] for side in ("chosen", "rejected")] for i in t.members]
+            values[b, 0, : len(given)], valid[b, 0, : len(given)] = given, True
+        logprobs = token_logprobs(bind(e.backbone.definition, m1, e.backbone.base), rows, None, e.backbone.execution)
+        totals = dpo_loss(dpo)(logprobs, rows, Pairs(values, valid))
+        expected.append(float(totals.loss / totals.weight))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert len({round(x, 4) for x in found}) > len(found) / 2  # control: they are not all one loss
+
+
 def test_what_a_loss_makes_no_use_of_is_refused(tiny_folder: Path, tmp_path: Path, refused: Refused) -> None:
     for said, given in {
         "dpo.label_smoothing=0.1 means nothing with dpo.loss=ipo: it is for sigmoid, robust, simpo; set it to 0.0": (
@@ -269,7 +297,7 @@ def test_what_a_loss_makes_no_use_of_is_refused(tiny_folder: Path, tmp_path: Pat
         "dpo.length_normalised=True means nothing with dpo.loss=ipo": (
             *("--dpo.loss", "ipo", "--dpo.length_normalised", "true"),
         ),
-        "dpo.length_weight and dpo.tail_weight are both cures for length": (
+        "dpo.length_weight and dpo.tail_weight each correct for length: use only one": (
             *("--dpo.length_weight", "0.1", "--dpo.tail_weight", "0.5"),
         ),
         "setting dpo.loss='kto': Input should be 'sigmoid'": ("--dpo.loss", "kto"),

@@ -179,10 +179,10 @@ def held_out(
         sums, given, tokens = [], [], []
         for trunk, branches in zip(shared, scorer.score(adapter, [t.rows for t in shared]), strict=True):
             for p, i in enumerate(trunk.members):
-                sides = branches[2 * p : 2 * p + 2]
-                weights = [np.where(np.arange(len(x)) < min(map(len, sides)), 1.0, c.dpo.tail_weight) for x in sides]
-                sums.append([float(w @ x) for w, x in zip(weights, sides, strict=True)])
-                tokens.append([w.sum() for w in weights])
+                sides, w = branches[2 * p : 2 * p + 2], trunk.rows.weight
+                weights = [w[(trunk.rows.branch == b) & (w != 0)] for b in (2 * p + 1, 2 * p + 2)]
+                sums.append([(x * y).sum(dtype=np.float64) for x, y in zip(weights, sides, strict=True)])
+                tokens.append([x.sum() for x in weights])
                 given.append([pairs[i]["reference"][side] for side in ("chosen", "rejected")])
         if sums:
             loss, margin, _ = preference(c.dpo, *map(np.asarray, (sums, given, tokens)))

@@ -121,8 +121,9 @@ class Round:
                 f"round {self.t}: every pair was dropped ({counted(reasons)}); see {where} and the filters section"
             )
         write_references(self.experiment, self.adapter, kept, self.files["pairs"], f"round{self.t}/dpo")
-        whole = self.config.dpo.tail_weight == 1  # the reference counts every token
-        scored = {p["id"]: p["reference"]["rejected"] for p in read_jsonl(self.files["pairs"]) if whole}
+        scored = {p["id"]: p["reference"]["rejected"] for p in read_jsonl(self.files["pairs"])}
+        if self.config.dpo.tail_weight != 1:  # then a reference is no reply's whole log-prob
+            scored = {}
         apart = [abs(self.drawn[i] - x) for i, x in scored.items() if i in self.drawn]
         if (
             apart

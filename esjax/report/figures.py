@@ -148,7 +148,7 @@ def _curves(runs: Sequence[Row], phase: str, plots: Sequence[tuple[str, Any]]) -
     title = {"sft": "Phase 1: SFT", "dpo": "DPO"}.get(phase) or f"DPO, {phase_of(phase).removeprefix('phase 2: ')}"
     text = "The numbers of training by optimiser step."
     if phase != "sft":
-        text += " It starts at its reference, the sigmoid's loss at ln 2 and its margin at 0; log-probs are in nats."
+        text += " DPO starts at its reference: its usual loss, sigmoid, at ln 2, and the margin at 0. Log-probs are in nats."
     return Figure(f"curves-{phase.replace('/', '-')}", title, text, made, rows) if made else None
 
 

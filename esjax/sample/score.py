@@ -155,7 +155,7 @@ class Tops(NamedTuple):
 def tops(backbone: Backbone, adapter: Adapter, texts: Sequence[Sequence[int]]) -> list[Tops]:
     """For each text the log-probs of its tokens from the second on, and of the likeliest ones in their places.
 
-    Texts share rows, as short a few as hold them, so that many short texts cost little more than one.
+    Texts share rows, as few and as short as hold them, so that many short texts cost little more than one.
     """
     examples, sizes = [trunk(ids) for ids in texts], [len(ids) for ids in texts]
     length = -(-max(max(sizes), min(sum(sizes), TOPS_ROW)) // TOPS_BUCKET) * TOPS_BUCKET

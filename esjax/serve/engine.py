@@ -76,7 +76,7 @@ class Engine:
         self.configs, self.most, self.thinks = configs, most, thinks
         self.models: dict[str, Opened] = {}
         self._inbox: deque[Callable[[], None]] = deque()
-        self._texts: list[tuple[str, list[int], Future[Tops]]] = []  # that are to be scored, of which models
+        self._texts: list[tuple[Opened, list[int], Future[Tops]]] = []  # that are to be scored, and by which models
         self._there = threading.Condition()
         self._jobs: dict[int, Job] = {}
         self._calls: set[Future[Any]] = set()  # that nobody has answered yet
@@ -127,12 +127,12 @@ class Engine:
 
     def tops(self, model: str, ids: list[int]) -> Future[Tops]:
         """The log-probs of a text's tokens, and the likeliest ones in their places. Texts that wait are computed together."""
-        made: Future[Tops] = Future()
+        opened, made = self.models[model], Future[Tops]()
         with self._there:
             if self._failed is not None:
                 raise self._failed
             self._calls.add(made)
-            self._texts.append((model, ids, made))
+            self._texts.append((opened, ids, made))
             self._there.notify()
         return made
 
@@ -204,8 +204,8 @@ class Engine:
             texts, self._texts = self._texts, []
         for work in taken:
             work()
-        for name in dict.fromkeys(name for name, *_ in texts):
-            self._score(self.models[name], [(ids, made) for model, ids, made in texts if model == name])
+        for opened in dict.fromkeys(opened for opened, *_ in texts):
+            self._score(opened, [(ids, made) for other, ids, made in texts if other is opened])
         for opened in list(self.models.values()):
             if opened.stream.busy:
                 opened.stream.advance()

@@ -90,14 +90,15 @@ class DpoSettings(OptimSettings):
     beta: float = Field(0.1, gt=0)
     """Strength of the pull towards the reference; IPO's tau."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    """Assumed probability that a preference label is wrong: with sigmoid and simpo as conservative DPO has it, with robust."""
+    """Assumed probability that a preference label is wrong (conservative DPO); of sigmoid, robust, simpo."""
     target_margin: float = Field(0.0, ge=0)
     """By how much r of the chosen reply should exceed r of the rejected one (SimPO's gamma); of sigmoid, robust, hinge, simpo."""
     length_weight: float = Field(0.0, ge=0)
     """What a token of more counts in the margin beside r, so that length does not have to be learned (R-DPO's alpha, Park et al.
     2024); of sigmoid, robust, hinge."""
     tail_weight: float = Field(1.0, ge=0, le=1)
-    """Weight of a reply's tokens behind the length of the shorter reply of its pair (LD-DPO's alpha, Liu et al. 2024)."""
+    """Weight of the tokens by which a reply is longer than the other one of its pair (LD-DPO's alpha, Liu et al. 2024); of all
+    losses but ipo and simpo."""
     length_normalised: bool = False
     """Divide each reply's log-prob by its token count before the loss; ipo and simpo do anyway."""
     trunk: Literal["prompt", "dialogue"] = "dialogue"
@@ -124,22 +125,22 @@ class DpoSettings(OptimSettings):
 
     def check(self) -> None:
         """Raise InputError for a setting that the loss makes no use of."""
-        logistic = ("sigmoid", "robust", "hinge")
+        of_margin = ("sigmoid", "robust", "hinge")
         for name, off, losses in (
             ("label_smoothing", 0.0, ("sigmoid", "robust", "simpo")),
-            ("target_margin", 0.0, (*logistic, "simpo")),
-            ("length_weight", 0.0, logistic),
-            ("length_normalised", False, (*logistic, "apo_zero", "apo_down")),
-            ("tail_weight", 1.0, (*logistic, "apo_zero", "apo_down")),
+            ("target_margin", 0.0, (*of_margin, "simpo")),
+            ("length_weight", 0.0, of_margin),
+            ("length_normalised", False, (*of_margin, "apo_zero", "apo_down")),
+            ("tail_weight", 1.0, (*of_margin, "apo_zero", "apo_down")),
         ):
             given = getattr(self, name)
             if given != off and self.loss not in losses:
                 raise InputError(
                     f"dpo.{name}={given} means nothing with dpo.loss={self.loss}: it is for {', '.join(losses)}; set it to {off}"
                 )
-        cures = {"length_weight": 0.0, "length_normalised": False, "tail_weight": 1.0}
-        given = [name for name, off in cures.items() if getattr(self, name) != off]
+        corrections = {"length_weight": 0.0, "length_normalised": False, "tail_weight": 1.0}
+        given = [name for name, off in corrections.items() if getattr(self, name) != off]
         if len(given) > 1:
             raise InputError(
-                f"{' and '.join(f'dpo.{name}' for name in given)} are both cures for length: use one of them"
+                f"{' and '.join(f'dpo.{name}' for name in given)} each correct for length: use only one of them"
             )
