@@ -97,6 +97,7 @@ def evolve(config: Config, run_dir: str | Path) -> Run:
         >>> run.table
     """
     from esjax.eval.compare import check, compare
+    from esjax.eval.judges.ask import rater
     from esjax.evolve import preflight, rounds
     from esjax.report import page
     from esjax.run.progress import say
@@ -105,7 +106,7 @@ def evolve(config: Config, run_dir: str | Path) -> Run:
     with _opened(config, run_dir) as (experiment, run):
         preflight.check_evolve(experiment, run)
         check(experiment)
-        rounds.evolve(experiment, run)
+        rounds.evolve(experiment, run, rater(config))
         records = compare(experiment, run, run.path, config.evolve.rounds)
         say(summary())
         page.publish(run.path)
@@ -147,7 +148,7 @@ def dpo(config: Config, run_dir: str | Path, pairs: str | Path, model: str | Non
         >>> esjax.dpo(esjax.load_config("runs/a/config.yaml"), "runs/b", "pairs.jsonl", "runs/a:m0")
         PosixPath('runs/b/dpo/adapter')
     """
-    from esjax.evolve import phases, preflight
+    from esjax.evolve import phases, preflight, references
     from esjax.evolve.experiment import start_of_dpo
     from esjax.evolve.filters import Filters
     from esjax.evolve.models import KEPT_AS
@@ -158,8 +159,8 @@ def dpo(config: Config, run_dir: str | Path, pairs: str | Path, model: str | Non
     with _opened(config, run_dir) as (experiment, run):
         start, origin = start_of_dpo(model, experiment)
         preflight.check_dpo(experiment, run, read)
-        scored = phases.score_pairs(experiment, run, file, start, origin)
-        phases.dpo(experiment, run, scored, "dpo", lambda: start, lambda: start)
+        scored = references.score_pairs(experiment, run, file, start, origin)
+        phases.dpo(experiment, run, scored, "dpo", phases.Start(lambda: start, lambda: start))
         return run.path / "dpo" / KEPT_AS[config.train.what]
 
 

@@ -11,7 +11,7 @@ from conftest import Refused, chat, read_dialogues
 
 from esjax.corpus.dialogue import Dialogue, Turn
 from esjax.errors import InputError
-from esjax.evolve import phases
+from esjax.evolve import references
 from esjax.evolve.experiment import Experiment
 from esjax.evolve.filters import Filters
 from esjax.evolve.pairs import contexts, read_pairs, screened_pairs
@@ -107,9 +107,9 @@ def test_foreign_pairs_of_a_crisis_are_dropped_and_counted(
         taken.extend(pairs)
         target.write_text("")
 
-    monkeypatch.setattr(phases, "write_references", score)
+    monkeypatch.setattr(references, "write_references", score)
     with RunDir(tmp_path / "run", experiment.config) as run:
-        phases.score_pairs(experiment, run, file, cast(Any, None), "m0")
+        references.score_pairs(experiment, run, file, cast(Any, None), "m0")
     assert [p["prompt"][0]["content"] for p in taken] == ["Hi", "Hi", "Ho"]
     assert taken[1]["prompt"][1]["content"] == SIGN  # the supporter's own words are no sign of the seeker's
     stage = json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]["pairs"]

@@ -34,7 +34,7 @@ from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 from esjax.errors import RunError
-from esjax.evolve import phases
+from esjax.evolve import phases, references
 from esjax.evolve.experiment import Experiment, adapter_folder, open_model
 from esjax.evolve.pairs import trunks
 from esjax.model.decoder import Execution, token_logprobs
@@ -431,7 +431,7 @@ def rescored(experiment: Experiment, adapter: Adapter, pairs: list[dict[str, Any
 def first_step(experiment: Experiment, pairs: Path, folder: Path, start: Adapter) -> dict[str, float]:
     """Metrics of the first step of DPO on a file of pairs."""
     run = RunDir(folder, experiment.config)
-    phases.dpo(experiment, run, pairs, "dpo", lambda: copied(start), lambda: start)
+    phases.dpo(experiment, run, pairs, "dpo", phases.Start(lambda: copied(start), lambda: start))
     return json.loads((run.path / "dpo" / "metrics.jsonl").read_text().splitlines()[0])
 
 
@@ -499,7 +499,7 @@ def test_long_replies_and_large_beta_start_at_reference(
         sides = {k: chat(x, first=1) for k, x in zip(("chosen", "rejected"), told, strict=True)}
         pairs.append({"id": str(i), "prompt": chat(f"Number {i}."), **sides})
     file = tmp_path / "pairs.jsonl"
-    phases.write_references(experiment, m1, pairs, file, "dpo")
+    references.write_references(experiment, m1, pairs, file, "dpo")
     first = first_step(experiment, file, tmp_path / "right", m1)
     stored = read_jsonl(file)
     sums = [x for p in stored for x in p["reference"].values()]

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import chat, read_dialogues
 from hypothesis import given, settings
@@ -14,12 +15,14 @@ from hypothesis import strategies as st
 
 from esjax.corpus.dialogue import Message
 from esjax.errors import InputError
+from esjax.evolve.choose import build_pairs, candidates
 from esjax.evolve.filters import REPLY_REASONS, Filters, repetition
-from esjax.evolve.pairs import build_pairs
+from esjax.evolve.pairs import Context
 from esjax.evolve.reflect import FIELDS, Instructions
 from esjax.rows import common_prefix
 from esjax.settings.files import load
 from esjax.settings.schema import Config, FilterSettings, ScreenSettings
+from esjax.tokens.encode import Prompt
 from esjax.tokens.tokenizer import ChatTokenizer
 
 SEEKER = "My sister forgot my birthday again and I baked her a lemon cake only last month."
@@ -186,9 +189,24 @@ def fits(prompt: list[Message], chosen: str, rejected: str) -> bool:
 ORIGIN = {"round": 1, "model": "m0"}
 
 
+def files(rows: list[Any]) -> dict[str, list[Any]]:
+    return dict(zip(("drafts", "reflections", "refinements"), (list(x) for x in zip(*rows, strict=True)), strict=True))
+
+
+def built(filters: Filters, rows: dict[str, list[Any]], origin: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+    """Pairs of a round's files."""
+    config = load(None, {})
+    chats = [[*row["prompt"], Message(role="assistant", content="Gold.")] for row in rows["drafts"]]
+    contexts = [
+        Context(row["id"], Prompt(0, messages, len(messages) - 1, 0, np.zeros(1, np.int32)))
+        for row, messages in zip(rows["drafts"], chats, strict=True)
+    ]
+    made = list(candidates(config, contexts, rows))
+    return build_pairs(made, [{}] * len(made), config, filters, fits, origin)
+
+
 def test_sift_counts_every_drop_under_its_first_reason_and_keeps_preference_rows(filters: Filters) -> None:
-    drafts, reflections, refinements = (list(x) for x in zip(*ROWS, strict=True))
-    kept, dropped = build_pairs(drafts, reflections, refinements, filters, fits, ORIGIN)
+    kept, dropped = built(filters, files(ROWS), ORIGIN)
     assert [(d["id"], d["reason"], d["side"]) for d in dropped] == [
         ("d/1", "truncated", "draft"),
         ("d/2", "truncated", "refinement"),
@@ -212,11 +230,9 @@ def test_sift_counts_every_drop_under_its_first_reason_and_keeps_preference_rows
 
 
 def test_sift_refuses_rows_out_of_step(filters: Filters) -> None:
-    drafts, reflections, refinements = (list(x) for x in zip(*ROWS[:2], strict=True))
-    with pytest.raises(AssertionError, match="rows out of step: d/0, d/1, d/0"):
-        build_pairs(drafts, reflections[::-1], refinements, filters, fits, {})
-    with pytest.raises(ValueError, match="shorter"):
-        build_pairs(drafts, reflections[:1], refinements, filters, fits, {})
+    rows = files(ROWS[:2])
+    with pytest.raises(AssertionError, match="rows out of step: d/1 instead of d/0"):
+        built(filters, rows | {"reflections": rows["reflections"][::-1]}, {})
 
 
 # --- pattern files ---------------------------------------------------------------------------------------------------

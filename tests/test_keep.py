@@ -19,7 +19,7 @@ from peft import PeftModel
 from test_resume import SIGNALLER, files
 
 from esjax.cli import main
-from esjax.evolve import phases
+from esjax.evolve import phases, references
 from esjax.evolve.experiment import Experiment, adapter_folder
 from esjax.run.jsonl import read_jsonl
 from esjax.sample.score import mean_divergence
@@ -38,13 +38,13 @@ def pairs_of(counts: list[int]) -> list[dict[str, Any]]:
 
 def test_whole_dialogues_are_held_out() -> None:
     pairs = pairs_of([3, 1, 4, 2, 2, 5, 1, 1, 3, 2])
-    train, held = phases.apart(pairs, DpoSettings(valid_share=0.3, validate_every=1), 7)
+    train, held = references.apart(pairs, DpoSettings(valid_share=0.3, validate_every=1), 7)
     assert sorted([*train, *held]) == list(range(len(pairs)))
     names = [{pairs[i]["id"].split("/")[0] for i in which} for which in (train, held)]
     assert not names[0] & names[1]
     assert len(names[1]) == 3
-    assert phases.apart(pairs, DpoSettings(valid_share=0.3, validate_every=1), 8)[1] != held
-    assert phases.apart(pairs, DpoSettings(), 7) == (list(range(len(pairs))), [])
+    assert references.apart(pairs, DpoSettings(valid_share=0.3, validate_every=1), 8)[1] != held
+    assert references.apart(pairs, DpoSettings(), 7) == (list(range(len(pairs))), [])
 
 
 def test_the_lowest_value_is_kept(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_a_round_keeps_its_best_step(best_run: Path) -> None:
     experiment = Experiment.open(load(str(best_run / "config.yaml")))
     name = "round1/dpo"
     pairs = phases.read_pairs(best_run / "round1" / "pairs.jsonl")
-    train, held = phases.apart(pairs, experiment.config.dpo, phases._seed(experiment, name))
+    train, held = references.apart(pairs, experiment.config.dpo, references.order_seed(experiment, name))
     facts = json.loads((best_run / "manifest.json").read_text())["stages"][name]
     assert (facts["pairs"], facts["held_out"]) == (len(train), len(held))
     m0 = experiment.adapter(adapter_folder(best_run, 0))

@@ -22,7 +22,7 @@ import esjax.train.loop
 import esjax.train.step
 from esjax.cli import main
 from esjax.evolve.experiment import Experiment
-from esjax.evolve.rounds import lengths, sampling_need
+from esjax.evolve.replies import lengths, sampling_need
 from esjax.model.cache import Cache
 from esjax.model.families import read_architecture
 from esjax.model.weights import choose_execution

@@ -10,7 +10,7 @@ import pytest
 from conftest import Refused, tiny_overrides
 
 from esjax.cli import main
-from esjax.evolve import phases
+from esjax.evolve import phases, references
 from esjax.evolve.experiment import open_model
 from esjax.run.jsonl import read_jsonl
 from esjax.sample.score import Scorer
@@ -67,9 +67,11 @@ def test_the_term_is_the_mean_nll_of_the_rows(tiny_run: Path, tiny_folder: Path,
     assert found is not None
     shared = phases.trunks(phases.read_pairs(tiny_run / "round1" / "pairs.jsonl"), experiment.encoder, c.dpo)
     lengths = [len(t.rows.tokens) for t in shared]
-    steps = schedule(lengths, c.dpo.row_length, c.dpo.batch_rows - 1, c.dpo.epochs, phases._seed(experiment, "dpo"))
+    steps = schedule(
+        lengths, c.dpo.row_length, c.dpo.batch_rows - 1, c.dpo.epochs, references.order_seed(experiment, "dpo")
+    )
     sizes = [len(e.tokens) for e in found.examples]
-    (row,) = beside(steps, sizes, c.dpo.row_length, 1, 0, phases._seed(experiment, "dpo"))[0][-1:]
+    (row,) = beside(steps, sizes, c.dpo.row_length, 1, 0, references.order_seed(experiment, "dpo"))[0][-1:]
     scored = Scorer(experiment.backbone, c.dpo.row_length, 1).score(m0, found.examples)
     every = [-np.concatenate(branches) for branches in scored]
     assert first["replay_nll"] == pytest.approx(np.concatenate([every[i] for i in row]).mean(), abs=1e-4)

@@ -115,7 +115,7 @@ def _stacked(made: list[Rows]) -> Rows:
 
 
 def _no_reference(pairs: int) -> Pairs:
-    return Pairs(np.zeros((pairs, 1, 1, 2), np.float32), np.ones((pairs, 1, 1), bool))
+    return Pairs(np.zeros((pairs, 1, 1, 2), np.float32), np.ones((pairs, 1, 1), np.float32))
 
 
 def unshared_pairs(loss: Loss) -> Loss:

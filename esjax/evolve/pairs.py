@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,6 @@ from esjax.corpus.readers.base import json_rows
 from esjax.corpus.sources import check_messages
 from esjax.corpus.text import has_halves, spaced
 from esjax.errors import InputError
-from esjax.evolve.filters import Filters
 from esjax.rows import Rows, prompt_with_replies, trunk_with_replies
 from esjax.run.jsonl import Line, require, where_of
 from esjax.safety.screen import Screen
@@ -71,49 +70,6 @@ def draw(pool: list[Context], count: int | None, seed: tuple[int, ...]) -> list[
         chosen = np.random.default_rng(seed).choice(len(pool), count, replace=False)
         pool = [pool[i] for i in sorted(chosen)]
     return pool
-
-
-def build_pairs(
-    drafts: Sequence[dict[str, Any]],
-    reflections: Sequence[dict[str, Any]],
-    refinements: Sequence[dict[str, Any]],
-    filters: Filters,
-    fits: Callable[[list[Message], str, str], bool],
-    model: dict[str, Any],
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Join a round's three files into kept pairs and dropped ones, each dropped under its first reason.
-
-    ``fits`` says whether prompt, chosen and rejected fit a training row: a text may encode to more tokens than were drawn.
-    Kept pairs are TRL's conversational preference rows (prompt, chosen, rejected) with where they come from.
-    """
-    kept, dropped = [], []
-    for draft, reflection, refinement in zip(drafts, reflections, refinements, strict=True):
-        if not draft["id"] == reflection["id"] == refinement["id"]:
-            raise AssertionError(f"rows out of step: {draft['id']}, {reflection['id']}, {refinement['id']}")
-        prompt = draft["prompt"]
-        side, reason = "draft", filters.reply_fault(prompt, draft["text"], draft["finish_reason"])
-        if reason is None:
-            side, reason = "refinement", filters.reply_fault(prompt, refinement["text"], refinement["finish_reason"])
-        if reason is None:
-            side, reason = "pair", filters.pair_fault(draft["text"], refinement["text"])
-        if reason is None and not fits(prompt, refinement["text"], draft["text"]):
-            side, reason = "pair", "row_too_long"
-        texts = {"draft": draft["text"], "refinement": refinement["text"]}
-        if reason is not None:
-            dropped.append({"id": draft["id"], "reason": reason, "side": side, **texts})
-            continue
-        kept.append(
-            {
-                "id": draft["id"],
-                "prompt": prompt,
-                "chosen": [{"role": "assistant", "content": refinement["text"]}],
-                "rejected": [{"role": "assistant", "content": draft["text"]}],
-                "reflection": reflection["reflection"],
-                "seeds": {"draft": draft["seed"], "reflection": reflection["seed"], "refinement": refinement["seed"]},
-                **model,
-            }
-        )
-    return kept, dropped
 
 
 def read_pairs(path: Path) -> list[Line]:
@@ -245,7 +201,12 @@ def _beginnings(messages: list[Message]) -> list[bytes]:
     return out
 
 
-def length_ratio(pairs: list[dict[str, Any]]) -> float:
+def length_ratio(pairs: Sequence[dict[str, Any]]) -> float:
     """Mean words of chosen over mean words of rejected: refinements tend to grow, so every round logs it."""
     words = {side: sum(len(spaced(p[side][0]["content"])) for p in pairs) for side in ("chosen", "rejected")}
     return words["chosen"] / words["rejected"]
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    """Counts in words."""
+    return ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))

@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from esjax.errors import InputError, RunError
+from esjax.errors import RunError
+from esjax.evolve.alarms import alarms
 from esjax.evolve.experiment import Experiment
-from esjax.evolve.filters import screen_hashes
 from esjax.evolve.folders import write_trained
 from esjax.evolve.models import KEPT_AS
-from esjax.evolve.pairs import Trunk, read_pairs, screened_pairs, trunks
+from esjax.evolve.pairs import Trunk, counted, length_ratio, read_pairs, trunks
+from esjax.evolve.references import apart, order_seed
 from esjax.hub.fetch import public_name
 from esjax.hub.shards import INDEX, SINGLE
 from esjax.model.lora import Adapter, peft_tensors, save_adapter
+from esjax.rows import Rows
 from esjax.run.directory import RunDir, bundled_hash
-from esjax.run.files import publish_jsonl, replacing, sha256
-from esjax.run.journal import gather
+from esjax.run.files import replacing, sha256
+from esjax.run.jsonl import read_jsonl
 from esjax.run.progress import say
 from esjax.runtime.context import current
 from esjax.runtime.mesh import rows_at_once
-from esjax.sample.rowbook import row_seed
 from esjax.sample.score import Scorer, mean_divergence
 from esjax.settings.schema import DpoSettings
-from esjax.tokens.batches import schedule
 from esjax.train.keep import Best
 from esjax.train.loop import Phase, Replay, train
-from esjax.train.losses import dpo_loss, preference, reply_sums, sft_loss
+from esjax.train.losses import dpo_loss, preference, sft_loss
 
 Row = dict[str, Any]
 
@@ -59,19 +60,8 @@ def sft(experiment: Experiment, run: RunDir) -> None:
         first, _ = experiment.start
         loss = validate(first)["valid_loss"]
         say(f"  {len(examples)} examples, {facts['target_tokens']} target tokens; the loss at first {loss:.3f}")
-        phase = Phase(
-            name="sft",
-            folder=run.path / "sft",
-            board=run.path / "tensorboard" / "sft",
-            settings=c.sft,
-            examples=examples,
-            loss=sft_loss,
-            seed=c.seed,
-            validate=validate,
-            validate_every=c.sft.validate_every,
-            dropout=c.lora.dropout,
-            wandb=c.train.wandb,
-        )
+        phase = _sft_phase(experiment, run.path / "sft", examples)
+        phase = replace(phase, validate=validate, validate_every=c.sft.validate_every)
         _save(experiment, place, train(phase, experiment.backbone, first))
         return facts
 
@@ -79,33 +69,56 @@ def sft(experiment: Experiment, run: RunDir) -> None:
     run.stage("sft", [place], inputs, work, ("seed", "model", "train", "lora", "data", "screen", "sft"))
 
 
-def dpo(
-    experiment: Experiment,
-    run: RunDir,
-    pairs: Path,
-    name: str,
-    start: Callable[[], Adapter],
-    first: Callable[[], Adapter],
-) -> None:
-    """DPO on pairs whose reference log-probs are stored with them. Writes NAME/adapter.
+def _sft_phase(experiment: Experiment, folder: Path, examples: Sequence[Rows]) -> Phase:
+    c = experiment.config
+    return Phase(
+        name="sft",
+        folder=folder,
+        board=folder.parent / "tensorboard" / folder.name,
+        settings=c.sft,
+        examples=examples,
+        loss=sft_loss,
+        seed=c.seed,
+        dropout=c.lora.dropout,
+        wandb=c.train.wandb,
+    )
 
-    ``start`` gives what training starts from, ``first`` the model that divergence is measured from (M_0).
-    """
+
+def sft_on(
+    experiment: Experiment, folder: Path, examples: Callable[[], tuple[list[Rows], Row]], start: Callable[[], Adapter]
+) -> Row:
+    """SFT on other examples than the corpus' own, with the same settings, from ``start``. Writes FOLDER/adapter."""
+    rows, facts = examples()
+    trained = train(_sft_phase(experiment, folder, rows), experiment.backbone, start())
+    _save(experiment, folder / KEPT_AS[experiment.config.train.what], trained)
+    return facts
+
+
+class Start(NamedTuple):
+    """Where DPO starts."""
+
+    adapter: Callable[[], Adapter]  # what is trained
+    first: Callable[[], Adapter]  # M_0, from which divergence is measured
+    at_reference: bool = True  # whether the pairs' reference is the model that is trained
+
+
+def dpo(experiment: Experiment, run: RunDir, pairs: Path, name: str, start: Start) -> None:
+    """DPO on pairs whose reference log-probs are stored with them. Writes NAME/adapter."""
     folder = run.path / name
 
     def work() -> Row:
         read = read_pairs(pairs)
-        rows, held = ([read[i] for i in which] for which in apart(read, experiment.config.dpo, _seed(experiment, name)))
-        shared = trunks(rows, experiment.encoder, experiment.config.dpo)
+        rows, held = (
+            [read[i] for i in which] for which in apart(read, experiment.config.dpo, order_seed(experiment, name))
+        )
+        c = experiment.config.dpo
+        shared = trunks(rows, experiment.encoder, c)
         say(f"  {name}: {sharing(shared)}")
         if experiment.encoder.counts["unshared"]:
             say(
                 f"  {experiment.encoder.counts['unshared']} prompts share no trunk, for the chat template is not prefix-stable"
             )
-        reference = [
-            np.asarray([[rows[i]["reference"][side] for side in ("chosen", "rejected")] for i in t.members], np.float32)
-            for t in shared
-        ]
+        reference = [np.asarray([_reference(rows[i], c) for i in t.members], np.float32) for t in shared]
         phase = Phase(
             name="dpo",
             folder=folder,
@@ -113,19 +126,23 @@ def dpo(
             settings=experiment.config.dpo,
             examples=[t.rows for t in shared],
             loss=dpo_loss(experiment.config.dpo),
-            seed=_seed(experiment, name),
+            seed=order_seed(experiment, name),
             reference=reference,
-            watch=watch_start(experiment.backbone.dtype),
+            watch=watch_start(experiment.backbone.dtype) if start.at_reference else None,
             replay=replay(experiment),
-            validate=held_out(experiment, held, first) if experiment.config.dpo.validate_every else None,
+            validate=held_out(experiment, held, start.first) if experiment.config.dpo.validate_every else None,
             validate_every=experiment.config.dpo.validate_every,
             best=best,
             wandb=experiment.config.train.wandb,
         )
-        _save(experiment, place, train(phase, experiment.backbone, start()))
+        _save(experiment, place, train(phase, experiment.backbone, start.adapter()))
         if best is not None:
             best.forget()
-        return {"pairs": len(rows), "trunks": len(shared)} | ({"held_out": len(held)} if held else {})
+        facts: Row = {"pairs": len(rows), "trunks": len(shared)} | ({"held_out": len(held)} if held else {})
+        found = alarms(read_jsonl(folder / "metrics.jsonl"), length_ratio(rows))
+        for alarm in found:
+            say(f"  {name}: {alarm}")
+        return facts | ({"alarms": found} if found else {})
 
     place, best = folder / KEPT_AS[experiment.config.train.what], None
     if experiment.config.dpo.keep == "best":
@@ -142,26 +159,10 @@ def dpo(
     run.stage(name, [place], inputs, work, settings)
 
 
-def apart(pairs: Sequence[Row], c: DpoSettings, seed: int) -> tuple[list[int], list[int]]:
-    """The numbers of the pairs to train on, and of those, of whole dialogues, that are held out.
-
-    Raises InputError where one side would be empty.
-    """
-    if c.valid_share == 0:
-        return list(range(len(pairs))), []
-    by_dialogue: dict[str, list[int]] = {}
-    for i, pair in enumerate(pairs):
-        name = str(pair.get("id", i))  # people's own pairs need none
-        by_dialogue.setdefault(name.rpartition("/")[0] or name, []).append(i)
-    names, count = list(by_dialogue), max(1, round(c.valid_share * len(by_dialogue)))
-    if count >= len(names):
-        raise InputError(
-            f"dpo.valid_share={c.valid_share}: the {len(pairs)} pairs are of one dialogue, so none can be held out; set it to 0, "
-            "or ask for more contexts"
-        )
-    order = np.random.default_rng([seed, 1]).permutation(len(names))
-    held = {i for n in order[:count] for i in by_dialogue[names[n]]}
-    return [i for i in range(len(pairs)) if i not in held], sorted(held)
+def _reference(pair: Row, c: DpoSettings) -> tuple[float, float, float]:
+    """A pair's log-probs under the reference, and its weight: 1, but where the settings made it another."""
+    weight = 1.0 if c.pair_weights == "none" else float(pair["weight"])
+    return pair["reference"]["chosen"], pair["reference"]["rejected"], weight
 
 
 def held_out(
@@ -252,70 +253,6 @@ def watch_start(dtype: np.dtype) -> Callable[[int, int, dict[str, float]], None]
     return watch
 
 
-def write_references(experiment: Experiment, adapter: Adapter, pairs: Sequence[Row], path: Path, name: str) -> None:
-    """Write pairs with the log-probs of both replies under the model that DPO, the stage ``name``, starts from.
-
-    They are computed in the rows of DPO's first epoch and summed as its loss sums: where a reply lies in a row and what lies
-    beside it moves its log-prob by rounding, in bfloat16 by tenths.
-    """
-
-    def work(missing: list[int], add: Callable[..., None]) -> None:
-        for which in apart(pairs, experiment.config.dpo, _seed(experiment, name)):
-            number = {i: n for n, i in enumerate(which)}
-            if wanted := {number[i] for i in missing if i in number}:
-                for i, reference in _references(experiment, adapter, [pairs[i] for i in which], wanted, name):
-                    add(which[i], pairs[which[i]] | {"reference": reference})
-
-    gather(path, len(pairs), f"{name}: reference scoring", work)
-
-
-def _references(
-    experiment: Experiment, adapter: Adapter, pairs: Sequence[Row], wanted: set[int], name: str
-) -> Iterator[tuple[int, dict[str, float]]]:
-    """The log-probs of the ``wanted`` ones of pairs that are trained on together, each with its number."""
-    c = experiment.config.dpo
-    at_once = rows_at_once("dpo", c)
-    scorer = Scorer(experiment.backbone, c.row_length, at_once)
-    shared = trunks(pairs, experiment.encoder, c)
-    examples = [t.rows for t in shared]
-    rows_a_step = c.batch_rows - c.replay_rows(experiment.config.data.replay_share)
-    steps = schedule([len(e.tokens) for e in examples], c.row_length, rows_a_step, 1, _seed(experiment, name))
-    parts = [step[i : i + at_once] for step in steps for i in range(0, len(step), at_once)]
-    most, branches = max(len(row) for step in steps for row in step), 2 * max(len(t.members) for t in shared)
-    needed = [part for part in parts if any(i in wanted for row in part for t in row for i in shared[t].members)]
-    for packed, rows, logprobs in scorer.batches(adapter, examples, needed):
-        sums = np.asarray(reply_sums(rows.weight * logprobs, rows, most, branches))
-        for r, row in enumerate(packed):
-            for segment, trunk in enumerate(row):
-                for p, i in enumerate(shared[trunk].members):
-                    if i in wanted:
-                        chosen, rejected = (float(x) for x in sums[r, segment, 2 * p : 2 * p + 2])
-                        yield i, {"chosen": chosen, "rejected": rejected}
-
-
-def score_pairs(experiment: Experiment, run: RunDir, source: Path, start: Adapter, start_hash: str) -> Path:
-    """Copy foreign pairs into the run directory with reference log-probs under the model that DPO starts from."""
-    target = run.path / "pairs.jsonl"
-    rows, dropped, found = screened_pairs(read_pairs(source), experiment.filters.screen)
-
-    def work() -> Row:
-        if dropped:
-            say(f"  kept {len(rows)} of {len(rows) + dropped.total()} pairs; dropped: {counted(dropped)}")
-        write_references(experiment, start, rows, target, "dpo")
-        publish_jsonl(run.path / "screened.jsonl", found)
-        return {"kept": len(rows), "dropped": dict(dropped)} if dropped else {}
-
-    c = experiment.config
-    inputs = {"pairs": sha256(source), "start": start_hash} | screen_hashes(c.screen)
-    run.stage("pairs", [target], inputs, work, ("seed", "model", "train", "lora", "screen", "dpo"))
-    return target
-
-
-def _seed(experiment: Experiment, name: str) -> int:
-    """Of the order in which the DPO stage ``name`` takes its pairs."""
-    return row_seed(experiment.config.seed, name)
-
-
 def _save(experiment: Experiment, folder: Path, adapter: Adapter) -> None:
     backbone = experiment.backbone
     if backbone.start is not None:
@@ -330,7 +267,3 @@ def _save(experiment: Experiment, folder: Path, adapter: Adapter) -> None:
             base, revision = public_name(source, backbone.folder)
             # A converted file's source at least says what it is; `esjax export` writes a base that PEFT opens.
             save_adapter(temporary, tensors, backbone.lora, base or source, revision)
-
-
-def counted(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))

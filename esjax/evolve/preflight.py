@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 
 from esjax.errors import InputError
+from esjax.evolve.choose import SPECIFICITY, measures
 from esjax.evolve.experiment import Experiment
-from esjax.evolve.pairs import trunks
-from esjax.evolve.phases import apart
-from esjax.evolve.rounds import lengths
+from esjax.evolve.pairs import draw, trunks
+from esjax.evolve.references import apart
+from esjax.evolve.replies import lengths
 from esjax.run.directory import RunDir
 from esjax.run.jsonl import Line
 from esjax.run.metrics import check_tracked
@@ -43,6 +44,14 @@ def check_evolve(experiment: Experiment, run: RunDir) -> None:
         if all(_done(run, f"round{t}/replies") for t in range(1, c.evolve.rounds + 1)):
             return
         pool, _ = corpora.pool
+        if SPECIFICITY in measures(c):
+            for t in range(1, c.evolve.rounds + 1):
+                names = {x.id.rpartition("/")[0] for x in draw(pool, c.evolve.contexts_per_round, (c.seed, t))}
+                if len(names) < 2:
+                    raise InputError(
+                        f"round {t}: all contexts are of one dialogue, and specificity needs other people's; raise "
+                        "evolve.contexts_per_round, or give more dialogues"
+                    )
         longest, most = max(x.tokens for x in pool), experiment.backbone.arch.max_positions
         _, reflect, refine, *reflection = lengths(experiment, longest)
         drawn = c.evolve.draft.max_tokens + sum(reflection)
@@ -87,6 +96,16 @@ def check_dpo(experiment: Experiment, run: RunDir, pairs: list[Line]) -> None:
         apart(pairs, c, 0)
         if c.validate_every > 0:
             _ = experiment.corpora.valid_rows
+        for pair in pairs if c.pair_weights != "none" else ():
+            if (
+                isinstance(weight := pair.get("weight"), bool)
+                or not isinstance(weight, int | float)
+                or not 0 < weight < 1e6
+            ):
+                raise InputError(
+                    f"{pair.where}: the weight is {weight!r:.40}, and dpo.pair_weights={c.pair_weights} wants a number above "
+                    "0; set it to none, or give a run's pairs.jsonl"
+                )
         alone = trunks(pairs, experiment.encoder, DpoSettings(trunk="prompt"))
         for pair, (_, rows) in zip(pairs, alone, strict=True):
             tokens, positions = len(rows.tokens), int(rows.position.max()) + 1

@@ -87,23 +87,32 @@ class Instructions:
     principles: str
     reflect: jinja2.Template
     refine: jinja2.Template
+    show_draft: bool = True
 
     @classmethod
     def load(cls, config: Config) -> Instructions:
         """Read the files of ``config.prompts``. Raises InputError naming a file with a broken template."""
+        e = config.evolve
+        given = (*(("draft",) if e.show_draft else ()), *(FIELDS if e.reflects else ()))
         return cls(
             read_text(config.prompts.principles),
-            _template(config.prompts.reflect, ()),
-            _template(config.prompts.refine, ("draft", *FIELDS)),
+            _template(config.prompts.reflect, (), ()),
+            _template(config.prompts.refine, ("draft", *FIELDS), given),
+            e.show_draft,
         )
 
     def reflection_prompt(self, context: list[Message]) -> list[Message]:
         """(I, C_n)."""
         return self._ask(context, self.reflect.render())
 
-    def refinement_prompt(self, context: list[Message], reflection: dict[str, str], draft: str) -> list[Message]:
-        """(I, C_n, u, s, y)."""
-        return self._ask(context, self.refine.render(draft=draft, **reflection))
+    def refinement_prompt(self, context: list[Message], reflection: dict[str, str] | None, draft: str) -> list[Message]:
+        """(I, C_n, u, s, y), without a reflection where none is made and without the draft where it is not shown."""
+        shown = {"draft": draft} if self.show_draft else {}
+        return self._ask(context, self.refine.render(**shown, **(reflection or {})))
+
+    def informed(self, context: list[Message], reflection: dict[str, str]) -> list[Message]:
+        """(I, C_n, u, s), without a request: what is known of the person stands behind the last message."""
+        return self._ask(context, "\n".join(f"{FIELDS[name][0]} {text}" for name, text in reflection.items()))
 
     def _ask(self, context: list[Message], request: str) -> list[Message]:
         head, rest = (context[:1], context[1:]) if context[0]["role"] == "system" else ([], context)
@@ -114,7 +123,8 @@ class Instructions:
         return [*before, *rest[:-1], asked]
 
 
-def _template(path: str, names: tuple[str, ...]) -> jinja2.Template:
+def _template(path: str, names: tuple[str, ...], given: tuple[str, ...]) -> jinja2.Template:
+    """A template that may name these variables, of which some are ``given``: the others it may print where they are defined."""
     try:
         environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
         text = read_text(path)
@@ -122,9 +132,18 @@ def _template(path: str, names: tuple[str, ...]) -> jinja2.Template:
         if unknown:
             raise jinja2.UndefinedError(f"{min(unknown)!r} is undefined")
         template = environment.from_string(text)
-        template.render(**dict.fromkeys(names, ""))
+        template.render(**dict.fromkeys(given, ""))
     except InputError:
         raise
     except Exception as e:  # a template can raise anything
-        raise InputError(f"{path}: broken template ({e}); the variables are: {', '.join(names) or 'none'}") from e
+        absent = [name for name in names if name not in given]
+        remedy = (
+            f"; evolve.reflect and evolve.show_draft leave out {', '.join(absent)}, which must stand in "
+            f"{{% if {absent[0]} is defined %}} ... {{% endif %}}"
+            if absent
+            else ""
+        )
+        raise InputError(
+            f"{path}: broken template ({e}); the variables are: {', '.join(given) or 'none'}{remedy}"
+        ) from e
     return template

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from esjax.evolve.reflect import FIELDS
-from esjax.evolve.rounds import Lengths, sampling_need
+from esjax.evolve.replies import Lengths, sampling_need
 from esjax.model.cache import Chunk, cache_shapes
 from esjax.model.decoder import Decoder, Execution
 from esjax.model.families import Architecture
@@ -89,7 +89,7 @@ def jobs(config: Config, arch: Architecture, how: Execution, dtype: jnp.dtype, p
             extra = with_batch_shardings(_array((batch_rows, 2), np.uint32), mesh)
         if isinstance(s, DpoSettings):
             shape = (batch_rows, s.row_length // SEGMENT, s.row_length // PAIR)
-            extra = with_batch_shardings(Pairs(_array((*shape, 2), np.float32), _array(shape, np.bool_)), mesh)
+            extra = with_batch_shardings(Pairs(_array((*shape, 2), np.float32), _array(shape, np.float32)), mesh)
         targets = micro_rows // batch_groups() * s.row_length
         mine = how._replace(layout="packed" if name == "sft" else "branched")
         copied = dtype if whole and dtype != FLOAT32 else None

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from esjax.errors import InputError, RunError
 from esjax.evolve.experiment import Experiment, open_model
-from esjax.evolve.rounds import lengths
+from esjax.evolve.replies import lengths
 from esjax.model.lora import Adapter
 from esjax.opened import devices
 from esjax.run.progress import say

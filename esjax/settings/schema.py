@@ -12,15 +12,19 @@ from pydantic import Field
 from esjax.errors import InputError
 from esjax.settings.base import CONTENT, EXECUTION, Settings
 from esjax.settings.evaluation import JudgeSettings, SeekerSettings
+from esjax.settings.method import EvolveSettings, FilterSettings, SamplingSettings
 from esjax.settings.training import DpoSettings, LoraSettings, OptimSettings, SftSettings, TrainSettings
 
 __all__ = [
     "CONTENT",
     "EXECUTION",
     "DpoSettings",
+    "EvolveSettings",
+    "FilterSettings",
     "JudgeSettings",
     "LoraSettings",
     "OptimSettings",
+    "SamplingSettings",
     "SeekerSettings",
     "Settings",
     "SftSettings",
@@ -145,69 +149,6 @@ class PromptSettings(Settings):
     emotional_state and situation."""
 
 
-class SamplingSettings(Settings):
-    """How tokens are drawn. Temperature 0 is greedy."""
-
-    temperature: float = Field(0.7, ge=0, le=1e6)
-    """Softmax temperature; 0, or less than 1e-6, takes the most likely token."""
-    top_p: float = Field(0.9, gt=0, le=1)
-    """Nucleus: the smallest set of tokens with at least this probability."""
-    top_k: int = Field(0, ge=0, lt=1 << 31)
-    """Only the k most likely tokens; 0 means all."""
-    max_tokens: int = Field(128, ge=1, lt=1 << 31)
-    """Longest reply in tokens, the end-of-turn token included."""
-
-
-class ReflectionSettings(Settings):
-    """The constrained reflection (u, s): one line for each field."""
-
-    temperature: float = Field(0.7, ge=0, le=1e6)
-    """Softmax temperature; 0, or less than 1e-6, takes the most likely token."""
-    top_p: float = Field(0.9, gt=0, le=1)
-    """Nucleus."""
-    top_k: int = Field(0, ge=0, lt=1 << 31)
-    """Only the k most likely tokens; 0 means all."""
-    field_tokens: int = Field(40, ge=4, le=32000)
-    """Longest field in tokens; one that reaches it ends with its last whole word and a full stop, so that every reflection
-    parses."""
-
-
-class EvolveSettings(Settings):
-    """Phase 2: which contexts, and the three generations for each."""
-
-    rounds: Annotated[int, EXECUTION] = Field(2, ge=1)
-    """Rounds of self-improvement; round t turns M_(t-1) into M_t. More may be asked for later."""
-    contexts_per_round: int | None = Field(None, ge=1)
-    """Contexts C_n drawn without replacement for a round, anew for every round; null means all."""
-    context_tokens: int | None = Field(None, ge=16)
-    """Longest context C_n in tokens (older turns are dropped and counted); null means what data.window leaves."""
-    batch: Annotated[int, EXECUTION] = Field(16, ge=1, le=1 << 16)
-    """Replies under way at once (also for the closing table)."""
-    draft: SamplingSettings = SamplingSettings()
-    """The pre-refined reply, later `rejected`."""
-    reflection: ReflectionSettings = ReflectionSettings()
-    """Profile, emotional state and situation."""
-    refinement: SamplingSettings = SamplingSettings()
-    """The post-refined reply, later `chosen`."""
-
-
-class FilterSettings(Settings):
-    """Which pairs are dropped. The limits are ours; the paper's public text leaves them open."""
-
-    min_words: int = Field(4, ge=1)
-    """A reply with fewer words counts as empty. In scripts without spaces every character is a word."""
-    max_similarity: float = Field(0.9, gt=0, le=1)
-    """Draft and refinement whose word overlap ratio (difflib) reaches this are near-identical."""
-    min_length_ratio: float = Field(0.5, gt=0)
-    """Fewest words of the refinement for each word of the draft."""
-    max_length_ratio: float = Field(2.5, gt=0)
-    """Most words of the refinement for each word of the draft."""
-    max_repetition: float = Field(0.2, ge=0, le=1)
-    """Highest share of a reply's 4-word sequences that repeat an earlier one."""
-    scaffolding_patterns: Annotated[str, CONTENT] = "bundled:prompts/scaffolding.txt"
-    """Regular expressions, one a line; a reply that matches one shows traces of the prompts."""
-
-
 class ReplySettings(SamplingSettings):
     """How a finished model answers: in the closing table and in `esjax sample`."""
 
@@ -311,6 +252,8 @@ class Config(Settings):
                 f"data.replay_share={self.data.replay_share} needs data.replay, a file of instruction data"
             )
         self.dpo.check()
+        self.evolve.check()
+        self._check_weights()
         if self.dpo.validate_every == 0 and (self.dpo.valid_share > 0 or self.dpo.keep == "best"):
             raise InputError(
                 f"dpo.validate_every=0 measures nothing, so dpo.valid_share={self.dpo.valid_share} and dpo.keep={self.dpo.keep} "
@@ -330,3 +273,17 @@ class Config(Settings):
                         f"{name}={given} is too small for dpo.replay_weight={self.dpo.replay_weight}: it must be {must}"
                     )
         return self
+
+    def _check_weights(self) -> None:
+        """Raise InputError where somebody is asked about pairs who is not there."""
+        for name, value, asks in (
+            ("evolve.measure", self.evolve.measure, self.evolve.compares),
+            ("dpo.pair_weights", self.dpo.pair_weights, True),
+        ):
+            if value == "judge" and asks and self.eval.judge.source is None:
+                raise InputError(f"{name}=judge needs a judge: set eval.judge.source")
+        if self.dpo.pair_weights == "reflection" and not self.evolve.reflects:
+            raise InputError(
+                f"dpo.pair_weights=reflection needs reflections, and evolve.reflect={str(self.evolve.reflect).lower()} with "
+                f"evolve.chosen={self.evolve.chosen} makes none; set it to none"
+            )

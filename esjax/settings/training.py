@@ -82,11 +82,12 @@ class SftSettings(OptimSettings):
 class DpoSettings(OptimSettings):
     """Phase 2: direct preference optimisation against stored reference log-probs."""
 
-    loss: Literal["sigmoid", "robust", "hinge", "ipo", "apo_zero", "apo_down", "simpo"] = "sigmoid"
+    loss: Literal["sigmoid", "robust", "hinge", "ipo", "apo_zero", "apo_down", "simpo", "nll"] = "sigmoid"
     """Of a pair's margin, where r is beta times how far a reply's log-prob rose above its reference's: sigmoid (DPO, Rafailov et
     al. 2023), robust (to label_smoothing, Chowdhury et al. 2024), hinge (SLiC, Zhao et al. 2023), ipo (Azar et al. 2024, of
     log-probs a token), apo_zero and apo_down (D'Oosterlinck et al. 2024, for chosen replies that are better, or worse, than the
-    model's own), simpo (Meng et al. 2024: log-probs a token without a reference)."""
+    model's own), simpo (Meng et al. 2024: log-probs a token without a reference), nll (no preference at all: SFT on the chosen
+    replies alone, in the same rows and steps, the baseline that DPO has to beat)."""
     beta: float = Field(0.1, gt=0)
     """Strength of the pull towards the reference; IPO's tau."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
@@ -101,6 +102,10 @@ class DpoSettings(OptimSettings):
     losses but ipo and simpo."""
     length_normalised: bool = False
     """Divide each reply's log-prob by its token count before the loss; ipo and simpo do anyway."""
+    pair_weights: Literal["none", "reflection", "judge"] = "none"
+    """What a pair's loss is multiplied by, on average 1 (after WPO, Zhou et al. 2024): twice the logistic function of by how much
+    who is asked prefers the chosen reply. reflection, M_t itself with principles and reflection before it, in nats a token;
+    judge, eval.judge in marks from 0 to 5 for helpfulness and personalisation. For the rounds of `esjax evolve`."""
     trunk: Literal["prompt", "dialogue"] = "dialogue"
     """What is computed once: each pair's prompt, or a whole dialogue with the pairs of all its turns as branches, which then
     fall into one step (dpo.row_length must leave room for them). The loss of a pair is the same."""
@@ -138,6 +143,10 @@ class DpoSettings(OptimSettings):
                 raise InputError(
                     f"dpo.{name}={given} means nothing with dpo.loss={self.loss}: it is for {', '.join(losses)}; set it to {off}"
                 )
+        if self.loss == "nll" and self.nll_weight > 0:
+            raise InputError(
+                f"dpo.nll_weight={self.nll_weight} adds to a loss what dpo.loss=nll is already; set it to 0"
+            )
         corrections = {"length_weight": 0.0, "length_normalised": False, "tail_weight": 1.0}
         given = [name for name, off in corrections.items() if getattr(self, name) != off]
         if len(given) > 1:

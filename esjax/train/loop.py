@@ -47,7 +47,8 @@ class Replay(NamedTuple):
 class Phase:
     """What to train on, and how.
 
-    ``reference`` holds, for DPO, the log-probs of chosen and rejected under M_t: one array [pairs, 2] an example.
+    ``reference`` holds, for DPO, one array [pairs, 3] an example: the log-probs of chosen and rejected under the reference, and
+    each pair's weight.
     ``validate`` returns metrics of held-out data, and ``best`` keeps what was trained when one of them was best; ``watch`` is
     told every step's number (from 0), how many there are, and its metrics, and raises RunError when they are wrong.
     """
@@ -227,10 +228,10 @@ def _most_targets(examples: Sequence[Rows], steps: list[list[Packed]], micro_row
 def _pairs(reference: Sequence[np.ndarray], step: list[Packed], which: range, segments: int) -> Pairs:
     pairs = max(len(r) for r in reference)
     values = np.zeros((len(which), segments, pairs, 2), np.float32)
-    valid = np.zeros((len(which), segments, pairs), bool)
+    weight = np.zeros((len(which), segments, pairs), np.float32)
     for b, r in enumerate(which):
         for s, i in enumerate(step[r] if r < len(step) else ()):
             if i < len(reference):  # what lies behind is replay
-                values[b, s, : len(reference[i])] = reference[i]
-                valid[b, s, : len(reference[i])] = True
-    return Pairs(values, valid)
+                values[b, s, : len(reference[i])] = reference[i][:, :2]
+                weight[b, s, : len(reference[i])] = reference[i][:, 2]
+    return Pairs(values, weight)

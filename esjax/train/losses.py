@@ -32,8 +32,10 @@ def sft_loss(logprobs: Array, rows: Rows, extra: Any) -> Totals:
 class Pairs(NamedTuple):
     """The reference of a batch of pairs: branches 2p - 1 (chosen) and 2p (rejected) of segment s are pair [s - 1, p - 1]."""
 
-    reference: Any  # float32 [B, segments, pairs, 2], log-probs of chosen and rejected under M_t
-    valid: Any  # bool [B, segments, pairs]
+    reference: Any  # float32 [B, segments, pairs, 2], log-probs of chosen and rejected under the reference
+    weight: (
+        Any  # float32 [B, segments, pairs], what a pair's loss is multiplied by, usually 1; 0 where there is no pair
+    )
 
 
 def branch_sums(values: Array, rows: Rows, segments: int, branches: int) -> Array:
@@ -68,6 +70,7 @@ def preference(settings: DpoSettings, policy: Any, reference: Any, tokens: Any) 
     - apo_zero: 1 - sigmoid(r(c)) + sigmoid(r(r)) (D'Oosterlinck et al. 2024, eq. 7)
     - apo_down: sigmoid(r(c)) + 1 - sigmoid(m) (the same, eq. 8)
     - simpo: sigmoid's, of r(y) = beta log pi(y) / |y| (Meng et al. 2024, eq. 6)
+    - nll: -log pi(c) / |c|, which sees no rejected reply
     """
     change = policy if settings.loss == "simpo" else policy - reference
     if settings.length_normalised or settings.loss in ("ipo", "simpo"):
@@ -84,6 +87,8 @@ def preference(settings: DpoSettings, policy: Any, reference: Any, tokens: Any) 
         loss = jax.nn.relu(1 - x)
     elif settings.loss == "ipo":
         loss = jnp.square(margin / settings.beta - 1 / (2 * settings.beta))
+    elif settings.loss == "nll":
+        loss = -policy[..., 0] / tokens[..., 0]
     elif settings.loss == "apo_zero":
         loss = 1 - jax.nn.sigmoid(rewards[..., 0]) + jax.nn.sigmoid(rewards[..., 1])
     else:
@@ -92,7 +97,7 @@ def preference(settings: DpoSettings, policy: Any, reference: Any, tokens: Any) 
 
 
 def dpo_loss(settings: DpoSettings) -> Loss:
-    """The loss of ``preference``; divided by the number of pairs.
+    """The loss of ``preference``, times each pair's weight; divided by the number of pairs.
 
     To it comes nll_weight times the mean token NLL of the chosen reply (Pang et al. 2024). What rows weigh less than 1 counts
     less in every sum over a reply (LD-DPO, see ``evolve.pairs``). Targets on trunks are replay: their NLL is added, weighted
@@ -108,7 +113,7 @@ def dpo_loss(settings: DpoSettings) -> Loss:
         nll = -policy[..., 0] / tokens[..., 0]
 
         def total(x: Array) -> Array:
-            return jnp.sum(jnp.where(extra.valid, x, 0.0))
+            return jnp.sum(jnp.where(extra.weight > 0, x, 0.0))
 
         metrics = {
             "preference_loss": total(each),
@@ -123,6 +128,8 @@ def dpo_loss(settings: DpoSettings) -> Loss:
         replay = -jnp.sum(jnp.where(rows.branch == 0, rows.weight * logprobs, 0.0))
         if settings.replay_weight > 0:
             metrics["replay_nll"] = replay / settings.replay_weight
-        return Totals(total(each + settings.nll_weight * nll) + replay, total(jnp.ones_like(margin)), metrics)
+        return Totals(
+            total(extra.weight * (each + settings.nll_weight * nll)) + replay, total(jnp.ones_like(margin)), metrics
+        )
 
     return loss

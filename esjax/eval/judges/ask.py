@@ -7,14 +7,17 @@ from pathlib import Path
 
 import numpy as np
 
+from esjax.corpus.dialogue import Message
 from esjax.errors import InputError
 from esjax.eval.judges.judge import Answer, Judge, Kept, Question, conversation, rendered
+from esjax.eval.judges.open import open_judge
 from esjax.eval.metrics.judged import DISCREPANCY, FAULTS, LENGTH_CONTROLLED, PAIRS, RUBRICS, UNHELPFUL
 from esjax.eval.replies import Reply
 from esjax.eval.results import Value, over, reply_values, sampled_values
 from esjax.run.progress import say
 from esjax.runtime.context import current
 from esjax.settings.files import bundled
+from esjax.settings.schema import Config
 
 LETTERS, DIGITS, YES_NO, KINDS = ("A", "B", "C"), tuple("012345"), ("Y", "N"), tuple("ABCDEF")
 FILES = ("pairwise", *RUBRICS, *FAULTS, "wanted", "offered")
@@ -139,14 +142,7 @@ def length_controlled(wins: np.ndarray, lengths: np.ndarray) -> float:
 
 
 def _about(folder: Path, file: str, choices: tuple[str, ...], replies: Sequence[Reply]) -> list[Question]:
-    return [
-        Question(
-            rendered(folder, file, conversation=conversation(r.messages), reply=r.text or "-"),
-            choices,
-            (r.seeker, r.text),
-        )
-        for r in replies
-    ]
+    return [_question(folder, file, choices, list(r.messages), r.text) for r in replies]
 
 
 def rubrics(ask: Ask, folder: Path, name: str, replies: Sequence[Reply]) -> list[Value]:
@@ -186,3 +182,38 @@ def discrepancy(ask: Ask, folder: Path, name: str, replies: Sequence[Reply]) -> 
         for w, o in zip(*sides, strict=True)
     ]
     return reply_values(name, DISCREPANCY.name, replies, np.asarray(each))
+
+
+MARKS = ("helpfulness", "personalisation")  # whose mean is a reply's mark in a round of the method
+
+
+def rater(c: Config) -> Callable[[Sequence[tuple[list[Message], str]]], np.ndarray] | None:
+    """Who marks replies in the rounds of the method, 0 to 5, NaN where there was no verdict; None where nobody is asked.
+
+    The judge is opened when it is first asked. Raises InputError, then, where there is none.
+    """
+    if not (c.dpo.pair_weights == "judge" or (c.evolve.compares and c.evolve.measure == "judge")):
+        return None
+    folder, judges = prompts_folder(c.eval.judge.prompts), list[Judge]()
+
+    def rate(replies: Sequence[tuple[list[Message], str]]) -> np.ndarray:
+        judges[:] = judges or [open_judge(c.eval.judge)]
+        if judges[0].alone and not current().processes.writer:
+            return np.full(len(replies), np.nan)  # the first process writes what it is told, and all read that
+        kept, marks = Kept(judges[0]), []
+        for rubric in MARKS:
+            questions = [_question(folder, rubric, DIGITS, chat, text) for chat, text in replies]
+            shares = [x.shares for x in kept.answers(questions, f"judge: {rubric}")]
+            marks.append([np.nan if s is None else float(np.dot(s, range(6))) for s in shares])
+        kept.say_cost()
+        made: np.ndarray = np.mean(marks, axis=0)
+        return made
+
+    return rate
+
+
+def _question(folder: Path, file: str, choices: tuple[str, ...], chat: list[Message], reply: str) -> Question:
+    seeker = " ".join(m["content"] for m in chat if m["role"] == "user")
+    return Question(
+        rendered(folder, file, conversation=conversation(chat), reply=reply or "-"), choices, (seeker, reply)
+    )
