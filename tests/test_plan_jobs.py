@@ -153,7 +153,7 @@ FREE = {
     r"\[1\]\.values\[\d+\]": (2,),
     r"\[2\]\.(since|until|slot_position)": (1,),  # slots of a row
     r"\[3\]\.constraint\.(next|cost|part|most|least)": (0,),  # its states
-    r"\[4\]\.(reference|valid)": (1, 2),  # examples of a row, pairs of an example
+    r"\[4\]\.(reference|weight)": (1, 2),  # examples of a row, pairs of an example
 }
 
 
@@ -210,7 +210,8 @@ def test_scoring_is_planned_for_its_largest_batch(run: Log, planned: Planned) ->
     others = [c for c in run.calls["score"] if faults(plan, c)]
     assert same
     assert all(c.static == plan.static for c in same)
-    assert {tokens(c) for c in others} == {2 * 640}
+    assert max(tokens(c) for c in others) == 2 * 640
+    assert min(tokens(c) for c in others) < 2 * 640  # specificity: fewer rows, each with all replies to a context
     assert tokens(plan) == 2 * 768
     assert all(c.static != plan.static for c in others)  # they have branches
 

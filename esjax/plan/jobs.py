@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from esjax.evolve.reflect import FIELDS
+from esjax.evolve.reflect import FIELDS, Instructions
 from esjax.evolve.replies import Lengths, sampling_need
 from esjax.model.cache import Chunk, cache_shapes
 from esjax.model.decoder import Decoder, Execution
@@ -27,7 +27,6 @@ from esjax.sample.constrain import free
 from esjax.sample.decode import Asked, idle_lanes
 from esjax.sample.score import SCORE
 from esjax.sample.shapes import Need, Shapes, shapes
-from esjax.settings.files import read_text
 from esjax.settings.schema import Config, DpoSettings, OptimSettings
 from esjax.train.losses import Pairs, dpo_loss, sft_loss
 from esjax.train.optim import optimiser
@@ -157,8 +156,11 @@ def sampler_shapes(config: Config, platform: str) -> Shapes:
 
     Contexts of the closing table may be longer than a round's rows; then rows grow for them and what they do not share.
     """
-    p, e = config.prompts, config.evolve
-    asked = {name: _tokens(read_text(getattr(p, name))) for name in ("principles", "reflect", "refine")}
+    e, ask = config.evolve, Instructions.load(config)
+    blank = dict.fromkeys(FIELDS, "") if e.reflects else {}
+    texts = {"principles": ask.principles, "reflect": ask.reflect.render()}
+    texts["refine"] = ask.refine.render(**blank, **({"draft": ""} if e.show_draft else {}))
+    asked = {name: _tokens(text) for name, text in texts.items()}
     labels = _tokens("\n".join(f"{label} {opening}" for label, opening in FIELDS.values()))
     drawn = len(FIELDS) * e.reflection.field_tokens
     reflect, refine = asked["principles"] + asked["reflect"], asked["principles"] + asked["refine"]
