@@ -77,7 +77,7 @@ class Run:
         return float(next(r["value"] for r in self.records if (r["metric"], r["model"]) == (metric, model)))
 
 
-def evolve(config: Config, run_dir: str | Path) -> Run:
+def evolve(config: Config, run_dir: str | Path, shared: str | Path | None = None) -> Run:
     """Run the whole method: phase 1 (M_0), all rounds of phase 2 (M_1, M_2, ...), and the comparison of the models.
 
     Resumable: stages that the run directory holds are not made again, and a stage that was interrupted goes on.
@@ -85,6 +85,8 @@ def evolve(config: Config, run_dir: str | Path) -> Run:
     Args:
         config: the settings, as ``load_config`` gives them.
         run_dir: a folder, made where it is not there, or a bucket's URL (gs://BUCKET/RUN).
+        shared: a folder with finished stages: those that other runs with the same settings and data made are taken from it,
+            and those that are made here are put into it.
 
     Raises:
         InputError: files, settings or a run directory that do not fit; nothing was trained then.
@@ -103,7 +105,7 @@ def evolve(config: Config, run_dir: str | Path) -> Run:
     from esjax.run.progress import say
     from esjax.runtime.programs import summary
 
-    with _opened(config, run_dir) as (experiment, run):
+    with _opened(config, run_dir, shared) as (experiment, run):
         preflight.check_evolve(experiment, run)
         check(experiment)
         rounds.evolve(experiment, run, rater(config))
@@ -223,11 +225,15 @@ def stop_on_sigterm() -> Iterator[None]:
 
 
 @contextmanager
-def _opened(config: Config, run_dir: str | Path) -> Iterator[tuple[Experiment, RunDir]]:
+def _opened(
+    config: Config, run_dir: str | Path, shared: str | Path | None = None
+) -> Iterator[tuple[Experiment, RunDir]]:
     """An experiment and its run directory, on all devices. Raises InputError, TransientError."""
     from esjax.corpus.sources import content
     from esjax.evolve.experiment import Experiment
     from esjax.run.directory import RunDir
+    from esjax.run.shared import Shared
 
-    with devices(config), RunDir(run_dir, config, content) as run:
+    kept = None if shared is None else Shared(Path(shared))
+    with devices(config), RunDir(run_dir, config, content, kept) as run:
         yield Experiment.open(config), run

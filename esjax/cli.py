@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 import sys
 import traceback
@@ -12,20 +11,21 @@ from typing import NoReturn
 
 from esjax import api, evaluations
 from esjax.errors import InputError, RunError, is_full_disk, outcome
-from esjax.evolve.models import FIXED, backbone_settings, is_adapter, run_settings, start_settings
+from esjax.evolve.models import backbone_settings, is_adapter, run_settings, start_settings
 from esjax.opened import Model, prepare_jax
-from esjax.options import EVALUATED, build, read_by
+from esjax.options import EVALUATED
+from esjax.parser import build, check_names, check_read
 from esjax.runtime.context import current, open_runtime
-from esjax.settings.files import Overrides, keys, similar
+from esjax.settings.files import Overrides
 from esjax.settings.schema import Config
 
 # The commands that go on from what a killed one finished.
-CONTINUES = ("evolve", "sft", "dpo", "sample", "score", "eval")
+CONTINUES = ("evolve", "sft", "dpo", "sample", "score", "eval", "study")
 
 
 def evolve(args: argparse.Namespace, given: Overrides) -> None:
     """Run the whole method: phase 1, all rounds of phase 2, and the closing table. Resumable: run it again after a kill."""
-    _print(*api.evolve(_config(given, _adapter(args)), args.run_dir).tables())
+    _print(*api.evolve(_config(given, _adapter(args)), args.run_dir, args.shared).tables())
 
 
 def sft(args: argparse.Namespace, given: Overrides) -> None:
@@ -160,6 +160,16 @@ def data(args: argparse.Namespace, given: Overrides) -> None:
             _print(f"no leaks between {' and '.join(args.sources)}", plain=True)
 
 
+def study(args: argparse.Namespace, given: Overrides) -> None:
+    """Many runs that differ in a few settings: plan, make or emit them, and collect, fit and report what came of them.
+
+    Runs that have a stage in common (M_0, a round's replies) share it. Resumable: run it again after a kill.
+    """
+    from esjax.study.command import study
+
+    study(args, given, _print)
+
+
 def bench(args: argparse.Namespace, given: Overrides) -> None:
     """Measure sampling and training on this machine: one JSON line a job, with random weights and a workload file's sizes.
 
@@ -231,7 +241,9 @@ def plan(args: argparse.Namespace, given: Overrides) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 1 the run failed, 2 bad input, 75 try again, 130 interrupted, 143 stopped by SIGTERM."""
-    parser, commands = build((evolve, sft, dpo, sample, score, eval, report, serve, chat, plan, bench, export, data))
+    parser, commands = build(
+        (evolve, sft, dpo, sample, score, eval, report, serve, chat, plan, bench, export, data, study)
+    )
     continues = True
     with open_runtime():
         try:
@@ -246,36 +258,14 @@ def main(argv: list[str] | None = None) -> None:
                 arguments = ["eval", "--judge-check", *arguments[2:]]
             args, overrides = parser.parse_known_args(arguments)
             continues = args.command in CONTINUES
-            _check_names(args.command, commands[args.command], overrides)
+            check_names(args.command, commands[args.command], overrides)
             _join(args)
             with current().processes.in_step():
                 given = Overrides.of(args.config, overrides)
-                _check_read(args, given)
+                check_read(args, given)
             args.function(args, given)
         except BaseException as error:
             _fail(error, continues)
-
-
-def _check_names(command: str, parser: argparse.ArgumentParser, overrides: list[str]) -> None:
-    """Refuse what is neither an option nor a setting, with what may have been meant. Raises InputError."""
-    options = [o for a in parser._actions for o in a.option_strings if o.startswith("--") and o != "--help"]
-    for word in overrides:
-        name = word.partition("=")[0]
-        if not word.startswith("--") or "." in name or name[2:].replace("-", "_") in keys(Config):
-            continue
-        close = difflib.get_close_matches(name, options, n=1, cutoff=0.7)
-        close = close or [f"--{key}" for key in similar(name[2:], read_by(command))]
-        hint = f"did you mean {' or '.join(close)}?" if close else f"see esjax {command} --help"
-        raise InputError(f"unknown option {name}: {hint}")
-
-
-def _check_read(args: argparse.Namespace, given: Overrides) -> None:
-    """Refuse a setting on the command line that the command does not read. Raises InputError."""
-    opens = args.command == "export" or getattr(args, "model", None) is not None
-    for key in sorted(given.single.keys() - {*read_by(args.command), *(FIXED if opens else ())}):
-        raise InputError(
-            f"--{key}: esjax {args.command} makes no use of it; `esjax {args.command} --help` lists what it reads"
-        )
 
 
 def _config(given: Overrides, model: str | None = None) -> Config:

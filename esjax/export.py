@@ -30,9 +30,9 @@ from esjax.hub.push import check_push, push
 from esjax.model.gguf_form import Described, describe, gguf_shapes, gguf_tensors
 from esjax.model.lora import Adapter, load_adapter, peft_tensors, save_adapter
 from esjax.model.weights import FLOAT32, Backbone, bind, load_backbone
-from esjax.run.directory import read_manifest
 from esjax.run.files import check_new, replacing, write_text
 from esjax.run.jsonl import json_text
+from esjax.run.manifest import read_manifest
 from esjax.run.progress import say
 from esjax.settings.schema import Sources
 from esjax.tokens.tokenizer import ChatTokenizer

@@ -1,20 +1,12 @@
-"""The command line's options, command by command, and the parser made of them."""
+"""The command line's options, command by command, and the settings that each reads."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from esjax import __version__
 from esjax.errors import InputError
-from esjax.evolve.models import BENCH, CHAT, DATA, EVAL, EXPORT, SAMPLE, SCORE, SERVE, uses
-from esjax.settings.files import Overrides, keys
-from esjax.settings.schema import Config
+from esjax.evolve.models import BENCH, CHAT, DATA, EVAL, EXPORT, SAMPLE, SCORE, SERVE
 
 Option = tuple[str, dict[str, Any]]
 
@@ -67,7 +59,16 @@ GUARD = (
     _given("--locale", "NAME", "whose help: a name in esjax/safety/resources.yaml, such as en-GB", default="default"),
 )
 OPTIONS: dict[str, tuple[Option, ...]] = {
-    "evolve": (RUN_DIR, START, *SEVERAL),
+    "evolve": (
+        RUN_DIR,
+        START,
+        _given(
+            "--shared",
+            "DIR",
+            "take stages from there that another run has made of the same, and put those made here into it",
+        ),
+        *SEVERAL,
+    ),
     "sft": (RUN_DIR, START, *SEVERAL),
     "dpo": (
         RUN_DIR,
@@ -141,6 +142,32 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         _given("--programs", "A,B", "which of them", default="prefill,decode,score,sft,dpo"),
         _number("--tries", "changes to try where something does not fit", 6),
         _switch("--json", "one JSON object instead of a table"),
+    ),
+    "study": (
+        (
+            "action",
+            {
+                "choices": ("plan", "run", "emit", "collect", "fit", "report"),
+                "help": "what its runs need; make them here; jobs for elsewhere; one table of all; curves; a page",
+            },
+        ),
+        ("file", {"metavar": "FILE", "help": "the study: a base config, what varies, seeds", "type": _path}),
+        _given("--folder", "DIR", "where its runs lie; runs/NAME, by the file's name, when left out", type=_path),
+        _given("--topology", "NAME", "plan: TPUs such as v5e:4x4, or GPUs such as h100:8; else those at hand"),
+        (
+            "--for",
+            {
+                "choices": ("shell", "slurm", "submitit", "skypilot"),
+                "help": "emit: what the jobs are for",
+                "dest": "target",
+            },
+        ),
+        _given("--out", "FILE", "emit: what to write; report: the page; fit: the table as JSON", type=_path),
+        _given("--x", "METRIC", "fit: what quality is a function of, such as flops, tokens, parameters or pairs_kept"),
+        _given("--y", "METRIC", "fit: what quality is, such as perplexity or specificity"),
+        _given("--curve", "NAME", "fit: power (with an offset) or saturating; both when left out"),
+        _given("--at", "X", "fit: read the curve there, at most 4 times as far as the data go", type=float),
+        _switch("--far", "fit: read it farther than that"),
     ),
     "bench": (
         _given("--profile", "NAME", "a profile of the workload file: gpu, cpu, tiny or 8b", default="cpu"),
@@ -260,74 +287,7 @@ READ = {
     "data": DATA,
     "eval": EVAL,
     "report": (),
+    "study": (),
     "serve": SERVE,
     "chat": CHAT,
 }
-
-
-def read_by(command: str) -> list[str]:
-    """The settings that a command makes use of, by dotted name."""
-    return [key for key in keys(Config) if uses(READ.get(command, (key,)), key)]
-
-
-class Parser(argparse.ArgumentParser):
-    """Bad options are an InputError."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see {self.prog} --help")
-
-
-class _Help(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog: str) -> None:
-        super().__init__(
-            prog, max_help_position=30, width=min(120, os.get_terminal_size().columns if sys.stdout.isatty() else 120)
-        )
-
-
-def build(
-    functions: Sequence[Callable[[argparse.Namespace, Overrides], None]],
-) -> tuple[Parser, dict[str, Parser]]:
-    """The parser of the commands, whose functions' docstrings are their help, and each command's own."""
-    parser = Parser(
-        prog="esjax",
-        description="Teaches language models personal emotional support by self-evolution.",
-        formatter_class=_Help,
-    )
-    parser.add_argument("--version", action="version", version=f"esjax {__version__}")
-    sub = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    commands: dict[str, Parser] = {}
-    for function in functions:
-        text = (function.__doc__ or "").strip()
-        p = sub.add_parser(
-            function.__name__,
-            help=text.split(":")[0],
-            description=text,
-            epilog=_settings_help(function.__name__),
-            formatter_class=_Help,
-            allow_abbrev=False,
-        )
-        for name, how in OPTIONS[function.__name__]:
-            p.add_argument(name, **how)
-        p.add_argument("--config", metavar="FILE", help="YAML config; the quickstart's when left out")
-        p.set_defaults(function=function)
-        commands[function.__name__] = p
-    return parser, commands
-
-
-def _settings_help(command: str) -> str:
-    """The settings that a command reads, with type, default and meaning, from the one place where they are defined."""
-    lines = ["settings (in the config file, or as --section.key value):"]
-    known = keys(Config)
-    for name in read_by(command):
-        kind, default, text = known[name]
-        if kind == "list":
-            kind, default = "A,B,...", ",".join(default)
-        elif "|" in kind and "|null" not in kind and "list" not in kind:
-            kind = "{" + kind.replace("|", ",") + "}"
-        else:
-            kind = kind.upper().replace("|NULL", "|null")
-        if default is None or isinstance(default, bool):
-            default = json.dumps(default)
-        shown = "required" if repr(default) == "PydanticUndefined" else f"default {default}"
-        lines += [f"  --{name} {kind}  ({shown})", "      " + text.replace("\n", "\n      ")]
-    return "\n".join(lines)

@@ -29,10 +29,11 @@ from esjax.hub.identity import identity
 from esjax.model.lora import Adapter
 from esjax.rows import Rows
 from esjax.run import buckets
-from esjax.run.directory import RunDir, bundled_hash, check_base, read_manifest
+from esjax.run.directory import RunDir, bundled_hash
 from esjax.run.files import publish_text, replacing, sha256
 from esjax.run.journal import gather
 from esjax.run.jsonl import json_text, read_jsonl
+from esjax.run.manifest import check_base, read_manifest
 from esjax.run.progress import progress
 from esjax.runtime.context import current
 from esjax.runtime.mesh import rows_at_once

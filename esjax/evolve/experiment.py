@@ -25,8 +25,8 @@ from esjax.hub.shards import ShardReader
 from esjax.model.families import read_architecture
 from esjax.model.lora import Adapter, lora_from, place_adapter, read_peft
 from esjax.model.weights import FLOAT32, Backbone, Choice, compute_dtype, load_backbone, read_weights
-from esjax.run.directory import check_base, check_made, read_manifest
 from esjax.run.files import sha256
+from esjax.run.manifest import check_base, check_made, read_manifest
 from esjax.run.progress import say
 from esjax.sample.compiled import SamplingPrograms, sampling_programs
 from esjax.sample.constrain import START, Template, drawable

@@ -63,7 +63,7 @@ def sft(experiment: Experiment, run: RunDir) -> None:
         phase = _sft_phase(experiment, run.path / "sft", examples)
         phase = replace(phase, validate=validate, validate_every=c.sft.validate_every)
         _save(experiment, place, train(phase, experiment.backbone, first))
-        return facts
+        return facts | experiment.backbone.sizes | {"tokens": _tokens(examples) * c.sft.epochs}
 
     place = run.path / "sft" / KEPT_AS[c.train.what]
     run.stage("sft", [place], inputs, work, ("seed", "model", "train", "lora", "data", "screen", "sft"))
@@ -91,7 +91,11 @@ def sft_on(
     rows, facts = examples()
     trained = train(_sft_phase(experiment, folder, rows), experiment.backbone, start())
     _save(experiment, folder / KEPT_AS[experiment.config.train.what], trained)
-    return facts
+    return facts | {"tokens": _tokens(rows) * experiment.config.sft.epochs}
+
+
+def _tokens(examples: Sequence[Rows]) -> int:
+    return sum(len(e.tokens) for e in examples)
 
 
 class Start(NamedTuple):
@@ -139,6 +143,7 @@ def dpo(experiment: Experiment, run: RunDir, pairs: Path, name: str, start: Star
         if best is not None:
             best.forget()
         facts: Row = {"pairs": len(rows), "trunks": len(shared)} | ({"held_out": len(held)} if held else {})
+        facts["tokens"] = _tokens([t.rows for t in shared]) * c.epochs
         found = alarms(read_jsonl(folder / "metrics.jsonl"), length_ratio(rows))
         for alarm in found:
             say(f"  {name}: {alarm}")

@@ -66,6 +66,14 @@ class Backbone:
         return adapter if self.start is None else cast(Adapter, COMPUTED(adapter, self.dtype))
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """Numbers that the model has without an adapter (``parameters``), and those that are trained (``trained``)."""
+        plain = replace(self.arch, kernels="plain")
+        whole = nnx.eval_shape(lambda: nnx.state(Decoder(plain, None, self.dtype, nnx.Rngs(params=0)), nnx.Param))
+        count = {"parameters": whole, "trained": self.adapter_shapes}
+        return {name: sum(math.prod(x.shape) for x in jax.tree.leaves(tree)) for name, tree in count.items()}
+
+    @property
     def trained_dtype(self) -> jnp.dtype | None:
         """The dtype of the copy of the trained parameters that a step computes with; None where it needs none."""
         return None if self.start is None or self.dtype == FLOAT32 else self.dtype

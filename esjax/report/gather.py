@@ -13,8 +13,8 @@ from esjax.corpus.dialogue import Dialogue
 from esjax.corpus.sources import read
 from esjax.errors import InputError, TransientError
 from esjax.eval.results import read_parquet
-from esjax.run.directory import read_manifest
 from esjax.run.jsonl import read_jsonl
+from esjax.run.manifest import read_manifest
 from esjax.settings.files import flat, load
 from esjax.settings.schema import Config
 

@@ -7,30 +7,25 @@ alone, so a killed and resumed run ends with the same bytes as an undisturbed on
 from __future__ import annotations
 
 import fcntl
-import json
 import os
-import platform
-import resource
-import sys
 import time
 from collections.abc import Callable
 from functools import reduce
-from importlib.metadata import version
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, Literal, Self
-
-from pydantic import BaseModel, Field, model_validator
+from typing import Any
 
 from esjax.errors import InputError, TransientError
 from esjax.run import buckets
 from esjax.run.files import publish_text, sha256, write_text
 from esjax.run.jsonl import json_text
+from esjax.run.manifest import check_base, check_made, peak_memory, read_manifest, versions
 from esjax.run.progress import say
+from esjax.run.shared import Shared
 from esjax.runtime.context import current
-from esjax.settings.files import bundled, dump, load
+from esjax.settings.files import bundled, dump, flat, load
 from esjax.settings.identity import changes, differing, marked
-from esjax.settings.schema import CONTENT, Config
+from esjax.settings.schema import CONTENT, EXECUTION, Config
 
 
 class RunDir:
@@ -40,9 +35,16 @@ class RunDir:
     then on it keeps what defines the result of whatever was made in it, see ``_check_config``.
     """
 
-    def __init__(self, place: str | Path, config: Config, content: Callable[[Config, str], str] | None = None) -> None:
+    def __init__(
+        self,
+        place: str | Path,
+        config: Config,
+        content: Callable[[Config, str], str] | None = None,
+        shared: Shared | None = None,
+    ) -> None:
         """``place`` is a folder that all hosts share, or an address such as gs://BUCKET/RUN; ``content`` hashes what a setting
-        names."""
+        names; ``shared`` keeps stages that other runs have in common with this one."""
+        self.shared = shared
         self.path, self.config, self._content = buckets.local(place), config, content or setting_hash
         self.manifest_path = self.path / "manifest.json"
         self.manifest: dict[str, Any] = {"stages": {}}
@@ -211,6 +213,11 @@ class RunDir:
             say(f"{name}: done before, {entry['seconds']:.0f} s then")
             return
         self._claim()
+        kept = self._kept_as(name, inputs, settings)
+        if kept is not None and self.shared is not None and (found := self.shared.take(kept, self.path)):
+            self._record(name, found | {"shared": True})
+            say(f"{name}: taken from another run that made the same")
+            return
         say(f"{name}: started")
         places = [p.relative_to(self.path).as_posix() for p in outputs]
         facts: dict[str, Any] = {"inputs": inputs, "settings": list(settings)}
@@ -226,6 +233,21 @@ class RunDir:
         hashes = {place: sha256(output) for place, output in zip(places, outputs, strict=True)}
         spent = {"seconds": seconds, "peak_gib": peak_memory(), "versions": versions()}
         self._record(name, {"status": "done", **spent, **facts, "outputs": hashes})
+        if kept is not None and self.shared is not None:
+            self.shared.keep(kept, self.path, outputs, self.manifest["stages"][name])
+
+    def _kept_as(self, name: str, inputs: dict[str, str], settings: tuple[str, ...]) -> str | None:
+        """What a stage is shared under; None where it is not: nothing is shared, or this run has begun it already."""
+        if self.shared is None or self.made(name):
+            return None
+        execution, content = marked(Config, EXECUTION), marked(Config, CONTENT)
+        asked = {
+            key: value
+            for key, value in flat(self.config.model_dump(mode="json"))
+            if (not settings or any(key == s or key.startswith(f"{s}.") for s in settings))
+            and key not in execution | content
+        }
+        return self.shared.key(name, inputs, asked, self.manifest.get("base", {}))
 
     def _claim(self) -> None:
         """Write down the config as it is now; later commands take the run's settings from there."""
@@ -260,78 +282,6 @@ class RunDir:
     def _record(self, name: str, entry: dict[str, Any]) -> None:
         self.manifest["stages"][name] = entry
         publish_text(self.manifest_path, json_text(self.manifest, indent=1) + "\n")
-
-
-class _Stage(BaseModel):
-    """What the manifest says of a stage; facts of its own beside it."""
-
-    status: Literal["started", "done"]
-    inputs: dict[str, str]
-    seconds: float = 0.0
-    settings: list[str] = []
-    makes: list[str] = Field(["-"], min_length=1)
-    outputs: dict[str, str] = {}
-
-    @model_validator(mode="after")
-    def _timed(self) -> Self:
-        if self.status == "done" and "seconds" not in self.model_fields_set:
-            raise ValueError("a stage that is done says how long it took")
-        return self
-
-
-class _Manifest(BaseModel):
-    stages: dict[str, _Stage]
-    base: dict[str, str] = {}
-    revision: str | None = None
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a run directory; an empty one where there is none. Raises InputError when it is damaged."""
-    file = path / "manifest.json"
-    if not file.exists():
-        return {"stages": {}}
-    try:
-        text = file.read_text(encoding="utf-8")
-        _Manifest.model_validate_json(text)
-        manifest: dict[str, Any] = json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"{file}: not a manifest; restore it or choose another --run-dir") from e
-    return manifest
-
-
-def check_base(path: Path, manifest: dict[str, Any], base: dict[str, str]) -> None:
-    """Raise InputError unless a backbone's files have the hashes of the one that a run was begun with."""
-    then = manifest.get("base", base)  # older runs did not say
-    changed = [name for name in sorted({*then, *base}) if then.get(name) != base.get(name)]
-    if changed:
-        then_at = manifest.get("revision")
-        named = f"name its commit (model.source=hf:ORG/NAME@{then_at})" if then_at else "restore the files"
-        raise InputError(
-            f"{path}: this run was made with another backbone; differing: {', '.join(changed)}; {named}, name a "
-            "model.source with the same ones, or choose another --run-dir"
-        )
-
-
-def check_made(path: Path, name: str, entry: dict[str, Any]) -> None:
-    """Raise InputError when something that a finished stage made is not what it was."""
-    for place, digest in entry.get("outputs", {}).items():
-        if (path / place).exists() and sha256(path / place) != digest:
-            raise InputError(
-                f"{path / place}: changed since stage {name} made it; restore it or choose another --run-dir"
-            )
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    return {"python": platform.python_version()} | {
-        p: version(p) for p in ("esjax", "jax", "flax", "optax", "transformers")
-    }
-
-
-def peak_memory() -> float:
-    """The most memory that this process has had so far on its machine, in GiB."""
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(most / (1 << 30 if sys.platform == "darwin" else 1 << 20), 2)
 
 
 def setting_hash(config: Config, key: str) -> str:

@@ -82,7 +82,7 @@ class Overrides:
         """All settings that were asked for, by dotted name; without a file nobody asked for the quickstart's."""
         if not self.file:
             return dict(self.single)
-        tree = _tree(self.file)
+        tree = read_yaml(self.file)
         _put_all(tree, self.single)
         return dict(flat(tree))
 
@@ -100,7 +100,7 @@ def load(file: str | None, overrides: Sequence[str] | Mapping[str, Any] = (), to
     Raises InputError, one line, on any unknown key, wrong type or out-of-range value.
     """
     where = file or DEFAULT
-    tree = _tree(where)
+    tree = read_yaml(where)
     _put_all(tree, _by_name(overrides))
     return _checked(tree, together, f"(in {where}, or given over it)")
 
@@ -150,7 +150,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _tree(where: str) -> dict[str, Any]:
+def read_yaml(where: str) -> dict[str, Any]:
     """The mapping in a YAML file. Raises InputError."""
     try:
         tree = yaml.load(read_text(where), Loader=_Loader)

@@ -1,0 +1,177 @@
+"""What a study needs before anything runs: FLOPs, memory and the least hours of each run, by compiling its programs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from rich.table import Table
+
+from esjax.corpus.sources import read
+from esjax.model.families import Architecture
+from esjax.opened import prepare_jax
+from esjax.plan.jobs import NAMES, sampler_shapes
+from esjax.plan.measure import Needs
+from esjax.plan.report import Hardware
+from esjax.plan.report import plan as plan_programs
+from esjax.plan.shape import shape_of
+from esjax.run.progress import say
+from esjax.runtime.mesh import AXES, make_mesh, mesh_shape
+from esjax.settings.schema import Config
+from esjax.study.emit import leaders
+from esjax.study.spec import Cell, Study
+
+BYTES, MESSAGE = (
+    4,
+    8,
+)  # of text a token, as of English with a large vocabulary; tokens that a template writes around a message
+FULL = 0.9  # of a packed row
+# What programs' shapes follow from.
+SHAPED_BY = ("model", "mesh", "train", "lora", "sft", "dpo", "evolve", "reply", "prompts")
+
+
+class Texts(NamedTuple):
+    """Tokens of a corpus, estimated."""
+
+    dialogues: int  # of all of them
+    contexts: int  # how many there are
+    context: float  # tokens of one, on average, cut to the room that it has
+
+
+class Cost(NamedTuple):
+    """What one run needs."""
+
+    flops: dict[str, float]  # by phase: sft, rounds, evaluation
+    seconds: dict[str, float] | None  # the least, at stated rates; None where a rate is not known
+    memory: float  # GiB of a device, of the largest program
+    fits: bool
+
+    @property
+    def hours(self) -> float | None:
+        """All of them."""
+        return None if self.seconds is None else sum(self.seconds.values()) / 3600
+
+
+def texts(config: Config, name: str, room: int) -> Texts:
+    """Of data.train or data.test."""
+    source = getattr(config.data, name)
+    dialogues = read(source, config.data.format, config.seed).dialogues
+    total, sizes = 0, []
+    for d in dialogues:
+        so_far = 0
+        for turn in d.turns:
+            if turn.role == "supporter":
+                sizes.append(min(so_far, room))
+            so_far += len(turn.text.encode()) // BYTES + MESSAGE
+        total += min(so_far, config.data.window)
+    return Texts(total, len(sizes), sum(sizes) / max(1, len(sizes)))
+
+
+def steps(config: Config, platform: str, devices: int) -> dict[str, dict[str, float]]:
+    """How often each program runs, by phase."""
+    e, reply, rounds = config.evolve, config.reply, config.evolve.rounds
+    train, test = (
+        texts(config, "train", config.context_room),
+        texts(config, "test", config.data.window - config.reply.max_tokens),
+    )
+    contexts = min(e.contexts_per_round or train.contexts, train.contexts)
+    asked = min(reply.max_contexts or test.contexts, test.contexts)
+    reflection = 3 * e.reflection.field_tokens if e.reflects else 0
+    drawn = e.drafts * e.draft.max_tokens + reflection + (e.refinements * e.refinement.max_tokens if e.refines else 0)
+    asks = 1 + e.reflects + e.refines  # prompts of a context, each its own tokens at most
+    pair = train.context + 2 * e.refinement.max_tokens
+    shapes = sampler_shapes(config, platform)
+    chunk = shapes.windows * shapes.width * devices
+    sft, dpo = ((s.batch_rows * s.row_length * FULL) for s in (config.sft, config.dpo))
+    sft_tokens = train.dialogues / (1 - config.data.replay_share)
+    models = rounds + 1 + config.eval.backbone
+    scoring = max(config.sft.micro_rows * config.sft.row_length, config.dpo.micro_rows * config.dpo.row_length) * FULL
+    return {
+        "sft": {"sft": math.ceil(sft_tokens / sft) * config.sft.epochs},
+        "rounds": {
+            "prefill": rounds * math.ceil(contexts * asks * train.context / chunk),
+            "decode": rounds * math.ceil(contexts * drawn / e.batch),
+            "score": rounds * math.ceil(contexts * pair / scoring),
+            "dpo": rounds * math.ceil(contexts * pair / dpo) * config.dpo.epochs,
+        },
+        "evaluation": {
+            "prefill": models * math.ceil(asked * test.context / chunk),
+            "decode": models * math.ceil(asked * reply.max_tokens / e.batch),
+            "score": models * math.ceil(test.dialogues / scoring),
+        },
+    }
+
+
+def cost(config: Config, needs: Sequence[Needs], hardware: Hardware) -> Cost:
+    """What a run needs, by what each of its programs does."""
+    by_name, devices = {n.name: n for n in needs}, len(hardware.devices)
+    mesh = make_mesh(hardware.devices, mesh_shape(config.mesh, devices))
+    groups = math.prod(mesh.shape[axis] for axis in AXES[:2])
+    import jax
+
+    with jax.set_mesh(mesh):
+        counts = steps(config, hardware.platform, groups)
+    flops = {phase: sum(n * by_name[p].flops * devices for p, n in each.items()) for phase, each in counts.items()}
+    known = all(n.seconds is not None for n in needs)
+    seconds = {phase: sum(n * (by_name[p].seconds or 0.0) for p, n in each.items()) for phase, each in counts.items()}
+    return Cost(flops, seconds if known else None, max(n.total for n in needs), all(n.fits for n in needs))
+
+
+def plan(study: Study, topology: str | None) -> list[Table]:
+    """Tables of all runs and of what they sum up to. Programs of one shape are compiled once. Raises InputError."""
+    prepare_jax()
+    hardware = Hardware.of(topology, 1)
+    known: dict[str, list[Needs]] = {}
+    rows: dict[str, tuple[list[Cell], Cost, Architecture]] = {}
+    for cell in study.cells:
+        arch = shape_of(cell.shape, cell.config)
+        settings = cell.config.model_dump(mode="json")
+        asked = {name: settings[name] for name in SHAPED_BY} | {"window": cell.config.data.window, "rounds": 0}
+        asked["model"] = {k: v for k, v in asked["model"].items() if k not in ("source", "sha256")}
+        key = json.dumps([repr(arch), asked], sort_keys=True)
+        label = ", ".join(f"{a} {v}" for a, v in cell.labels.items()) or study.name
+        if label in rows:
+            rows[label][0].append(cell)
+            continue
+        if key not in known:
+            say(f"compiling for {hardware.name}: {label}")
+            known[key] = list(plan_programs(cell.config, arch, hardware, NAMES))
+        rows[label] = ([cell], cost(cell.config, known[key], hardware), arch)
+    return [_runs(study, hardware, rows), _total(study, rows)]
+
+
+def _runs(study: Study, hardware: Hardware, rows: dict[str, tuple[list[Cell], Cost, Architecture]]) -> Table:
+    made = Table(title=f"{study.name} on {hardware.name}: what each run needs, at the least", title_justify="left")
+    for column in ("runs", "model", "seeds", "FLOPs: SFT", "rounds", "evaluation", "GiB a device", "fits", "hours"):
+        made.add_column(column, overflow="fold")
+    for label, (cells, c, arch) in rows.items():
+        model = f"{arch.family}, {arch.layers} layers of {arch.width}"
+        flops = [f"{c.flops[phase]:.2g}" for phase in ("sft", "rounds", "evaluation")]
+        hours = "rates not known" if c.hours is None else f"{c.hours:.3g}"
+        made.add_row(label, model, str(len(cells)), *flops, f"{c.memory:.3g}", "yes" if c.fits else "no", hours)
+    made.caption = (
+        "Hours are the longest of FLOPs, memory and network at stated rates, for replies of full length; tokens are estimated at "
+        f"{BYTES} bytes. `esjax plan` shows a run's programs one by one."
+    )
+    return made
+
+
+def _total(study: Study, rows: dict[str, tuple[list[Cell], Cost, Architecture]]) -> Table:
+    """All runs, with every M_0 made once."""
+    costs = {cell.name: c for cells, c, _ in rows.values() for cell in cells}
+    first, rest = leaders(study.cells)
+    flops: Counter[str] = Counter()
+    hours: Any = 0.0
+    for cell in study.cells:
+        c, shared = costs[cell.name], cell in rest
+        flops.update({phase: int(x) for phase, x in c.flops.items() if not (shared and phase == "sft")})
+        spent = None if c.seconds is None else {k: v for k, v in c.seconds.items() if not (shared and k == "sft")}
+        hours = None if hours is None or spent is None else hours + sum(spent.values()) / 3600
+    made = Table(title=f"all {len(study.cells)} runs, with {len(first)} M_0 made once each", title_justify="left")
+    for column in ("FLOPs", "hours one after the other"):
+        made.add_column(column)
+    made.add_row(f"{sum(flops.values()):.3g}", "rates not known" if hours is None else f"{hours:.3g}")
+    return made

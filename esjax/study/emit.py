@@ -1,0 +1,202 @@
+"""A study as jobs for elsewhere: plain commands, a Slurm array, submitit, or managed jobs of SkyPilot.
+
+Retries and queues are theirs. A run that is killed goes on when its command is given again.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+from esjax.errors import InputError
+from esjax.run.files import check_new, write_text
+from esjax.settings.files import dump, flat
+from esjax.study.make import SHARED, run_folder
+from esjax.study.spec import Cell, Study
+
+M0_SECTIONS = ("seed", "model", "train", "lora", "data", "screen", "sft", "prompts.system")  # what M_0 hangs on
+TARGETS = ("shell", "slurm", "submitit", "skypilot")
+
+SLURM = """#!/usr/bin/env bash
+#SBATCH --job-name={name}
+#SBATCH --array=0-{last}
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --gpus-per-node=1
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --output={logs}/%x-%a.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:TERM@120
+# {count} runs of the study {study}, one a task of the array, on one GPU each; change the lines above as the cluster wants it.
+set -euo pipefail
+mapfile -t commands <<'COMMANDS'
+{commands}
+COMMANDS
+bash -c "exec ${{commands[SLURM_ARRAY_TASK_ID]}}" &
+pid=$!
+trap 'kill -TERM $pid' TERM  # two minutes before the time limit; the run saves and ends with 143
+code=0
+wait $pid || code=$?
+while kill -0 $pid 2>/dev/null; do wait $pid || code=$?; done
+if ((code == 143 || code == 75)); then scontrol requeue "$SLURM_JOB_ID"; fi  # it goes on where it stopped
+exit $code
+"""
+SUBMITIT = '''"""Submits the study {study} through submitit: python submit.py (pip install submitit)."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import submitit
+
+HERE = Path(__file__).parent
+FIRST, REST = ((HERE / name).read_text().splitlines() for name in ("first.txt", "rest.txt"))
+
+
+class Run:
+    """One run; after a time limit or a preemption it goes on where it stopped."""
+
+    def __call__(self, command: str) -> None:
+        subprocess.run(command, shell=True, check=True)
+
+    def checkpoint(self, command: str) -> submitit.helpers.DelayedSubmission:
+        return submitit.helpers.DelayedSubmission(self, command)
+
+
+def main(cluster: str | None) -> None:
+    executor = submitit.AutoExecutor(folder={logs!r}, cluster=cluster)
+    executor.update_parameters(name={name!r}, timeout_min=24 * 60, gpus_per_node=1, cpus_per_task=8, nodes=1)
+    first = executor.map_array(Run(), FIRST)
+    if not REST:
+        return
+    if executor.cluster == "slurm":  # the others take what these have made
+        ids = ":".join(job.job_id.split("_")[0] for job in first[:1])
+        executor.update_parameters(slurm_additional_parameters={{"dependency": f"afterok:{{ids}}"}})
+    else:
+        for job in first:
+            job.result()
+    executor.map_array(Run(), REST)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else None)
+'''
+SKYPILOT = """# One run of the study {study}: {words}.
+name: {name}
+resources:
+  accelerators: H100:1
+  use_spot: true
+  job_recovery:
+    strategy: EAGER_NEXT_REGION
+    max_restarts_on_errors: 3
+num_nodes: 1
+# The runs of a study share stages: mount storage that all jobs see at the folder that the command names.
+setup: |
+  pip install 'esjax[cuda]'
+run: |
+  {command}
+"""
+
+
+def emit(study: Study, target: str | None, out: Path | None, show: Callable[..., None]) -> None:
+    """Write configs and jobs into a new folder, or print the plain commands where none is given. Raises InputError."""
+    if target is None:
+        target = "shell"
+    if out is None and target != "shell":
+        raise InputError(f"--for {target} writes files: give a new folder as --out")
+    folder = study.folder / "configs" if out is None else out / "configs"
+    if out is not None:
+        check_new(out, "folder")
+    for cell in study.cells:
+        write_text(folder / f"{cell.name}.yaml", f"# {study.name}: {cell.words}\n{dump(cell.config)}")
+    first, rest = ([command(study, cell, folder) for cell in part] for part in leaders(study.cells))
+    if out is None:
+        show("\n".join([*first, *rest]), plain=True)
+        return
+    write_text(out / "first.txt", "".join(f"{line}\n" for line in first))
+    write_text(out / "rest.txt", "".join(f"{line}\n" for line in rest))
+    submit = {"shell": _shell, "slurm": _slurm, "submitit": _submitit, "skypilot": _skypilot}[target](
+        study, out, first, rest
+    )
+    show(
+        f"{len(first) + len(rest)} jobs, of which {len(first)} come first, as others share their M_0; submit them: {submit}",
+        plain=True,
+    )
+
+
+def leaders(cells: list[Cell]) -> tuple[list[Cell], list[Cell]]:
+    """Of the cells with the same M_0 the first one, which makes it; and all others, which take it."""
+    first: dict[str, Cell] = {}
+    for cell in cells:
+        settings = flat(cell.config.model_dump(mode="json"))
+        shared = {k: v for k, v in settings if any(k == s or k.startswith(f"{s}.") for s in M0_SECTIONS)}
+        first.setdefault(repr(sorted(shared.items())), cell)
+    names = {cell.name for cell in first.values()}
+    return list(first.values()), [cell for cell in cells if cell.name not in names]
+
+
+def command(study: Study, cell: Cell, configs: Path) -> str:
+    """The plain command of a run, with absolute paths."""
+    places = {
+        "--config": configs / f"{cell.name}.yaml",
+        "--run-dir": run_folder(study, cell),
+        "--shared": study.folder / SHARED,
+    }
+    return shlex.join(
+        ["esjax", "evolve", *(word for option, p in places.items() for word in (option, str(p.absolute())))]
+    )
+
+
+def _shell(study: Study, out: Path, first: list[str], rest: list[str]) -> str:
+    lines = ["#!/usr/bin/env bash", "set -euo pipefail", *first, *rest]
+    write_text(out / "submit.sh", "\n".join(lines) + "\n")
+    return f"bash {out / 'submit.sh'}"
+
+
+def _slurm(study: Study, out: Path, first: list[str], rest: list[str]) -> str:
+    lines = [
+        "#!/usr/bin/env bash",
+        "set -euo pipefail",
+        'cd "$(dirname "$0")"',
+        "first=$(sbatch --parsable first.sbatch)",
+    ]
+    for name, commands in (("first", first), ("rest", rest)):
+        text = SLURM.format(
+            name=f"{study.name}-{name}",
+            study=study.name,
+            last=len(commands) - 1,
+            count=len(commands),
+            logs=out.absolute(),
+            commands="\n".join(commands),
+        )
+        if commands:
+            write_text(out / f"{name}.sbatch", text)
+    if rest:
+        lines.append('sbatch --dependency="afterok:$first" rest.sbatch')
+    write_text(out / "submit.sh", "\n".join(lines) + "\n")
+    return f"bash {out / 'submit.sh'}"
+
+
+def _submitit(study: Study, out: Path, first: list[str], rest: list[str]) -> str:
+    text = SUBMITIT.format(study=study.name, name=study.name, logs=str(out.absolute() / "logs"))
+    write_text(out / "submit.py", text)
+    return f"python {out / 'submit.py'}"
+
+
+def _skypilot(study: Study, out: Path, first: list[str], rest: list[str]) -> str:
+    lines = ["#!/usr/bin/env bash", "set -euo pipefail", 'cd "$(dirname "$0")"']
+    done = False
+    for cell, line in zip([c for part in leaders(study.cells) for c in part], [*first, *rest], strict=True):
+        if not done and line in rest:
+            done = True
+            lines.append("# The jobs below take what those above have made: wait for them (sky jobs queue).")
+        name = f"{study.name}-{cell.name}"
+        write_text(
+            out / f"{cell.name}.yaml", SKYPILOT.format(study=study.name, words=cell.words, name=name, command=line)
+        )
+        lines.append(f"sky jobs launch --yes --detach-run {cell.name}.yaml")
+    write_text(out / "submit.sh", "\n".join(lines) + "\n")
+    return f"bash {out / 'submit.sh'}"
