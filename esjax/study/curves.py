@@ -16,7 +16,10 @@ from esjax.errors import InputError
 from esjax.eval.statistics import LEVEL
 
 GRID = 200  # values of k that are tried, evenly on the logarithm
-HUBER = 1.345  # robust standard deviations behind which a residual counts linearly (Huber 1964: 95% efficient)
+HUBER, EFFICIENCY = (
+    1.345,
+    0.95,
+)  # robust standard deviations behind which a residual counts linearly (Huber 1964), and what that costs
 FEWEST = 4  # different x, for three parameters
 SPREAD = 4.0  # times by which the greatest x must exceed the smallest
 FAR = 4.0  # times as far as the data go that a curve may be read
@@ -127,9 +130,9 @@ def check(results: Results, curve: str) -> None:
 def fit(results: Results, curve: str, resamples: int = 500, seed: int = 0) -> Fit:
     """Fit a curve. Residuals are of logarithms where all y are positive. Raises InputError for a degenerate grid.
 
-    Intervals are of a bootstrap over seeds and dialogues. Seeds of a point are runs of their own; dialogues are the same in all
-    runs, so that one that is hard moves the whole curve. Deviations get Gaussian multipliers, with variances as without bias
-    estimated, and of the dialogues' only what is not chance within runs; Student's t stands in for the normal distribution.
+    Intervals are of a bootstrap over seeds and dialogues. Seeds of a point are runs of their own, with one spread at all points;
+    dialogues are the same in all runs, so that one that is hard moves the whole curve, and their deviations get Gaussian
+    multipliers, of what is not chance within runs. Student's t stands in for the normal distribution.
     """
     check(results, curve)
     family, means = CURVES[curve], results.means
@@ -142,32 +145,57 @@ def fit(results: Results, curve: str, resamples: int = 500, seed: int = 0) -> Fi
 
 
 def _stretch(means: np.ndarray) -> float:
-    """How much wider intervals are because the variance of seeds is estimated from few."""
+    """How much wider intervals are: the variance of seeds is estimated from few, and refits keep the weights of Huber's loss."""
     freedom = means.shape[0] * (means.shape[1] - 1)
     level = (1 + LEVEL) / 2
-    return float(stats.t.ppf(level, freedom) / stats.norm.ppf(level)) if freedom else 1.0
+    few = float(stats.t.ppf(level, freedom) / stats.norm.ppf(level)) if freedom else 1.0
+    return few / np.sqrt(EFFICIENCY)
 
 
 def perturbed(results: Results, resamples: int, seed: int) -> np.ndarray:
     """By how much the mean at each point may be off, [resamples, points]: draws of what seeds and dialogues add."""
     rng, y = np.random.default_rng(seed), results.y
     points, seeds, dialogues = y.shape
-    mean = y.mean((1, 2), keepdims=True)
     out = np.zeros((resamples, points))
-    if seeds > 1:
-        by_seed = (y.mean(2) - mean[:, :, 0]) / np.sqrt(seeds * (seeds - 1))
-        out += np.einsum("rps,ps->rp", rng.standard_normal((resamples, points, seeds)), by_seed)
+    if seeds > 1:  # of one spread at all points, in proportion: two or three seeds of a single point would tell little
+        mean = y.mean((1, 2))
+        unit = np.abs(mean) if (mean > 0).all() else np.ones_like(mean)
+        apart = (y.mean(2) - mean[:, None]) / unit[:, None]
+        spread = np.sqrt(np.square(apart).sum() / (points * (seeds - 1)) / seeds)
+        out += spread * unit * rng.standard_normal((resamples, points))
     if dialogues > 1:
-        by_dialogue = y.mean(1) - mean[:, 0]  # [points, dialogues]
-        share = 1.0
-        if seeds > 1:  # what is chance within runs is with the seeds already
-            rest = y - mean - (y.mean(2, keepdims=True) - mean) - by_dialogue[:, None]
-            chance = np.square(rest).sum() / (points * (seeds - 1) * (dialogues - 1)) / seeds
-            whole = np.square(by_dialogue).sum() / (points * (dialogues - 1))
-            share = np.sqrt(max(0.0, 1 - chance / whole)) if whole > 0 else 0.0
-        factor = share / np.sqrt(dialogues * (dialogues - 1))
-        out += factor * np.einsum("rd,pd->rp", rng.standard_normal((resamples, dialogues)), by_dialogue)
+        for part in _of_dialogues(y):
+            normal = rng.standard_normal((resamples, dialogues))
+            out += np.einsum("rd,pd->rp", normal, part) / np.sqrt(dialogues * (dialogues - 1))
     return out
+
+
+def _of_dialogues(y: np.ndarray) -> list[np.ndarray]:
+    """How far dialogues are from the mean, [points, dialogues]: what they share at all points, and what they do not.
+
+    Both are shrunk by what is chance within runs (two-way analysis of variance), which is with the seeds already.
+    """
+    points, seeds, dialogues = y.shape
+    mean = y.mean((1, 2), keepdims=True)
+    unit = np.abs(mean) if (mean > 0).all() else np.ones_like(mean)  # a hard dialogue is hard in proportion
+    each = ((y - mean) / unit).mean(1)
+    common = np.broadcast_to(each.mean(0), each.shape)
+    own = each - common
+    chance = 0.0
+    if seeds > 1:
+        rest = (y - mean) / unit - each[:, None]
+        rest = rest - rest.mean(2, keepdims=True)
+        chance = np.square(rest).sum() / (points * (seeds - 1) * (dialogues - 1)) / seeds
+    freedom = (points - 1) * (dialogues - 1)
+    beside = np.square(own).sum() / freedom if points > 1 else 0.0
+    whole = np.square(common[0]).sum() / (dialogues - 1)
+    parts = [common * _share(whole, beside / points), own * _share(beside, chance)]
+    return [part * unit[:, 0] for part in parts]
+
+
+def _share(whole: float, chance: float) -> float:
+    """What a deviation is multiplied by, so that its variance is without chance's."""
+    return float(np.sqrt(max(0.0, 1 - chance / whole))) if whole > 0 else 0.0
 
 
 def _value(curve: Curve, x: np.ndarray, params: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ Retries and queues are theirs. A run that is killed goes on when its command is 
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from esjax.settings.files import dump, flat
 from esjax.study.make import SHARED, run_folder
 from esjax.study.spec import Cell, Study
 
+NOT_IN_NAMES = re.compile(r"[^a-z0-9]+")
 M0_SECTIONS = ("seed", "model", "train", "lora", "data", "screen", "sft", "prompts.system")  # what M_0 hangs on
 TARGETS = ("shell", "slurm", "submitit", "skypilot")
 
@@ -150,6 +152,11 @@ def command(study: Study, cell: Cell, configs: Path) -> str:
     )
 
 
+def _slug(study: Study) -> str:
+    """The study's name as a job's may be."""
+    return NOT_IN_NAMES.sub("-", study.name.lower()).strip("-") or "study"
+
+
 def _shell(study: Study, out: Path, first: list[str], rest: list[str]) -> str:
     lines = ["#!/usr/bin/env bash", "set -euo pipefail", *first, *rest]
     write_text(out / "submit.sh", "\n".join(lines) + "\n")
@@ -165,7 +172,7 @@ def _slurm(study: Study, out: Path, first: list[str], rest: list[str]) -> str:
     ]
     for name, commands in (("first", first), ("rest", rest)):
         text = SLURM.format(
-            name=f"{study.name}-{name}",
+            name=f"{_slug(study)}-{name}",
             study=study.name,
             last=len(commands) - 1,
             count=len(commands),
@@ -181,7 +188,7 @@ def _slurm(study: Study, out: Path, first: list[str], rest: list[str]) -> str:
 
 
 def _submitit(study: Study, out: Path, first: list[str], rest: list[str]) -> str:
-    text = SUBMITIT.format(study=study.name, name=study.name, logs=str(out.absolute() / "logs"))
+    text = SUBMITIT.format(study=study.name, name=_slug(study), logs=str(out.absolute() / "logs"))
     write_text(out / "submit.py", text)
     return f"python {out / 'submit.py'}"
 
@@ -193,7 +200,7 @@ def _skypilot(study: Study, out: Path, first: list[str], rest: list[str]) -> str
         if not done and line in rest:
             done = True
             lines.append("# The jobs below take what those above have made: wait for them (sky jobs queue).")
-        name = f"{study.name}-{cell.name}"
+        name = f"{_slug(study)}-{cell.name}"
         write_text(
             out / f"{cell.name}.yaml", SKYPILOT.format(study=study.name, words=cell.words, name=name, command=line)
         )

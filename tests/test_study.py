@@ -1,0 +1,376 @@
+"""Studies: what varies becomes runs that share stages; a kill loses nothing; one table, curves, jobs for elsewhere, a page."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from conftest import Refused, save_tiny_model, tiny_overrides
+from pyarrow import parquet
+from scipy import optimize
+
+from esjax.cli import main
+from esjax.errors import InputError
+from esjax.run.manifest import read_manifest
+from esjax.study import curves
+from esjax.study.collect import FACTS, RESULTS
+from esjax.study.curves import Results, check_reach, fit
+from esjax.study.emit import leaders
+from esjax.study.make import made
+from esjax.study.spec import Study, read_study
+
+SMALL = {
+    "evolve.contexts_per_round": 6,
+    "evolve.rounds": 1,
+    "eval.backbone": False,
+    "eval.resamples": 200,
+    "reply.max_contexts": 4,
+    "reply.max_tokens": 24,
+    "evolve.draft.max_tokens": 32,
+    "evolve.refinement.max_tokens": 32,
+}
+
+
+def tiny_settings(folder: Path) -> dict[str, Any]:
+    words = tiny_overrides(folder)
+    given = {k.removeprefix("--"): yaml.safe_load(v) for k, v in zip(words[::2], words[1::2], strict=True)}
+    return given | SMALL
+
+
+def write_study(file: Path, **parts: Any) -> Path:
+    file.write_text(yaml.safe_dump({"config": "bundled:configs/quickstart.yaml"} | parts))
+    return file
+
+
+@pytest.fixture(scope="module")
+def study_file(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two switches, one seed: the runs have M_0 and its evaluation in common."""
+    grid = {"reflection": {"with": {}, "without": {"evolve.reflect": False}}}
+    file = tmp_path_factory.mktemp("study") / "switches.yaml"
+    return write_study(file, settings=tiny_settings(tiny_folder), grid=grid, metrics=["words", "specificity"])
+
+
+@pytest.fixture(scope="module")
+def finished(study_file: Path) -> Study:
+    study = read_study(study_file, study_file.parent / "runs")
+    main(["study", "run", str(study_file), "--folder", str(study.folder)])
+    return study
+
+
+def test_runs_share_what_they_have_in_common(finished: Study) -> None:
+    one, two = (read_manifest(finished.folder / cell.name)["stages"] for cell in finished.cells)
+    taken = {name for name, entry in two.items() if entry.get("shared")}
+    assert taken == {"sft", "eval/m0"}
+    assert not any(entry.get("shared") for entry in one.values())
+    assert made(finished) == "2 of 2 runs are done: 12 stages made, 2 taken from another run"
+    for cell in finished.cells:
+        assert (finished.folder / cell.name / "sft" / "metrics.jsonl").exists()
+    first, second = (finished.folder / c.name / "round1" for c in finished.cells)
+    assert (first / "drafts.jsonl").read_bytes() == (second / "drafts.jsonl").read_bytes()
+    assert not (second / "reflections.jsonl").exists()
+    assert (finished.folder / finished.cells[1].name / "screened.jsonl").exists()
+
+
+def test_one_table_holds_what_runs_measured_and_cost(finished: Study) -> None:
+    table = parquet.read_table(finished.folder / RESULTS).to_pylist()
+    assert {r["reflection"] for r in table} == {"with", "without"}
+    for cell in finished.cells:
+        folder = finished.folder / cell.name
+        mine = {(r["metric"], r["model"]): r for r in table if r["run"] == cell.name}
+        for record in json.loads((folder / "eval" / "results.json").read_text()):
+            row = mine[record["metric"], record["model"]]
+            wanted = [np.nan if record[k] is None else record[k] for k in ("value", "low", "high")]
+            assert [row[k] for k in ("value", "low", "high")] == pytest.approx(wanted, nan_ok=True)
+        stages = read_manifest(folder)["stages"]
+        tokens = stages["sft"]["tokens"] + stages["round1/dpo"]["tokens"]
+        assert mine["tokens", "m1"]["value"] == tokens
+        assert mine["tokens", "m0"]["value"] == stages["sft"]["tokens"]
+        size = stages["sft"]["parameters"]
+        assert mine["train_flops", "m1"]["value"] == 4 * size * tokens
+        used = stages["round1/replies"]["usage"]
+        assert mine["sample_flops", "m1"]["value"] == 2 * size * (used["tokens"] + used["computed_tokens"])
+        assert mine["pairs_kept", "m1"]["value"] == stages["round1/pairs"]["kept"]
+        assert {metric for metric, _ in mine} > {*FACTS} - {"kl"}
+    times = parquet.read_table(finished.folder / "times.parquet").to_pylist()
+    assert {t["stage"] for t in times if t["shared"]} == {"sft", "eval/m0"}
+
+
+def test_parameters_are_counted(finished: Study, tiny_folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    whole = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny_folder).parameters())
+    stage = read_manifest(finished.folder / finished.cells[0].name)["stages"]["sft"]
+    assert stage["parameters"] == whole
+    adapter = finished.folder / finished.cells[0].name / "sft" / "adapter" / "adapter_model.safetensors"
+    from safetensors.numpy import load_file
+
+    assert stage["trained"] == sum(x.size for x in load_file(adapter).values())
+
+
+@pytest.mark.slow
+def test_a_study_of_twelve_runs_that_is_killed_twice_ends_with_the_same_table(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "wide"
+    save_tiny_model(other, seed=3, kv_heads=4)
+    grid = {
+        "reflection": {"with": {}, "without": {"evolve.reflect": False}},
+        "size": {"small": {}, "large": {"model.source": str(other)}},
+    }
+    file = write_study(tmp_path / "s.yaml", settings=tiny_settings(tiny_folder), grid=grid, seeds=[0, 1, 2])
+    command = [sys.executable, "-m", "esjax", "study", "run", str(file), "--folder"]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    study = read_study(file, tmp_path / "killed")
+    for cell in (2, 7):  # killed while it is being made
+        process = subprocess.Popen([*command, str(study.folder)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        place = study.folder / study.cells[cell].name / "round1"
+        while not list(place.glob("drafts.jsonl*")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert "of 12 runs are done" in made(study)
+        assert not made(study).startswith("12")
+    subprocess.run([*command, str(study.folder)], check=True, capture_output=True)
+    assert (study.folder / RESULTS).read_bytes() == (tmp_path / "whole" / RESULTS).read_bytes()
+    # M_0 and its evaluation are made once for each size and seed, and taken by the other switch's run.
+    assert made(study) == "12 of 12 runs are done: 72 stages made, 12 taken from another run"
+
+
+# --- the file ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ({"grid": {"a": {"x": {"evolve.rouns": 1}}}}, "a x: unknown setting evolve.rouns: did you mean"),
+        ({"grid": {"a": {"x": {"seed": 1}}}}, "seed is a setting of its own"),
+        ({"grid": {"a": {"x": {"sft.epochs": 2}}, "b": {"y": {"sft.epochs": 3}}}}, "sft.epochs is set on two axes"),
+        ({"grid": {"a": {}}}, "an axis of grid has no values"),
+        ({"grid": {"a": {"x": {}, "y": {}}}}, "a x, seed 0 and a y, seed 0 are the same run"),
+        ({"seeds": [1, 1]}, "names one twice"),
+        ({"seeds": []}, "seeds: Tuple should have at least 1 item"),
+        ({"metrics": ["wit"]}, "wit is measured by no evaluation"),
+        ({"gird": {}}, "gird: Extra inputs are not permitted; a study has config, settings, grid"),
+        ({"config": "absent.yaml"}, "absent.yaml"),
+        (
+            {"grid": {"a": {str(i): {"sft.epochs": i + 1} for i in range(200)}}, "seeds": list(range(60))},
+            "12000 cells are more",
+        ),
+    ],
+)
+def test_a_study_that_cannot_be_is_refused(parts: dict[str, Any], words: str, tmp_path: Path, refused: Refused) -> None:
+    file = write_study(tmp_path / "s.yaml", **parts)
+    line = refused("study", "run", file, "--folder", tmp_path / "runs")
+    assert words in line
+    assert "s.yaml" in line
+    assert not (tmp_path / "runs").exists()
+
+
+def test_cells_are_named_by_what_defines_their_result(tmp_path: Path) -> None:
+    def names(**settings: Any) -> list[str]:
+        file = write_study(
+            tmp_path / "s.yaml", settings={k.replace("__", "."): v for k, v in settings.items()}, seeds=[0, 1]
+        )
+        return [c.name for c in read_study(file).cells]
+
+    assert names() == names(sft__micro_rows=1) == names(mesh__tensor=1)
+    assert set(names()).isdisjoint(names(sft__learning_rate=0.5))
+    assert set(names()).isdisjoint(names(evolve__rounds=3))
+    assert len(set(names())) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["plan", "--out", "x"], "--out: only esjax study emit and fit and report makes use of it"),
+        (["run", "--for", "slurm"], "--for: only esjax study emit makes use of it"),
+        (["fit", "--x", "flops"], "needs --x and --y"),
+        (["fit", "--x", "flops", "--y", "wit"], "--y wit: measured by no evaluation"),
+        (["fit", "--x", "size", "--y", "words"], "--x size: allowed are parameters"),
+        (["emit", "--for", "slurm"], "--for slurm writes files: give a new folder as --out"),
+        (["collect"], "no run of the study is done"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(
+    words: list[str], line: str, tmp_path: Path, refused: Refused
+) -> None:
+    file = write_study(tmp_path / "s.yaml")
+    assert line in refused("study", words[0], file, "--folder", tmp_path / "runs", *words[1:])
+
+
+# --- jobs for elsewhere ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    grid = {
+        "reflection": {"with": {}, "without": {"evolve.reflect": False}},
+        "rate": {"low": {}, "high": {"sft.learning_rate": 1e-3}},
+    }
+    return write_study(tmp_path / "my study.yaml", grid=grid, seeds=[0, 1])
+
+
+def test_plain_commands_make_the_study(many: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["study", "emit", str(many), "--folder", str(tmp_path / "my runs")])
+    lines = capsys.readouterr().out.splitlines()
+    study = read_study(many, tmp_path / "my runs")
+    assert len(lines) == len(study.cells) == 8
+    first, rest = leaders(study.cells)
+    assert [len(first), len(rest)] == [4, 4]  # a rate and a seed each have an M_0
+    import shlex
+
+    for line, cell in zip(lines, [*first, *rest], strict=True):
+        words = shlex.split(line)
+        assert words[:2] == ["esjax", "evolve"]
+        options = dict(zip(words[2::2], words[3::2], strict=True))
+        assert options["--run-dir"] == str(tmp_path / "my runs" / cell.name)
+        assert options["--shared"] == str(tmp_path / "my runs" / "stages")
+        from esjax.settings.files import load
+
+        assert load(options["--config"]) == cell.config
+
+
+def test_a_slurm_array_holds_every_run(many: Path, tmp_path: Path) -> None:
+    main(
+        [
+            "study",
+            "emit",
+            str(many),
+            "--folder",
+            str(tmp_path / "runs"),
+            "--for",
+            "slurm",
+            "--out",
+            str(tmp_path / "jobs"),
+        ]
+    )
+    for name in ("first", "rest"):
+        script = tmp_path / "jobs" / f"{name}.sbatch"
+        subprocess.run(["bash", "-n", str(script)], check=True)
+        assert "#SBATCH --array=0-3\n" in script.read_text()
+    # Each task runs its own line: with an `esjax` that only tells what it was called with.
+    stub = tmp_path / "bin" / "esjax"
+    stub.parent.mkdir()
+    stub.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@" > "$TOLD"\nexit "${CODE:-0}"\n')
+    stub.chmod(0o755)
+    (tmp_path / "bin" / "scontrol").write_text('#!/usr/bin/env bash\necho "$@" > "$TOLD.requeued"\n')
+    (tmp_path / "bin" / "scontrol").chmod(0o755)
+    wanted = [line.split() for line in (tmp_path / "jobs" / "rest.txt").read_text().splitlines()]
+    for task in range(4):
+        environment = os.environ | {"PATH": f"{stub.parent}:{os.environ['PATH']}", "TOLD": str(tmp_path / "told")}
+        environment |= {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_JOB_ID": "7", "CODE": "143" if task == 3 else "0"}
+        ended = subprocess.run(["bash", str(tmp_path / "jobs" / "rest.sbatch")], env=environment, check=False)
+        assert ended.returncode == (143 if task == 3 else 0)
+        assert (tmp_path / "told").read_text().split() == wanted[task][1:]
+        assert (tmp_path / "told.requeued").exists() == (task == 3)
+
+
+def test_skypilot_and_submitit_get_every_run(many: Path, tmp_path: Path) -> None:
+    study = read_study(many, tmp_path / "runs")
+    for kind in ("skypilot", "submitit"):
+        main(["study", "emit", str(many), "--folder", str(study.folder), "--for", kind, "--out", str(tmp_path / kind)])
+    for cell in study.cells:
+        task = yaml.safe_load((tmp_path / "skypilot" / f"{cell.name}.yaml").read_text())
+        assert cell.name in task["run"]
+        assert task["name"].endswith(cell.name)
+        assert re.fullmatch(r"[a-z0-9-]+", task["name"])
+    compile((tmp_path / "submitit" / "submit.py").read_text(), "submit.py", "exec")
+    submit = (tmp_path / "skypilot" / "submit.sh").read_text()
+    assert submit.count("sky jobs launch") == 8
+    both = [(tmp_path / "submitit" / f"{n}.txt").read_text().splitlines() for n in ("first", "rest")]
+    assert sorted(map(len, both)) == [4, 4]
+
+
+# --- curves ------------------------------------------------------------------------------------------------------------
+
+
+def simulated(
+    seed: int, k: float, curve: str = "power", points: int = 6, seeds: int = 3, dialogues: int = 40
+) -> Results:
+    """Results as real runs have them: dialogues that are hard in all runs, seeds, and chance in every reply."""
+    rng = np.random.default_rng([7, seed])
+    x = np.geomspace(1, 100, points) * 1e6
+    f = 2 + 1.5 * (curves.CURVES[curve].g(x / 1e6, np.asarray(k)))
+    off = 1 + rng.normal(0, 0.15, dialogues)[None, None] + rng.normal(0, 0.02, (points, seeds))[..., None]
+    return Results(x, f[:, None, None] * (off + rng.normal(0, 0.3, (points, seeds, dialogues))))
+
+
+@pytest.mark.parametrize(("curve", "k"), [("power", 0.35), ("power", 0.8), ("saturating", 8.0)])
+def test_planted_parameters_lie_in_their_intervals(curve: str, k: float) -> None:
+    """In 93 to 97% of 200 simulations, and not in intervals that were halved."""
+    hits = np.zeros((200, 2), bool)
+    for n in range(200):
+        value, low, high = fit(simulated(n, k, curve), curve, 300, n).interval("k")
+        planted = k * (1e6 if curve == "saturating" else 1)
+        near = np.sqrt(low * value), np.sqrt(high * value)  # k's interval is one of logarithms
+        hits[n] = low <= planted <= high, near[0] <= planted <= near[1]
+    assert 0.93 <= hits[:, 0].mean() <= 0.97
+    assert hits[:, 1].mean() < 0.9
+
+
+def test_a_fit_without_outliers_is_scipys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curves, "HUBER", 1e6)  # then every residual counts as its square
+    data = simulated(0, 0.5)
+    lower = Results(data.x, data.y - 3)  # some below 0, so that residuals are of the numbers themselves
+    found = fit(lower, "power", 50)
+    assert not found.logarithmic
+
+    def curve(x: np.ndarray, c: float, a: float, k: float) -> np.ndarray:
+        return c + a * (x / 1e6) ** -k
+
+    x, y = np.repeat(data.x, 3), lower.means.ravel()
+    theirs, _ = optimize.curve_fit(curve, x, y, p0=(-1, 1, 0.5))
+    mine = [found.interval(p)[0] for p in "cak"]
+    assert [mine[0], mine[1] * 1e6 ** -mine[2], mine[2]] == pytest.approx(theirs.tolist(), rel=1e-3)
+    assert found.at(data.x) == pytest.approx(curve(data.x, *theirs), rel=1e-4)
+
+
+def test_an_outlier_hardly_moves_the_curve() -> None:
+    clean = Results(
+        np.geomspace(1, 1000, 9), np.ones((9, 1, 1)) * (1 + 2 * np.geomspace(1, 1000, 9) ** -0.5)[:, None, None]
+    )
+    noise = 1 + 0.002 * np.random.default_rng(1).standard_normal((9, 1, 1))
+    spoiled = clean.y * noise
+    spoiled[4] *= 1.5
+    assert fit(clean, "power", 50).interval("k")[0] == pytest.approx(0.5, rel=1e-3)
+    assert fit(Results(clean.x, spoiled), "power", 50).interval("k")[0] == pytest.approx(0.5, rel=0.1)
+
+
+GOOD = simulated(1, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (Results(GOOD.x[:3], GOOD.y[:3]), "3 different x"),
+        (Results(np.ones(6), GOOD.y), "1 different x"),
+        (Results(np.linspace(1, 2, 6), GOOD.y), "x reaches from 1 to 2, less than 4 times"),
+        (Results(GOOD.x - GOOD.x[0], GOOD.y), "x=0 is among the data"),
+        (Results(GOOD.x, np.ones((6, 3, 4))), "y is 1 in all runs"),
+        (Results(GOOD.x, GOOD.y * np.nan), "a run has no number for y"),
+    ],
+)
+def test_degenerate_grids_are_refused_by_name(data: Results, words: str) -> None:
+    with pytest.raises(InputError, match=re.escape(words)):
+        fit(data, "power")
+
+
+def test_a_curve_is_not_read_far_beyond_its_data() -> None:
+    found = fit(GOOD, "power", 50)
+    check_reach(found, 4e8, far=False)
+    with pytest.raises(InputError, match="more than 4 times beyond the data"):
+        check_reach(found, 4.1e8, far=False)
+    check_reach(found, 4.1e8, far=True)
+    low, high = found.band(np.asarray([1e7]))
+    assert low < found.at(np.asarray([1e7])) < high
