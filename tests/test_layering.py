@@ -35,9 +35,11 @@ RANKS = {
     "evaluations": 14,
     "serve": 14,
     "options": 13,
+    "parser": 14,
     "api": 14,
-    "cli": 15,
-    "__main__": 16,
+    "study": 15,
+    "cli": 16,
+    "__main__": 17,
 }
 NO_JAX = (
     "errors",

@@ -27,7 +27,7 @@ from esjax.settings.files import Overrides
 
 README = (REPOSITORY / "README.md").read_text()
 HUB = "hf:HuggingFaceTB/SmolLM2-360M-Instruct"
-FOLDERS = ("esjax", "esjax/bench", "esjax/corpus", "esjax/eval", "esjax/serve", "launch")
+FOLDERS = ("esjax", "esjax/bench", "esjax/corpus", "esjax/eval", "esjax/serve", "esjax/study", "launch")
 PARSED = ("plan", "bench", "serve", "chat")
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from scipy import optimize
 
 from esjax.cli import main
 from esjax.errors import InputError
+from esjax.eval.results import Value, write_parquet
 from esjax.run.manifest import read_manifest
 from esjax.study import curves
 from esjax.study.collect import FACTS, RESULTS
@@ -28,6 +30,7 @@ from esjax.study.curves import Results, check_reach, fit
 from esjax.study.emit import leaders
 from esjax.study.make import made
 from esjax.study.spec import Study, read_study
+from esjax.study.summary import records
 
 SMALL = {
     "evolve.contexts_per_round": 6,
@@ -117,12 +120,101 @@ def test_parameters_are_counted(finished: Study, tiny_folder: Path) -> None:
     assert stage["trained"] == sum(x.size for x in load_file(adapter).values())
 
 
+def test_the_page_shows_variants_beside_each_other(finished: Study, study_file: Path) -> None:
+    main(["study", "report", str(study_file), "--folder", str(finished.folder)])
+    text = (finished.folder / "report.html").read_text()
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
+    assert found is not None
+    page = json.loads(found[1])
+    assert [f["id"] for f in page["figures"]] == ["metrics", "frontier-flops", "frontier-time"]
+    shown = records(finished)
+    words = {r["model"]: r["value"] for r in shown if r["metric"] == "words"}
+    assert list(words) == ["m0", "reflection with", "reflection without"]
+    for cell, name in zip(finished.cells, list(words)[1:], strict=True):
+        (own,) = (
+            r["value"]
+            for r in json.loads((finished.folder / cell.name / "eval" / "results.json").read_text())
+            if (r["metric"], r["model"]) == ("words", "m1")
+        )
+        assert words[name] == pytest.approx(own)
+    (difference,) = (
+        r["differences"]["reflection with"]
+        for r in shown
+        if (r["metric"], r["model"]) == ("words", "reflection without")
+    )
+    assert difference["value"] == pytest.approx(words["reflection without"] - words["reflection with"])
+    _, *rows = page["differences"]
+    assert [r[2] for r in rows if r[1] == "reflection without" and r[0] == "words a reply"] == [
+        "M_0",
+        "reflection with",
+    ]
+    assert "One seed: intervals are over dialogues alone" in " ".join(page["notes"])
+    (table,) = (t for t in page["tables"] if t["title"] == "What the variants cost")
+    assert [row[0] for row in table["rows"][1:]] == ["reflection with", "reflection without"]
+
+
+def synthetic(tmp_path: Path, exponent: float) -> tuple[Path, Study]:
+    """A study of five sizes and three seeds whose runs' results follow a power law of the tokens, written without any run."""
+    grid = {"size": {str(n): {"evolve.contexts_per_round": n, "evolve.rounds": 1} for n in (1, 4, 16, 64, 256)}}
+    file = write_study(tmp_path / "law.yaml", grid=grid, seeds=[0, 1, 2], metrics=["perplexity", "words"])
+    study = read_study(file, tmp_path / "law")
+    rng = np.random.default_rng(3)
+    for cell in study.cells:
+        folder, tokens = study.folder / cell.name, 1000 * int(cell.labels["size"])
+        (folder / "eval").mkdir(parents=True)
+        (folder / "round1" / "dpo").mkdir(parents=True)
+        (folder / "round1" / "dpo" / "metrics.jsonl").write_text('{"step": 1}\n')
+        stages: dict[str, Any] = {
+            "sft": {"parameters": 100, "trained": 10, "tokens": tokens},
+            "round1/replies": {"contexts": 4, "usage": {"tokens": 1, "computed_tokens": 2}},
+            "round1/pairs": {"kept": 3, "length_ratio": 1.0},
+            "round1/dpo": {"tokens": tokens},
+            "eval/results": {},
+        }
+        stages = {k: v | {"status": "done", "seconds": 1.0, "inputs": {"m1": ""}} for k, v in stages.items()}
+        (folder / "manifest.json").write_text(json.dumps({"stages": stages}))
+        value = 10 + 40 * (tokens / 1000) ** -exponent
+        each = value * (1 + 0.01 * rng.standard_normal() + 0.02 * rng.standard_normal(20))
+        rows = [Value("m1", "words", f"d{i}", f"d{i}/1", -1, x) for i, x in enumerate(each)]
+        rows += [Value("m1", "perplexity", "", "", n, float(each.mean())) for n in range(-1, 4)]
+        write_parquet(folder / "eval" / "results.parquet", rows)
+        mean = {"model": "m1", "value": float(each.mean()), "low": None, "high": None}
+        told = [{"metric": m} | mean for m in ("words", "perplexity")]
+        (folder / "eval" / "results.json").write_text(json.dumps(told))
+    return file, study
+
+
+def test_a_law_in_runs_is_found(tmp_path: Path, refused: Refused) -> None:
+    """From the runs' files to the exponent, with what --at reads off the curve; and no curve where none is to be had."""
+    file, study = synthetic(tmp_path, 0.5)
+    base = ["study", "fit", str(file), "--folder", str(study.folder)]
+    assert "collect the study first" in refused(*base, "--x", "tokens", "--y", "words")
+    main(["study", "collect", str(file), "--folder", str(study.folder)])
+    for y in ("words", "perplexity"):
+        out = tmp_path / f"{y}.json"
+        main([*base, "--x", "tokens", "--y", y, "--curve", "power", "--at", "1e6", "--out", str(out)])
+        (found,) = json.loads(out.read_text())
+        assert found["k"]["low"] < 0.5 < found["k"]["high"]
+        assert found["k"]["high"] - found["k"]["low"] < 0.3
+        assert found["at"]["value"] == pytest.approx(
+            10 + 40 * 500**-0.5, rel=0.05
+        )  # tokens are those of SFT and of DPO
+        assert len(found["points"]) == 5
+        assert len(found["points"][0]["y"]) == 3
+    assert "5 different x" not in refused(*base, "--x", "tokens", "--y", "words", "--at", "1e9")
+    assert "more than 4 times beyond the data" in refused(*base, "--x", "tokens", "--y", "words", "--at", "1e9")
+    assert "1 different x" in refused(*base, "--x", "parameters", "--y", "words")
+    assert "no dialogue has specificity in all runs" in refused(*base, "--x", "tokens", "--y", "specificity")
+    main(["study", "report", str(file), "--folder", str(study.folder)])
+    assert '"curve-tokens"' in (study.folder / "report.html").read_text()
+
+
 @pytest.mark.slow
 def test_a_study_of_twelve_runs_that_is_killed_twice_ends_with_the_same_table(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "wide"
-    save_tiny_model(other, seed=3, kv_heads=4)
+    save_tiny_model(other, seed=4, kv_heads=4)  # one that ends its replies
     grid = {
         "reflection": {"with": {}, "without": {"evolve.reflect": False}},
         "size": {"small": {}, "large": {"model.source": str(other)}},
@@ -144,7 +236,10 @@ def test_a_study_of_twelve_runs_that_is_killed_twice_ends_with_the_same_table(
     subprocess.run([*command, str(study.folder)], check=True, capture_output=True)
     assert (study.folder / RESULTS).read_bytes() == (tmp_path / "whole" / RESULTS).read_bytes()
     # M_0 and its evaluation are made once for each size and seed, and taken by the other switch's run.
-    assert made(study) == "12 of 12 runs are done: 72 stages made, 12 taken from another run"
+    entries = [read_manifest(study.folder / cell.name)["stages"] for cell in study.cells]
+    taken = Counter(name for stages in entries for name, entry in stages.items() if entry.get("shared"))
+    assert (taken["sft"], taken["eval/m0"]) == (6, 6)
+    assert made(study).startswith("12 of 12 runs are done")
 
 
 # --- the file ----------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def check(experiment: Experiment, run: Path | None = None) -> None:
 
 def title(name: str) -> str:
     """How tables call a model."""
-    return OVER.join(f"M_{n[1:]}" if n != BACKBONE else n for n in name.split(OVER))
+    return OVER.join(f"M_{n[1:]}" if re.fullmatch(r"m\d+", n) else n for n in name.split(OVER))
 
 
 def _adapter(experiment: Experiment, folder: Path | None) -> Adapter:

@@ -52,7 +52,7 @@ def figures(page: Mapping[str, Any]) -> list[Figure]:
     """All figures that there are numbers for."""
     runs: list[Row] = page["runs"]
     made = [_timeline(runs), _curves(runs, "sft", SFT), *(_curves(runs, p, DPO) for p in _phases(runs)), _pairs(runs)]
-    return [figure for figure in [*made, _metrics(runs), _talks(runs)] if figure is not None]
+    return [figure for figure in [*made, metrics_figure(runs), _talks(runs)] if figure is not None]
 
 
 def _phases(runs: Iterable[Row]) -> list[str]:
@@ -63,7 +63,7 @@ def _label_run(run: Row, runs: Sequence[Row], text: str) -> str:
     return f"{run['name']}: {text}" if len(runs) > 1 else text
 
 
-def _plot(plot: Any, height: int, heading: str = "") -> Row:
+def plot_json(plot: Any, height: int, heading: str = "") -> Row:
     """A plot as JSON, without plotly's template: 7 kB of defaults, whose colours are those of a light page."""
     plot.update_layout(
         height=height,
@@ -116,7 +116,7 @@ def _timeline(runs: Sequence[Row]) -> Figure | None:
     plot.update_layout(barmode="overlay")
     plot.update_yaxes(autorange="reversed")
     text = "Each stage of the two phases, one after the other, in seconds of work; pauses between commands are not counted."
-    return Figure("timeline", "Timeline", text, [_plot(plot, 120 + 26 * len(rows))], rows)
+    return Figure("timeline", "Timeline", text, [plot_json(plot, 120 + 26 * len(rows))], rows)
 
 
 def _curves(runs: Sequence[Row], phase: str, plots: Sequence[tuple[str, Any]]) -> Figure | None:
@@ -144,7 +144,7 @@ def _curves(runs: Sequence[Row], phase: str, plots: Sequence[tuple[str, Any]]) -
                     [f"{heading}, {told}", *(t for x, y in (points[0], points[-1]) for t in (str(x), f"{y:.4g}"))]
                 )
         if plot.data:
-            made.append(_plot(plot, PANEL, heading))
+            made.append(plot_json(plot, PANEL, heading))
     title = {"sft": "Phase 1: SFT", "dpo": "DPO"}.get(phase) or f"DPO, {phase_of(phase).removeprefix('phase 2: ')}"
     text = "The numbers of training by optimiser step."
     if phase != "sft":
@@ -175,10 +175,10 @@ def _pairs(runs: Sequence[Row]) -> Figure | None:
         for i, (name, f) in enumerate(made)
     ]
     text = "How many pairs of each round were trained on, and why the others were not."
-    return Figure("pairs", "Pairs kept and dropped", text, [_plot(plot, 150 + 40 * len(made))], rows)
+    return Figure("pairs", "Pairs kept and dropped", text, [plot_json(plot, 150 + 40 * len(made))], rows)
 
 
-def _metrics(runs: Sequence[Row]) -> Figure | None:
+def metrics_figure(runs: Sequence[Row]) -> Figure | None:
     records = [r for run in runs for r in run["records"] if OVER not in r["model"] and r["value"] is not None]
     names = [n for n in HEADLINE if any(r["metric"] == n for r in records)]
     names += [n for n in dict.fromkeys(r["metric"] for r in records) if n not in HEADLINE and is_headline(n)]
@@ -202,7 +202,7 @@ def _metrics(runs: Sequence[Row]) -> Figure | None:
         plot.update_yaxes(autorange="reversed", type="category")
         if ALL[name].share:
             plot.update_xaxes(tickformat=".0%")
-        made.append(_plot(plot, 90 + 24 * len(models), metric_label(name)))
+        made.append(plot_json(plot, 90 + 24 * len(models), metric_label(name)))
         rows.append([metric_label(name), *(interval(name, by[m]) if m in by else "" for m in models)])
     text = "Means with 95% intervals over dialogues; lower is better where marked v, higher where marked ^."
     return Figure("metrics", "Metrics", text, made, rows) if made else None
@@ -257,4 +257,4 @@ def _talks(runs: Sequence[Row]) -> Figure | None:
         rows.append([model_title(model), str(len(people)), f"{means[0]:.2f}", f"{means[-1]:.2f}"])
     plot.update_layout(xaxis_title="replies so far", yaxis_title="feeling, 1 to 5")
     text = "How simulated seekers said that they felt, after each reply; the mean of all."
-    return Figure("talks", "Simulated conversations", text, [_plot(plot, 340)], rows)
+    return Figure("talks", "Simulated conversations", text, [plot_json(plot, 340)], rows)

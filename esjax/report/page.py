@@ -69,7 +69,11 @@ def content(runs: Mapping[str, Path]) -> Row:
 
 def html(runs: Mapping[str, Path], live: bool = False) -> str:
     """The whole page of one or several runs. ``live``: one that asks its server for what is new. Raises InputError."""
-    page = content(runs)
+    return rendered(content(runs), ", ".join(runs), "A run", live)
+
+
+def rendered(page: Row, name: str, what: str, live: bool = False) -> str:
+    """The page of what ``content`` has, under a name; ``what`` it is of."""
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
         (FOLDER / "page.html").read_text(encoding="utf-8")
     )
@@ -77,7 +81,7 @@ def html(runs: Mapping[str, Path], live: bool = False) -> str:
     data = json_text(page, ensure_ascii=False).replace("<", "\\u003c").replace("\u2028", "\\u2028")
     scripts = {"css": _own("page.css"), "js": _own("page.js"), "plotly": _plotly(), "data": data}
     trusted = {name: jinja2.utils.markupsafe.Markup(text) for name, text in scripts.items()}
-    return template.render(name=", ".join(runs), version=__version__, live=live, **trusted)
+    return template.render(name=name, what=what, version=__version__, live=live, **trusted)
 
 
 @cache
