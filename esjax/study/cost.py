@@ -6,8 +6,10 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
+import jax
 from rich.table import Table
 
 from esjax.corpus.sources import read
@@ -20,7 +22,7 @@ from esjax.plan.report import plan as plan_programs
 from esjax.plan.shape import shape_of
 from esjax.run.progress import say
 from esjax.runtime.mesh import AXES, make_mesh, mesh_shape
-from esjax.settings.schema import Config
+from esjax.settings.schema import Config, Sources
 from esjax.study.emit import leaders
 from esjax.study.spec import Cell, Study
 
@@ -56,9 +58,14 @@ class Cost(NamedTuple):
 
 
 def texts(config: Config, name: str, room: int) -> Texts:
-    """Of data.train or data.test."""
+    """Of data.train or data.test. Raises InputError where it is not at hand."""
     source = getattr(config.data, name)
-    dialogues = read(source, config.data.format, config.seed).dialogues
+    return _texts(source, config.data.format, room, config.data.window)
+
+
+@cache
+def _texts(source: Sources, format: str, room: int, window: int) -> Texts:
+    dialogues = read(source, format, 0).dialogues
     total, sizes = 0, []
     for d in dialogues:
         so_far = 0
@@ -66,7 +73,7 @@ def texts(config: Config, name: str, room: int) -> Texts:
             if turn.role == "supporter":
                 sizes.append(min(so_far, room))
             so_far += len(turn.text.encode()) // BYTES + MESSAGE
-        total += min(so_far, config.data.window)
+        total += min(so_far, window)
     return Texts(total, len(sizes), sum(sizes) / max(1, len(sizes)))
 
 
@@ -105,15 +112,16 @@ def steps(config: Config, platform: str, devices: int) -> dict[str, dict[str, fl
     }
 
 
-def cost(config: Config, needs: Sequence[Needs], hardware: Hardware) -> Cost:
-    """What a run needs, by what each of its programs does."""
-    by_name, devices = {n.name: n for n in needs}, len(hardware.devices)
-    mesh = make_mesh(hardware.devices, mesh_shape(config.mesh, devices))
-    groups = math.prod(mesh.shape[axis] for axis in AXES[:2])
-    import jax
-
+def counted(config: Config, hardware: Hardware) -> dict[str, dict[str, float]]:
+    """How often each program runs on this hardware, by phase. Raises InputError."""
+    mesh = make_mesh(hardware.devices, mesh_shape(config.mesh, len(hardware.devices)))
     with jax.set_mesh(mesh):
-        counts = steps(config, hardware.platform, groups)
+        return steps(config, hardware.platform, math.prod(mesh.shape[axis] for axis in AXES[:2]))
+
+
+def cost(counts: dict[str, dict[str, float]], needs: Sequence[Needs], devices: int) -> Cost:
+    """What a run needs, by how often each of its programs runs and what it does."""
+    by_name = {n.name: n for n in needs}
     flops = {phase: sum(n * by_name[p].flops * devices for p, n in each.items()) for phase, each in counts.items()}
     known = all(n.seconds is not None for n in needs)
     seconds = {phase: sum(n * (by_name[p].seconds or 0.0) for p, n in each.items()) for phase, each in counts.items()}
@@ -124,6 +132,7 @@ def plan(study: Study, topology: str | None) -> list[Table]:
     """Tables of all runs and of what they sum up to. Programs of one shape are compiled once. Raises InputError."""
     prepare_jax()
     hardware = Hardware.of(topology, 1)
+    counts = {cell.name: counted(cell.config, hardware) for cell in study.cells}  # before anything is compiled
     known: dict[str, list[Needs]] = {}
     rows: dict[str, tuple[list[Cell], Cost, Architecture]] = {}
     for cell in study.cells:
@@ -139,7 +148,7 @@ def plan(study: Study, topology: str | None) -> list[Table]:
         if key not in known:
             say(f"compiling for {hardware.name}: {label}")
             known[key] = list(plan_programs(cell.config, arch, hardware, NAMES))
-        rows[label] = ([cell], cost(cell.config, known[key], hardware), arch)
+        rows[label] = ([cell], cost(counts[cell.name], known[key], len(hardware.devices)), arch)
     return [_runs(study, hardware, rows), _total(study, rows)]
 
 
