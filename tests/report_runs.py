@@ -30,7 +30,8 @@ def made_run(folder: Path, config: Config, count: int = 12, say: str = "I am tir
     write_rows(one / "reflections.jsonl", [{"id": n, "reflection": fields} for n in ids])
     write_rows(one / "refinements.jsonl", [{"id": n, "text": f"Refined {n}, with you: {say}"} for n in ids])
     kept, dropped = [n for i, n in enumerate(ids) if i % 4], [n for i, n in enumerate(ids) if not i % 4]
-    write_rows(one / "pairs.jsonl", [{"id": n} for n in kept])
+    sides = {side: [{"role": "assistant", "content": "Of the pair."}] for side in ("chosen", "rejected")}
+    write_rows(one / "pairs.jsonl", [{"id": n, "round": 1, **sides} for n in kept])
     reasons = [REASONS[i % 3] for i in range(len(dropped))]
     write_rows(one / "dropped.jsonl", [{"id": n, "reason": r} for n, r in zip(dropped, reasons, strict=True)])
     write_rows(

@@ -20,6 +20,7 @@ from esjax.evolve.experiment import Experiment, adapter_folder
 from esjax.evolve.pairs import trunks
 from esjax.evolve.reflect import Instructions
 from esjax.evolve.rounds import Round, warm_up
+from esjax.report.gather import Examples
 from esjax.run.directory import RunDir
 from esjax.run.jsonl import read_jsonl
 from esjax.sample.score import Scorer
@@ -193,6 +194,11 @@ def test_the_best_refinement_and_a_low_draft_are_taken(improve: Improve, opened:
         assert p["rejected"][0]["content"] == worse[int(far.argmin())]["text"]
         n = int(mine.argmax()), int(far.argmin())
         assert p["seeds"]["refinement"] == better[n[0]]["seed"]
+    shown = {e["id"]: e["rounds"] for e in examples_of(run)}  # in the report: a context once, with its pair's replies
+    assert all(len(rounds) == 1 for rounds in shown.values())
+    for p in pairs:
+        assert shown[p["id"]][0]["refinement"] == p["chosen"][0]["content"]
+        assert shown[p["id"]][0]["draft"] == p["rejected"][0]["content"]
     # What was measured is what the scoring of pairs says, a token.
     own = scored(opened, opened.adapter(adapter_folder(run, 0)), pairs) / sizes(opened, pairs)
     chosen = [
@@ -206,6 +212,12 @@ def test_the_best_refinement_and_a_low_draft_are_taken(improve: Improve, opened:
     assert own[:, 0] == pytest.approx(chosen, abs=1e-4)
     assert any(p["chosen"][0]["content"] != next(r["text"] for r in refinements if r["id"] == p["id"]) for p in pairs)
     assert first_step(run)["loss"] == pytest.approx(LN2, abs=1e-4)
+
+
+def examples_of(run: Path) -> Rows:
+    found = Examples()
+    found.add(run, "", {}, {})
+    return found.rows()
 
 
 def test_only_more_specific_replies_are_kept(improve: Improve) -> None:

@@ -203,14 +203,26 @@ class Examples:
 
     def _round(self, folder: Path, prefix: str, people: People) -> None:
         rows = {kind: _rows(folder / f"{kind}.jsonl") for kind in KINDS}
+        if not rows["drafts"]:  # DPO on pairs from elsewhere
+            return
         outcome = {str(r["id"]): str(r["reason"]) for r in _rows(folder / "dropped.jsonl")}
-        outcome |= {str(r["id"]): KEPT for r in _rows(folder / "pairs.jsonl")}
-        others = {kind: {r["id"]: r for r in rows[kind]} for kind in KINDS[1:]}
-        for draft in rows["drafts"]:
+        # A file may hold pairs of earlier rounds as well, and several drafts and refinements of a context; of those the ones
+        # that became its pair are shown, or the first.
+        pairs = {str(r["id"]): r for r in _rows(folder / "pairs.jsonl") if f"round{r['round']}" == folder.name}
+        outcome |= dict.fromkeys(pairs, KEPT)
+        first = {kind: [r for r in rows[kind] if r.get("sample", 0) == 0] for kind in KINDS}
+        others = {kind: {r["id"]: r for r in first[kind]} for kind in KINDS[1:]}
+        taken = {side: {n: p[side][0]["content"] for n, p in pairs.items()} for side in ("chosen", "rejected")}
+        several = {kind for kind in KINDS if len(first[kind]) < len(rows[kind])}
+        for draft in first["drafts"]:
             name = draft["id"]
             made = {"round": prefix + folder.name, "draft": draft["text"], "outcome": outcome.get(name, "")}
+            if "drafts" in several:
+                made["draft"] = taken["rejected"].get(name, draft["text"])
             if (reflection := others["reflections"].get(name)) is not None:
                 made["reflection"] = reflection["reflection"]
             if (refinement := others["refinements"].get(name)) is not None:
                 made["refinement"] = refinement["text"]
+                if "refinements" in several:
+                    made["refinement"] = taken["chosen"].get(name, refinement["text"])
             self._example("train", draft, draft["prompt"], people)["rounds"].append(made)
