@@ -33,7 +33,7 @@ DRAWN_BY = (
     *(f"evolve.{name}" for name in ("contexts_per_round", "context_tokens", "draft", "reflection", "refinement")),
     *(f"evolve.{name}" for name in ("reflect", "show_draft", "drafts", "refinements", "chosen", "warmup_contexts")),
 )
-PAIRED_BY = ("seed", "model", "lora", "filters", "screen", "dpo", "evolve", "eval.judge")
+PAIRED_BY = ("seed", "model", "lora", "filters", "screen", "dpo", "evolve")
 
 
 def evolve(experiment: Experiment, run: RunDir, rate: Rate | None = None) -> None:
@@ -145,9 +145,12 @@ class Round:
         if c.evolve.rejected == "first" and self.before != self.first:
             self._stage("first", ["first"], {"adapter_sha256": sha256(self.first)} | corpus, self._first, DRAWN_BY)
             made.append("first")
-        inputs = {name: sha256(self.files[name]) for name in made} | corpus
+        inputs = {name: sha256(self.files[name]) for name in made}
+        if not c.evolve.refines:  # then the corpus' own replies are chosen
+            inputs |= corpus
+        judged = () if self.rate is None else ("eval.judge",)
         if measures(c):
-            asked = (*DRAWN_BY, "dpo", "filters.more_specific", "eval.others", "eval.judge", "evolve")
+            asked = (*DRAWN_BY, "dpo.row_length", "filters.more_specific", "eval.others", "evolve", *judged)
             self._stage("measures", ["measures"], inputs | self.teacher, lambda: self._measures(made), asked)
             inputs["measures"] = sha256(self.files["measures"])
         inputs |= pattern_hashes(c.filters, c.screen) | self.teacher
@@ -155,7 +158,7 @@ class Round:
         inputs |= {file.parent.name: sha256(file) for file in earlier}
         if c.evolve.reference == "first":
             inputs["reference_sha256"] = sha256(self.first)
-        self._stage("pairs", ["pairs", "dropped"], inputs, lambda: self._pairs(made, earlier), PAIRED_BY)
+        self._stage("pairs", ["pairs", "dropped"], inputs, lambda: self._pairs(made, earlier), (*PAIRED_BY, *judged))
         starts = c.evolve.reference == "before" or self.before == self.first
         dpo(
             self.experiment,

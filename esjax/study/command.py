@@ -51,6 +51,11 @@ def study(args: argparse.Namespace, given: Overrides, show: Callable[..., None])
 
         fit(read, args, show)
     else:
+        from esjax.eval.compare import title
+        from esjax.eval.table import tables
         from esjax.study.page import write
+        from esjax.study.summary import records
 
-        show(str(write(read, args.out)), plain=True)
+        place = write(read, args.out)
+        show(*tables(records(read), title))
+        show(str(place), plain=True)
