@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,16 +18,20 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from conftest import Refused, save_tiny_model, tiny_overrides
+from conftest import REPOSITORY, Refused, save_tiny_model, tiny_overrides
 from pyarrow import parquet
 from scipy import optimize
 
 from esjax.cli import main
 from esjax.errors import InputError
 from esjax.eval.results import Value, write_parquet
+from esjax.plan.measure import Needs
+from esjax.plan.report import Hardware
 from esjax.run.manifest import read_manifest
+from esjax.settings.files import load
 from esjax.study import curves
 from esjax.study.collect import FACTS, RESULTS
+from esjax.study.cost import cost, counted
 from esjax.study.curves import Results, check_reach, fit
 from esjax.study.emit import leaders
 from esjax.study.make import made
@@ -323,16 +329,12 @@ def test_plain_commands_make_the_study(many: Path, tmp_path: Path, capsys: pytes
     assert len(lines) == len(study.cells) == 8
     first, rest = leaders(study.cells)
     assert [len(first), len(rest)] == [4, 4]  # a rate and a seed each have an M_0
-    import shlex
-
     for line, cell in zip(lines, [*first, *rest], strict=True):
         words = shlex.split(line)
         assert words[:2] == ["esjax", "evolve"]
         options = dict(zip(words[2::2], words[3::2], strict=True))
         assert options["--run-dir"] == str(tmp_path / "my runs" / cell.name)
         assert options["--shared"] == str(tmp_path / "my runs" / "stages")
-        from esjax.settings.files import load
-
         assert load(options["--config"]) == cell.config
 
 
@@ -371,20 +373,48 @@ def test_a_slurm_array_holds_every_run(many: Path, tmp_path: Path) -> None:
         assert (tmp_path / "told.requeued").exists() == (task == 3)
 
 
-def test_skypilot_and_submitit_get_every_run(many: Path, tmp_path: Path) -> None:
-    study = read_study(many, tmp_path / "runs")
-    for kind in ("skypilot", "submitit"):
-        main(["study", "emit", str(many), "--folder", str(study.folder), "--for", kind, "--out", str(tmp_path / kind)])
-    for cell in study.cells:
-        task = yaml.safe_load((tmp_path / "skypilot" / f"{cell.name}.yaml").read_text())
-        assert cell.name in task["run"]
-        assert task["name"].endswith(cell.name)
-        assert re.fullmatch(r"[a-z0-9-]+", task["name"])
-    compile((tmp_path / "submitit" / "submit.py").read_text(), "submit.py", "exec")
-    submit = (tmp_path / "skypilot" / "submit.sh").read_text()
-    assert submit.count("sky jobs launch") == 8
-    both = [(tmp_path / "submitit" / f"{n}.txt").read_text().splitlines() for n in ("first", "rest")]
-    assert sorted(map(len, both)) == [4, 4]
+def test_skypilot_gets_every_run(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the launch script, whose own tests hold its file against SkyPilot's schema; here what it is called with."""
+    monkeypatch.chdir(tmp_path)
+    study = read_study(many, Path("/runs/my study"))
+    main(["study", "emit", str(many), "--folder", str(study.folder), "--for", "skypilot", "--out", "jobs"])
+    refused_elsewhere = subprocess.run(["bash", "jobs/submit.sh"], capture_output=True, text=True, check=False)
+    assert refused_elsewhere.returncode == 2
+    assert "from the root" in refused_elsewhere.stderr
+    (tmp_path / "launch").mkdir()
+    script = tmp_path / "launch" / "skypilot.sh"
+    script.write_text('#!/usr/bin/env bash\nprintf "%s\\0" "$@" >> told; printf "\\n" >> told\n')
+    script.chmod(0o755)
+    subprocess.run(["bash", "jobs/submit.sh", "--nfs", "host:/path"], check=True)
+    told = [line.rstrip("\0").split("\0") for line in (tmp_path / "told").read_text().splitlines()]
+    first, rest = leaders(study.cells)
+    assert len(told) == 8
+    for words, cell in zip(told, [*first, *rest], strict=True):
+        at = words.index("--")
+        assert words[at - 2 : at] == ["--nfs", "host:/path"]
+        assert words[:2] == ["--name", f"my-study-{cell.name}"]
+        options = dict(zip(words[at + 2 :: 2], words[at + 3 :: 2], strict=True))
+        assert words[at + 1] == "evolve"
+        assert load(options["--config"]) == cell.config
+        assert options["--run-dir"] == f"/runs/my study/{cell.name}"
+
+
+def test_submitit_gets_every_run(many: Path, tmp_path: Path) -> None:
+    main(
+        [
+            "study",
+            "emit",
+            str(many),
+            "--folder",
+            str(tmp_path / "runs"),
+            "--for",
+            "submitit",
+            "--out",
+            str(tmp_path / "jobs"),
+        ]
+    )
+    compile((tmp_path / "jobs" / "submit.py").read_text(), "submit.py", "exec")
+    assert [len((tmp_path / "jobs" / f"{n}.txt").read_text().splitlines()) for n in ("first", "rest")] == [4, 4]
 
 
 # --- curves ------------------------------------------------------------------------------------------------------------
@@ -469,3 +499,37 @@ def test_a_curve_is_not_read_far_beyond_its_data() -> None:
     check_reach(found, 4.1e8, far=True)
     low, high = found.band(np.asarray([1e7]))
     assert low < found.at(np.asarray([1e7])) < high
+
+
+# --- what it needs -----------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_counts_programs_and_shares_m0(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the devices at hand, whose rates nobody states; what a run needs is what its programs are run times what each does."""
+    grid = {"contexts": {"few": {}, "many": {"evolve.contexts_per_round": 48}}}
+    file = write_study(tmp_path / "s.yaml", settings=tiny_settings(tiny_folder), grid=grid, seeds=[0, 1])
+    study = read_study(file)
+    hardware = Hardware.of(None, 1)
+    few, many = (counted(c.config, hardware) for c in (study.cells[0], study.cells[2]))
+    assert few["sft"] == many["sft"]
+    assert few["evaluation"] == many["evaluation"]
+    assert many["rounds"]["decode"] == 8 * few["rounds"]["decode"]
+    drawn = 6 * (32 + 3 * 8 + 32)  # contexts, and tokens of draft, reflection and refinement
+    assert few["rounds"]["decode"] == math.ceil(drawn / 4)
+    dialogues = [json.loads(line) for line in (REPOSITORY / "data/sample/train.jsonl").read_text().splitlines()]
+    tokens = sum(min(768, sum(len(t["text"].encode()) // 4 + 8 for t in d["turns"])) for d in dialogues)
+    assert few["sft"]["sft"] == math.ceil(tokens / 0.75 / (4 * 768 * 0.9))
+    needs = [
+        Needs(name, 0.0, {"base": 1.0}, 2.0, flops=10.0, seconds=0.5)
+        for name in ("prefill", "decode", "score", "sft", "dpo")
+    ]
+    found = cost(few, needs, 4)
+    assert found.flops["rounds"] == sum(few["rounds"].values()) * 40
+    assert found.hours == pytest.approx(sum(n for phase in few.values() for n in phase.values()) * 0.5 / 3600)
+    main(["study", "plan", str(file)])
+    said = capsys.readouterr()
+    assert said.err.count("compiling for") == 1  # both have programs of one shape
+    assert "all 4 runs, with 2 M_0 made once each" in said.out
+    assert "rates not known" in said.out

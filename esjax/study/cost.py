@@ -35,6 +35,19 @@ FULL = 0.9  # of a packed row
 SHAPED_BY = ("model", "mesh", "train", "lora", "sft", "dpo", "evolve", "reply", "prompts")
 
 
+COUNTS = (
+    "rounds",
+    "contexts_per_round",
+    "chosen",
+    "rejected",
+    "reference",
+    "pairs_of",
+    "measure",
+    "drafts",
+    "refinements",
+)
+
+
 class Texts(NamedTuple):
     """Tokens of a corpus, estimated."""
 
@@ -138,7 +151,8 @@ def plan(study: Study, topology: str | None) -> list[Table]:
     for cell in study.cells:
         arch = shape_of(cell.shape, cell.config)
         settings = cell.config.model_dump(mode="json")
-        asked = {name: settings[name] for name in SHAPED_BY} | {"window": cell.config.data.window, "rounds": 0}
+        asked = {name: settings[name] for name in SHAPED_BY} | {"window": cell.config.data.window}
+        asked["evolve"] = {k: v for k, v in asked["evolve"].items() if k not in COUNTS}
         asked["model"] = {k: v for k, v in asked["model"].items() if k not in ("source", "sha256")}
         key = json.dumps([repr(arch), asked], sort_keys=True)
         label = ", ".join(f"{a} {v}" for a, v in cell.labels.items()) or study.name

@@ -5,6 +5,7 @@ Retries and queues are theirs. A run that is killed goes on when its command is 
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Callable
@@ -86,21 +87,6 @@ def main(cluster: str | None) -> None:
 if __name__ == "__main__":
     main(sys.argv[1] if len(sys.argv) > 1 else None)
 '''
-SKYPILOT = """# One run of the study {study}: {words}.
-name: {name}
-resources:
-  accelerators: H100:1
-  use_spot: true
-  job_recovery:
-    strategy: EAGER_NEXT_REGION
-    max_restarts_on_errors: 3
-num_nodes: 1
-# The runs of a study share stages: mount storage that all jobs see at the folder that the command names.
-setup: |
-  pip install 'esjax[cuda]'
-run: |
-  {command}
-"""
 
 
 def emit(study: Study, target: str | None, out: Path | None, show: Callable[..., None]) -> None:
@@ -194,16 +180,34 @@ def _submitit(study: Study, out: Path, first: list[str], rest: list[str]) -> str
 
 
 def _skypilot(study: Study, out: Path, first: list[str], rest: list[str]) -> str:
-    lines = ["#!/usr/bin/env bash", "set -euo pipefail", 'cd "$(dirname "$0")"']
-    done = False
-    for cell, line in zip([c for part in leaders(study.cells) for c in part], [*first, *rest], strict=True):
-        if not done and line in rest:
-            done = True
-            lines.append("# The jobs below take what those above have made: wait for them (sky jobs queue).")
-        name = f"{_slug(study)}-{cell.name}"
-        write_text(
-            out / f"{cell.name}.yaml", SKYPILOT.format(study=study.name, words=cell.words, name=name, command=line)
-        )
-        lines.append(f"sky jobs launch --yes --detach-run {cell.name}.yaml")
+    """By launch/skypilot.sh, which brings the repository's folder along, and so the configs if they lie in it."""
+    lines = [
+        "#!/usr/bin/env bash",
+        "# From the repository's root; the study's folder must lie on storage that all jobs share (--nfs).",
+    ]
+    lines += [
+        "set -euo pipefail",
+        "[[ -f launch/skypilot.sh ]] || { echo 'run this from the root of the esjax repository' >&2; exit 2; }",
+    ]
+    for n, (cell, line) in enumerate(
+        zip([c for part in leaders(study.cells) for c in part], [*first, *rest], strict=True)
+    ):
+        if n == len(first):
+            lines.append(
+                "# The jobs below take what those above have made: submit them when those are done (sky jobs queue)."
+            )
+        words = shlex.split(line)[1:]
+        words[words.index("--config") + 1] = os.path.relpath(out / "configs" / f"{cell.name}.yaml")
+        options = [
+            "--name",
+            f"{_slug(study)}-{cell.name}",
+            "--gpus",
+            "H100:1",
+            "--num-nodes",
+            "1",
+            "--yes",
+            "--detach-run",
+        ]
+        lines.append(shlex.join(["launch/skypilot.sh", *options]) + ' "$@" -- ' + shlex.join(words))
     write_text(out / "submit.sh", "\n".join(lines) + "\n")
-    return f"bash {out / 'submit.sh'}"
+    return f"bash {out / 'submit.sh'} --nfs HOST:/PATH"
