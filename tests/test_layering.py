@@ -187,7 +187,7 @@ def test_good_sources_have_no_faults() -> None:
         ("model.decoder", "from esjax.corpus.dialogue import Message", "esjax.model.decoder imports corpus"),
         ("train.loop", "from esjax.sample.score import Scorer", "esjax.train.loop (rank 9) imports"),
         ("sample.score", "from esjax.train import losses", "esjax.sample.score (rank 9) imports"),
-        ("export", "import esjax.cli", "esjax.export (rank 12) imports esjax.cli (rank 15)"),
+        ("export", "import esjax.cli", "esjax.export (rank 12) imports esjax.cli (rank 16)"),
         ("model.weights", "import torch", "esjax.model.weights imports torch"),
         ("evolve.rounds", "from trl.trainer import DPOTrainer", "esjax.evolve.rounds imports trl"),
         ("export", "importlib.import_module('torch.nn')", "esjax.export imports torch"),

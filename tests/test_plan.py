@@ -162,7 +162,7 @@ def memory(arch: Architecture, mesh: Mesh, config: Config, size: int, apart: boo
         return 4 * 6 * s.row_length * count // groups  # six fields of a token
 
     sft, dpo = config.sft, config.dpo
-    pairs = dpo.batch_rows // groups * (dpo.row_length // 32) * (dpo.row_length // 16) * (2 * 4 + 1)
+    pairs = dpo.batch_rows // groups * (dpo.row_length // 32) * (dpo.row_length // 16) * 3 * 4
     trained = {"base": base, "adapter": adapter, "optimiser": 2 * adapter + 2 * 4}  # two moments, two counters
     sampled = {"base": base + copied_bytes(arch, mesh, size)} if apart else {"base": base, "adapter": adapter}
     sampled["cache"] = cache
@@ -607,6 +607,12 @@ PUBLISHED = {
     "llama3-70b": (70_553_706_496, "70.6B"),
     "qwen2-7b": (7_615_616_512, "7.62B"),
     "mistral-7b": (7_248_023_552, "7.25B"),
+    "smollm2-135m": (134_515_008, "0.135B"),
+    "smollm2-360m": (361_821_120, "0.362B"),
+    "smollm2-1.7b": (1_711_376_384, "1.71B"),
+    "qwen2.5-0.5b": (494_032_768, "0.494B"),
+    "qwen2.5-1.5b": (1_543_714_304, "1.54B"),
+    "qwen2.5-3b": (3_085_938_688, "3.09B"),
 }
 
 
@@ -639,8 +645,8 @@ def test_shapes_are_those_of_the_published_models(tiny_config: Config) -> None:
 
 def test_the_configs_of_these_models_have_their_shapes(tiny_folder: Path) -> None:
     """A config names its model; the shape that comes with esjax is the same one, and a folder's own is read."""
-    for name in PUBLISHED:
-        config = load(str(bundled(f"bundled:configs/{name}.yaml")), [])
+    for file in bundled("bundled:configs").glob("*-*.yaml"):
+        name, config = file.stem, load(str(file), [])
         assert config.model.source.startswith("hf:")
         assert shape_of(name, config) == shape_of(str(bundled(f"bundled:configs/shapes/{name}.json")), config)
     own = shape_of(None, load(None, tiny_overrides(tiny_folder)))

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from esjax.eval.results import Value, write_parquet
 from esjax.plan.measure import Needs
 from esjax.plan.report import Hardware
 from esjax.run.manifest import read_manifest
-from esjax.settings.files import load
+from esjax.settings.files import dump, load
 from esjax.study import curves
 from esjax.study.collect import FACTS, RESULTS
 from esjax.study.cost import cost, counted
@@ -88,6 +89,22 @@ def test_runs_share_what_they_have_in_common(finished: Study) -> None:
     assert (first / "drafts.jsonl").read_bytes() == (second / "drafts.jsonl").read_bytes()
     assert not (second / "reflections.jsonl").exists()
     assert (finished.folder / finished.cells[1].name / "screened.jsonl").exists()
+
+
+def test_a_damaged_stage_is_not_taken(finished: Study, study_file: Path, tmp_path: Path, refused: Refused) -> None:
+    stages = tmp_path / "runs" / "stages"
+    shutil.copytree(finished.folder / "stages", stages)
+    (adapter,) = [f for f in stages.glob("*/files/sft/adapter/adapter_model.safetensors")]
+    adapter.write_bytes(adapter.read_bytes()[:-1] + b"x")
+    line = refused("evolve", "--config", emitted(finished, tmp_path), "--run-dir", tmp_path / "run", "--shared", stages)
+    assert "not what was kept there (sft/adapter differs); delete this folder" in line
+    assert "--shared gs://b/c: give a folder" in refused("evolve", "--run-dir", tmp_path / "x", "--shared", "gs://b/c")
+
+
+def emitted(study: Study, folder: Path) -> Path:
+    """A config file of the study's first run."""
+    (folder / "cell.yaml").write_text(dump(study.cells[0].config))
+    return folder / "cell.yaml"
 
 
 def test_one_table_holds_what_runs_measured_and_cost(finished: Study) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from esjax.errors import InputError
-from esjax.run.files import replacing, write_text
+from esjax.run.files import replacing, sha256, write_text
 from esjax.run.jsonl import json_text
 from esjax.runtime.context import current
 
@@ -37,7 +37,10 @@ class Shared:
         return hashlib.sha256(made_from.encode()).hexdigest()[:24]
 
     def take(self, key: str, run: Path) -> dict[str, Any] | None:
-        """Put a kept stage's files into a run; gives what its manifest says of it, or None where no run made it yet."""
+        """Put a kept stage's files into a run; gives what its manifest says of it, or None where no run made it yet.
+
+        Raises InputError where the files are not what was kept.
+        """
         kept = self.folder / key
         found = current().processes.share(int((kept / ENTRY).is_file()))
         if not found:
@@ -50,6 +53,11 @@ class Shared:
                     _link(file, place)
         current().processes.wait("shared stage taken")
         entry: dict[str, Any] = json.loads((kept / ENTRY).read_text(encoding="utf-8"))
+        for place, digest in entry["outputs"].items():
+            if sha256(run / place) != digest:
+                raise InputError(
+                    f"{kept}: not what was kept there ({place} differs); delete this folder to have it made again"
+                )
         return entry
 
     def keep(self, key: str, run: Path, outputs: Sequence[Path], entry: Mapping[str, Any]) -> None:
@@ -74,4 +82,5 @@ def _link(file: Path, place: Path) -> None:
     try:
         os.link(file, place)
     except OSError:  # another file system, or one without links
-        shutil.copyfile(file, place)
+        with replacing(place) as temporary:
+            shutil.copyfile(file, temporary)

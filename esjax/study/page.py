@@ -26,6 +26,19 @@ Row = dict[str, Any]
 CURVE = "power"  # drawn through what allows one
 AXES = ("flops", "tokens", "parameters", "contexts", "pairs_kept")  # what curves may be over
 BAND = 60  # places of a curve
+# By what quality is shown against: heading, axis and text.
+FRONTIERS = {
+    "flops": (
+        "Quality against FLOPs",
+        "FLOPs of training and sampling",
+        "The last model of each variant over what it cost to train and to draw replies for it.",
+    ),
+    "time": (
+        "Quality against time",
+        "seconds of all stages",
+        "The same over seconds on the machines that made the runs; compare within one kind of machine alone.",
+    ),
+}
 
 
 def write(study: Study, out: Path | None) -> Path:
@@ -72,19 +85,7 @@ def _frontiers(study: Study, found: Sequence[Row], shown: Sequence[str]) -> list
         },
         "time": {name: float(np.mean([seconds[c.name] for c in runs.values()])) for name, runs in known.items()},
     }
-    texts = {
-        "flops": (
-            "Quality against FLOPs",
-            "FLOPs of training and sampling",
-            "The last model of each variant over what it cost to train and to draw replies for it.",
-        ),
-        "time": (
-            "Quality against time",
-            "seconds of all stages",
-            "The same over seconds on the machines that made the runs; compare within one kind of machine alone.",
-        ),
-    }
-    return [_frontier(found, shown, cost[kind], kind, *texts[kind]) for kind in texts]
+    return [_frontier(kind, found, shown, cost[kind]) for kind in FRONTIERS]
 
 
 def _seconds(folder: Path) -> float:
@@ -92,9 +93,8 @@ def _seconds(folder: Path) -> float:
     return float(sum(entry["seconds"] for name, entry in stages if not name.startswith("eval")))
 
 
-def _frontier(
-    found: Sequence[Row], shown: Sequence[str], cost: dict[str, float], kind: str, heading: str, axis: str, text: str
-) -> Figure | None:
+def _frontier(kind: str, found: Sequence[Row], shown: Sequence[str], cost: dict[str, float]) -> Figure | None:
+    heading, axis, text = FRONTIERS[kind]
     if len(cost) < 2:
         return None
     plots, table = [], [["variant", axis, *map(metric_label, shown)]]
