@@ -94,7 +94,7 @@ def test_runs_share_what_they_have_in_common(finished: Study) -> None:
 def test_a_damaged_stage_is_not_taken(finished: Study, study_file: Path, tmp_path: Path, refused: Refused) -> None:
     stages = tmp_path / "runs" / "stages"
     shutil.copytree(finished.folder / "stages", stages)
-    (adapter,) = [f for f in stages.glob("*/files/sft/adapter/adapter_model.safetensors")]
+    (adapter,) = stages.glob("*/files/sft/adapter/adapter_model.safetensors")
     adapter.write_bytes(adapter.read_bytes()[:-1] + b"x")
     line = refused("evolve", "--config", emitted(finished, tmp_path), "--run-dir", tmp_path / "run", "--shared", stages)
     assert "not what was kept there (sft/adapter differs); delete this folder" in line
