@@ -295,6 +295,18 @@ def test_a_study_that_cannot_be_is_refused(parts: dict[str, Any], words: str, tm
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("file", sorted((REPOSITORY / "configs" / "studies").glob("*.yaml")), ids=lambda f: f.stem)
+def test_shipped_studies_are_studies(file: Path) -> None:
+    study = read_study(file)
+    assert len(study.cells) >= 12
+    assert len({c.seed for c in study.cells}) == 3
+    known = {p.stem for p in (REPOSITORY / "configs" / "shapes").glob("*.json")}
+    assert {c.shape for c in study.cells} <= {None, *known}
+    header = file.read_text().split("\n\n")[0]
+    assert f"esjax study run configs/studies/{file.name}" in header or f"emit configs/studies/{file.name}" in header
+    assert "Hardware:" in header
+
+
 def test_cells_are_named_by_what_defines_their_result(tmp_path: Path) -> None:
     def names(**settings: Any) -> list[str]:
         file = write_study(
