@@ -234,6 +234,6 @@ def _opened(
     from esjax.run.directory import RunDir
     from esjax.run.shared import Shared
 
-    kept = None if shared is None else Shared(Path(shared))
+    kept = None if shared is None else Shared(shared)
     with devices(config), RunDir(run_dir, config, content, kept) as run:
         yield Experiment.open(config), run

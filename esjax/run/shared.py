@@ -26,10 +26,10 @@ class Shared:
     Files are linked where the file system can, as they are never changed in place, and else copied.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: str | Path) -> None:
         if "://" in str(folder):
             raise InputError(f"--shared {folder}: give a folder that all hosts share")
-        self.folder = folder.expanduser()
+        self.folder = Path(folder).expanduser()
 
     def key(self, name: str, inputs: Mapping[str, str], settings: Mapping[str, Any], base: Mapping[str, str]) -> str:
         """What identifies a stage: its name, its inputs' hashes, the settings that define its result, the backbone's hashes."""
