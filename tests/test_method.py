@@ -15,9 +15,9 @@ from conftest import Refused, chat, tiny_overrides
 
 from esjax.eval.judges.ask import rater
 from esjax.evolve.alarms import alarms
-from esjax.evolve.choose import other_people, weights
+from esjax.evolve.choose import Candidates, Side, choose, other_people, weights
 from esjax.evolve.experiment import Experiment, adapter_folder
-from esjax.evolve.pairs import trunks
+from esjax.evolve.pairs import Context, trunks
 from esjax.evolve.reflect import Instructions
 from esjax.evolve.rounds import Round, warm_up
 from esjax.report.gather import Examples
@@ -26,6 +26,7 @@ from esjax.run.jsonl import read_jsonl
 from esjax.sample.score import Scorer
 from esjax.settings.files import load
 from esjax.settings.schema import DpoSettings
+from esjax.tokens.encode import Prompt
 
 LN2 = math.log(2)
 Rows = list[dict[str, Any]]
@@ -212,6 +213,27 @@ def test_the_best_refinement_and_a_low_draft_are_taken(improve: Improve, opened:
     assert own[:, 0] == pytest.approx(chosen, abs=1e-4)
     assert any(p["chosen"][0]["content"] != next(r["text"] for r in refinements if r["id"] == p["id"]) for p in pairs)
     assert first_step(run)["loss"] == pytest.approx(LN2, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("marks", "taken", "fault"),
+    [
+        ([1.0, 3.0, 2.0], "the second of all three", None),
+        ([None, None, 2.0], "the third one, measured alone", None),
+        ([None, None, None], None, ("refinement", "not_measured")),
+    ],
+)
+def test_what_nobody_could_measure_is_not_chosen(opened: Experiment, marks: list[Any], taken: Any, fault: Any) -> None:
+    """A judge without a verdict on any of several refinements: no pair, instead of the first that comes."""
+    texts = ["this is the first reply", "the second of all three", "the third one, measured alone"]
+    made = [{"id": "d/1", "text": text, "finish_reason": "stop"} for text in texts]
+    draft = {"id": "d/1", "text": "something else was drafted before", "finish_reason": "stop"}
+    context = Context("d/1", Prompt(0, chat("I moved.", "Oh."), 1, 0, np.zeros(1, np.int32)))
+    config = load(None, {"evolve.refinements": 3, "evolve.measure": "judge", "eval.judge.source": "rule:first"})
+    given = Candidates(context, Side("refinement", made), Side("draft", [draft]), None)
+    found = choose(given, {"judge": [*marks, 0.0]}, config, opened.filters)
+    assert found.fault == fault
+    assert taken is None or found.chosen["text"] == taken
 
 
 def examples_of(run: Path) -> Rows:

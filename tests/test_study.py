@@ -351,6 +351,10 @@ def many(tmp_path: Path) -> Path:
     return write_study(tmp_path / "my study.yaml", grid=grid, seeds=[0, 1])
 
 
+def emit(file: Path, runs: Path, kind: str, out: Path) -> None:
+    main(["study", "emit", str(file), "--folder", str(runs), "--for", kind, "--out", str(out)])
+
+
 def test_plain_commands_make_the_study(many: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["study", "emit", str(many), "--folder", str(tmp_path / "my runs")])
     lines = capsys.readouterr().out.splitlines()
@@ -368,19 +372,7 @@ def test_plain_commands_make_the_study(many: Path, tmp_path: Path, capsys: pytes
 
 
 def test_a_slurm_array_holds_every_run(many: Path, tmp_path: Path) -> None:
-    main(
-        [
-            "study",
-            "emit",
-            str(many),
-            "--folder",
-            str(tmp_path / "runs"),
-            "--for",
-            "slurm",
-            "--out",
-            str(tmp_path / "jobs"),
-        ]
-    )
+    emit(many, tmp_path / "runs", "slurm", tmp_path / "jobs")
     for name in ("first", "rest"):
         script = tmp_path / "jobs" / f"{name}.sbatch"
         subprocess.run(["bash", "-n", str(script)], check=True)
@@ -406,7 +398,7 @@ def test_skypilot_gets_every_run(many: Path, tmp_path: Path, monkeypatch: pytest
     """Through the launch script, whose own tests hold its file against SkyPilot's schema; here what it is called with."""
     monkeypatch.chdir(tmp_path)
     study = read_study(many, Path("/runs/my study"))
-    main(["study", "emit", str(many), "--folder", str(study.folder), "--for", "skypilot", "--out", "jobs"])
+    emit(many, study.folder, "skypilot", Path("jobs"))
     refused_elsewhere = subprocess.run(["bash", "jobs/submit.sh"], capture_output=True, text=True, check=False)
     assert refused_elsewhere.returncode == 2
     assert "from the root" in refused_elsewhere.stderr
@@ -429,21 +421,40 @@ def test_skypilot_gets_every_run(many: Path, tmp_path: Path, monkeypatch: pytest
 
 
 def test_submitit_gets_every_run(many: Path, tmp_path: Path) -> None:
-    main(
-        [
-            "study",
-            "emit",
-            str(many),
-            "--folder",
-            str(tmp_path / "runs"),
-            "--for",
-            "submitit",
-            "--out",
-            str(tmp_path / "jobs"),
-        ]
-    )
-    compile((tmp_path / "jobs" / "submit.py").read_text(), "submit.py", "exec")
-    assert [len((tmp_path / "jobs" / f"{n}.txt").read_text().splitlines()) for n in ("first", "rest")] == [4, 4]
+    emit(many, tmp_path / "runs", "submitit", tmp_path / "jobs")
+    (tmp_path / "submitit.py").write_text(SUBMITIT)
+    lines = {name: (tmp_path / "jobs" / f"{name}.txt").read_text().splitlines() for name in ("first", "rest")}
+    assert [len(x) for x in lines.values()] == [4, 4]
+    for cluster, dependency in (("slurm", "afterok:7"), ("local", None)):
+        command = [sys.executable, str(tmp_path / "jobs" / "submit.py"), cluster]
+        environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+        said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        first, rest = map(json.loads, said.splitlines())
+        assert first["commands"] == lines["first"]
+        assert rest["commands"] == lines["rest"]
+        assert "slurm_additional_parameters" not in first["parameters"]
+        assert rest["parameters"].get("slurm_additional_parameters", {}).get("dependency") == dependency
+
+
+# Stands in for submitit, which tests do not need: it tells what it is asked to submit.
+SUBMITIT = """
+import json
+from types import SimpleNamespace
+
+helpers = SimpleNamespace(DelayedSubmission=tuple)
+
+
+class AutoExecutor:
+    def __init__(self, folder, cluster):
+        self.cluster, self.parameters = cluster, {}
+
+    def update_parameters(self, **parameters):
+        self.parameters |= parameters
+
+    def map_array(self, run, commands):
+        print(json.dumps({"commands": commands, "parameters": self.parameters}))
+        return [SimpleNamespace(job_id=f"7_{i}", result=lambda: None) for i in range(len(commands))]
+"""
 
 
 # --- curves ------------------------------------------------------------------------------------------------------------

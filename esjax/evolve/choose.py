@@ -16,9 +16,8 @@ from esjax.model.lora import Adapter
 from esjax.settings.schema import Config
 
 Row = dict[str, Any]
-Rate = Callable[
-    [Sequence[tuple[list[Message], str]]], np.ndarray
-]  # replies in their contexts -> marks, NaN where there is none
+# Replies in their contexts -> marks, NaN where there is none.
+Rate = Callable[[Sequence[tuple[list[Message], str]]], np.ndarray]
 SPECIFICITY, LIKELIHOOD, JUDGE = "specificity", "likelihood", "judge"
 
 
@@ -137,7 +136,8 @@ def choose(c: Candidates, values: Row, config: Config, filters: Filters) -> Choi
     """The pair of a context: of each side one reply, among those without a fault if there are any.
 
     Of several that may be chosen the one that measures best is; of several drafts the first, or with evolve.rejected=low the
-    one that measures nearest to their mean less two standard deviations. ``values``: a row of ``measure``.
+    one that measures nearest to their mean less two standard deviations; where none of them could be measured, that is the
+    fault. ``values``: a row of ``measure``.
     """
     e, split = config.evolve, len(c.chosen.replies)
     known = [np.nan if x is None else x for x in values.get(e.measure, [])] or [np.nan] * len(c.replies)
@@ -158,10 +158,12 @@ def choose(c: Candidates, values: Row, config: Config, filters: Filters) -> Choi
 def _one(c: Candidates, side: Side, values: np.ndarray, filters: Filters, low: bool) -> tuple[int, str | None]:
     """The number of a side's reply, and its fault."""
     faults = [filters.reply_fault(c.context.messages, r["text"], r["finish_reason"]) for r in side.replies]
-    among = [i for i, fault in enumerate(faults) if fault is None and not np.isnan(values[i])]
-    if len(side.replies) == 1 or not among:
-        first = next((i for i, fault in enumerate(faults) if fault is None), 0)
-        return first, faults[first]
+    fine = [i for i, fault in enumerate(faults) if fault is None]
+    if len(side.replies) == 1 or not fine:
+        return 0, faults[0]
+    among = [i for i in fine if not np.isnan(values[i])]
+    if not among:
+        return fine[0], "not_measured"
     mine = values[among]
     goal = np.abs(mine - (mine.mean() - 2 * mine.std())) if low else -mine
     return among[int(np.argmin(goal))], None

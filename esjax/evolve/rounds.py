@@ -90,8 +90,11 @@ def warm_up(experiment: Experiment, run: RunDir) -> None:
 
     inputs = {name: sha256(file) for name, file in asked.files.items()} | pattern_hashes(c.filters, c.screen) | inputs
     settings = (*DRAWN_BY, "train", "sft", "filters")
-    work = lambda: sft_on(experiment, run.path / "warmup", examples, lambda: experiment.adapter(before))  # noqa: E731
-    run.stage("warmup/sft", [warmed(run, c.train.what)], inputs, work, settings)
+
+    def teach() -> Row:
+        return sft_on(experiment, run.path / "warmup", examples, lambda: experiment.adapter(before))
+
+    run.stage("warmup/sft", [warmed(run, c.train.what)], inputs, teach, settings)
 
 
 def longest(experiment: Experiment) -> int:

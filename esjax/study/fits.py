@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,9 +125,7 @@ def results(study: Study, group: Group, y: str) -> Results:
 
 def _shares(folder: Path, model: str, metric: str) -> dict[str, float]:
     """By dialogue (of a corpus' number, by group of dialogues) what it adds: their mean is the number."""
-    rows: list[Value] = [
-        v for v in read_parquet(folder / "eval" / "results.parquet") if (v.model, v.metric) == (model, metric)
-    ]
+    rows = [v for v in _measured(folder) if (v.model, v.metric) == (model, metric)]
     if not rows:
         return {}
     if rows[0].context == "":  # of the whole corpus: jackknife pseudo-values
@@ -142,6 +141,12 @@ def _shares(folder: Path, model: str, metric: str) -> dict[str, float]:
     mean = len(rows) / len(by_dialogue)
     whole = sum(map(sum, by_dialogue.values())) / len(rows)
     return {name: whole + (sum(v) - whole * len(v)) / mean for name, v in by_dialogue.items()}
+
+
+@cache
+def _measured(folder: Path) -> list[Value]:
+    """A finished run's table; curves of several metrics over several x are all made of it."""
+    return read_parquet(folder / "eval" / "results.parquet")
 
 
 def _record(name: str, f: Fit, args: argparse.Namespace) -> dict[str, Any]:
