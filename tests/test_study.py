@@ -98,7 +98,12 @@ def test_a_damaged_stage_is_not_taken(finished: Study, study_file: Path, tmp_pat
     adapter.write_bytes(adapter.read_bytes()[:-1] + b"x")
     line = refused("evolve", "--config", emitted(finished, tmp_path), "--run-dir", tmp_path / "run", "--shared", stages)
     assert "not what was kept there (sft/adapter differs); delete this folder" in line
-    assert "--shared gs://b/c: give a folder" in refused("evolve", "--run-dir", tmp_path / "x", "--shared", "gs://b/c")
+    config = ["--config", emitted(finished, tmp_path), "--run-dir", tmp_path / "x", "--shared"]
+    assert "--shared gs://b/c: give a folder" in refused("evolve", *config, "gs://b/c")
+    assert "cannot be written (File exists); give another --shared" in refused(
+        "evolve", *config, tmp_path / "cell.yaml"
+    )
+    assert not (tmp_path / "x").exists()
 
 
 def emitted(study: Study, folder: Path) -> Path:
@@ -274,6 +279,7 @@ def test_a_study_of_twelve_runs_that_is_killed_twice_ends_with_the_same_table(
         ({"grid": {"a": {"x": {"evolve.rouns": 1}}}}, "a x: unknown setting evolve.rouns: did you mean"),
         ({"grid": {"a": {"x": {"seed": 1}}}}, "seed is a setting of its own"),
         ({"grid": {"a": {"x": {"sft.epochs": 2}}, "b": {"y": {"sft.epochs": 3}}}}, "sft.epochs is set on two axes"),
+        ({"grid": {"a": {True: {}, 2: {}}}}, "grid.a.1: a name must be a text"),
         ({"grid": {"a": {}}}, "an axis of grid has no values"),
         ({"grid": {"a": {"x": {}, "y": {}}}}, "a x, seed 0 and a y, seed 0 are the same run"),
         ({"seeds": [1, 1]}, "names one twice"),

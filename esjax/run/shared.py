@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from esjax.errors import InputError
-from esjax.run.files import replacing, sha256, write_text
+from esjax.run.files import check_writable, replacing, sha256, write_text
 from esjax.run.jsonl import json_text
 from esjax.runtime.context import current
 
@@ -30,6 +30,7 @@ class Shared:
         if "://" in str(folder):
             raise InputError(f"--shared {folder}: give a folder that all hosts share")
         self.folder = Path(folder).expanduser()
+        check_writable(self.folder / ENTRY, "--shared")
 
     def key(self, name: str, inputs: Mapping[str, str], settings: Mapping[str, Any], base: Mapping[str, str]) -> str:
         """What identifies a stage: its name, its inputs' hashes, the settings that define its result, the backbone's hashes."""
