@@ -69,6 +69,8 @@ def build(
 
 def _settings_help(command: str) -> str:
     """The settings that a command reads, with type, default and meaning, from the one place where they are defined."""
+    if not read_by(command):
+        return ""
     lines = ["settings (in the config file, or as --section.key value):"]
     known = keys(Config)
     for name in read_by(command):

@@ -99,13 +99,13 @@ class DpoSettings(OptimSettings):
     2024); of sigmoid, robust, hinge."""
     tail_weight: float = Field(1.0, ge=0, le=1)
     """Weight of the tokens by which a reply is longer than the other one of its pair (LD-DPO's alpha, Liu et al. 2024); of all
-    losses but ipo and simpo."""
+    losses but ipo, simpo and nll."""
     length_normalised: bool = False
     """Divide each reply's log-prob by its token count before the loss; ipo and simpo do anyway."""
     pair_weights: Literal["none", "reflection", "judge"] = "none"
     """What a pair's loss is multiplied by, on average 1 (after WPO, Zhou et al. 2024): twice the logistic function of by how much
     who is asked prefers the chosen reply. reflection, M_t itself with principles and reflection before it, in nats a token;
-    judge, eval.judge in marks from 0 to 5 for helpfulness and personalisation. For the rounds of `esjax evolve`."""
+    judge, eval.judge in marks from 0 to 5 for helpfulness and personalisation. `esjax dpo` takes a pair's `weight` from its file."""
     trunk: Literal["prompt", "dialogue"] = "dialogue"
     """What is computed once: each pair's prompt, or a whole dialogue with the pairs of all its turns as branches, which then
     fall into one step (dpo.row_length must leave room for them). The loss of a pair is the same."""

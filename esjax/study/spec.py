@@ -77,9 +77,9 @@ def read_study(file: Path, folder: Path | None = None) -> Study:
         where, known = ".".join(map(str, first["loc"])), ", ".join(_Spec.model_fields)
         if "[key]" in first["loc"]:
             raise InputError(
-                f"{file}: {where.removesuffix('.[key]')}: a name must be a text; YAML takes on, off, yes, no and numbers for something "
-                "else, so put them in quotes"
-            )
+                f"{file}: {where.removesuffix('.[key]')}: a name must be a text; YAML takes on, off, yes, no and numbers for "
+                "something else, so put them in quotes"
+            ) from e
         raise InputError(f"{file}: {where or 'the file'}: {first['msg']}; a study has {known}") from e
     if unknown := [m for m in spec.metrics if m not in ALL]:
         raise InputError(
