@@ -105,7 +105,8 @@ class DpoSettings(OptimSettings):
     pair_weights: Literal["none", "reflection", "judge"] = "none"
     """What a pair's loss is multiplied by, on average 1 (after WPO, Zhou et al. 2024): twice the logistic function of by how much
     who is asked prefers the chosen reply. reflection, M_t itself with principles and reflection before it, in nats a token;
-    judge, eval.judge in marks from 0 to 5 for helpfulness and personalisation. `esjax dpo` takes a pair's `weight` from its file."""
+    judge, eval.judge in marks from 0 to 5 for helpfulness and personalisation. `esjax dpo` takes each pair's `weight` from its
+    file."""
     trunk: Literal["prompt", "dialogue"] = "dialogue"
     """What is computed once: each pair's prompt, or a whole dialogue with the pairs of all its turns as branches, which then
     fall into one step (dpo.row_length must leave room for them). The loss of a pair is the same."""
