@@ -176,9 +176,15 @@ def bench(args: argparse.Namespace, given: Overrides) -> None:
     Of the settings below model.attention and model.remat count: the workload file says the rest. The task data prepares the
     training dialogues of data.train with the tokenizer of model.source, repeated to 2,170 dialogues; it uses no device.
     """
+    from esjax.bench import suite
     from esjax.bench.tasks import bench
 
-    bench(given.load(together=False), args, prepare_jax)
+    if args.suite is not None:
+        suite.run(args, given)
+    else:
+        if args.limit is not None:
+            raise InputError("--limit: only --suite makes use of it; leave it out")
+        bench(given.load(together=False), args, prepare_jax)
 
 
 def report(args: argparse.Namespace, given: Overrides) -> None:

@@ -181,6 +181,10 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
             "write a profiler trace of each job: one training step, or one run of sampling",
             type=_path,
         ),
+        _given(
+            "--suite", "DIR", "measure all tasks, several ways, and write DIR/suite.json and suite.html", type=_path
+        ),
+        _number("--limit", "--suite: minutes that it may take (12)", metavar="MINUTES"),
     ),
     "data": (
         ("action", {"choices": ("inspect", "export", "check", "build"), "help": "what to do"}),

@@ -25,6 +25,7 @@ from esjax.errors import InputError
 from esjax.model.attention import choose_path
 from esjax.model.cache import cache_shapes
 from esjax.model.cached import layered
+from esjax.model.costs import training_flops
 from esjax.model.decoder import Execution
 from esjax.model.lora import lora_from
 from esjax.model.weights import Backbone, bind, choose_execution
@@ -170,7 +171,7 @@ def test_flops_by_formula_are_close_to_the_compilers() -> None:
     arch = llama(512, 256, 3, 4, 2, 64, 512)
     batch = rows.stack([rows.trunk([1] * 128, [1.0] * 127 + [0.0])] * 4)
     for lora in (lora_from(LoraSettings(rank=8)), None):
-        formula = bench.model_flops(arch, lora, batch)
+        formula = training_flops(arch, lora, batch)
         attention = 3 * 4.0 * arch.layers * arch.heads * arch.head_size * 4 * (128 * 129 / 2)
         counted = bench.program_flops(arch, lora, FLOAT32, sft_loss, Execution(layout="causal"), (batch, None))
         assert counted == pytest.approx(formula + attention, rel=0.06)
@@ -229,11 +230,11 @@ def test_memory_of_sampling_is_what_is_held_not_what_a_step_reads() -> None:
     a = work.architecture
     cache = 2 * a.layers * a.kv_heads * a.head_size * 4 * (128 + 64) * 4
     prompts = [[11, 12, 13]] * 4
-    held = sampling.memory_held(
+    held, _ = sampling.memory_held(
         generator, lambda: generator.generate(BARE, prompts, range(4), sampling.HOW, 8) and None
     )
     assert held > weights + cache
     larger = Generator(backbone, 4, end_of_turn=-1, lanes=1, slots=128, new=64 + 4096)
-    more = sampling.memory_held(larger, lambda: larger.generate(BARE, prompts, range(4), sampling.HOW, 8) and None)
+    more, _ = sampling.memory_held(larger, lambda: larger.generate(BARE, prompts, range(4), sampling.HOW, 8) and None)
     rings = 2 * a.layers * a.kv_heads * a.head_size * 4 * 4096 * 4
     assert rings <= more - held < 2.5 * rings

@@ -16,8 +16,9 @@ from definition import remasked
 from oracles import random_adapter, real_dialogues
 
 from esjax import rows
-from esjax.bench.training import model_flops, program_flops, unshared_pairs
+from esjax.bench.training import program_flops, unshared_pairs
 from esjax.evolve.pairs import Trunk, trunks
+from esjax.model.costs import training_flops
 from esjax.model.decoder import Execution
 from esjax.model.families import read_architecture
 from esjax.model.lora import lora_from
@@ -92,7 +93,7 @@ def test_every_turn_of_a_dialogue_costs_at_most_two_fifths(cases: list[Case], sm
         )
         assert ours <= 0.4 * naive
         # Nor is it the padding of the single rows that makes the difference.
-        assert model_flops(arch, LORA, shared) <= 0.4 * model_flops(arch, LORA, case.single)
+        assert training_flops(arch, LORA, shared) <= 0.4 * training_flops(arch, LORA, case.single)
         # The count itself: twice the rows are twice the FLOPs, but for the optimiser's.
         assert program_flops(
             arch, LORA, FLOAT32, loss, how, (rows.stack([case.trunk.rows] * 2), _twice(extra[0]))

@@ -28,7 +28,7 @@ RANKS = {
     "eval": 11,
     "report": 12,
     "plan": 12,
-    "bench": 12,
+    "bench": 13,
     "export": 12,
     "opened": 13,
     "data": 13,

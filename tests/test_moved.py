@@ -18,7 +18,7 @@ from esjax.errors import InputError
 from esjax.plan.chips import CHIPS, KINDS, chip_of, gpu_share
 from esjax.plan.moved import Collective, Moved, moved
 from esjax.plan.topology import GPUS
-from esjax.runtime.programs import products
+from esjax.runtime.programs import compile_named, products
 
 ADD = """
 %add (a: f32[], b: f32[]) -> f32[] {
@@ -464,7 +464,9 @@ def test_the_dearest_branch_counts() -> None:
         "(%k, %p, %p), true_computation=%dear, false_computation=%cheap",
     ):
         entry = f"  %k = s32[] constant(0)\n  ROOT %r = f32[8,16]{{1,0}} conditional{how}"
-        assert once(entry, branches) == Moved((X + X + 256) + 2 * X)
+        found = once(entry, branches)
+        assert found.bytes == (X + X + 256) + 2 * X
+        assert found.parts == {"other: product": X + X + 256, "other: negate": 2 * X}
 
 
 def test_kernels_count_as_their_operands_and_results() -> None:
@@ -472,7 +474,7 @@ def test_kernels_count_as_their_operands_and_results() -> None:
     entry = """  ROOT %k = f32[8,16]{1,0} custom-call(%p), custom_call_target="tpu_custom_call", frontend_attributes={kernel={
 "xprof_metadata":"{\\"block\\": 128}"
 }}, metadata={op_name="k"}, backend_config={"custom_call_config":{"body":"TUz(v","x":true}}"""
-    assert once(entry) == Moved(2 * X)
+    assert once(entry).bytes == 2 * X
 
 
 def test_called_computations_run_and_reductions_do_not() -> None:
@@ -725,3 +727,64 @@ def test_chips() -> None:
         assert 14 < CHIPS[name].flops / plain < 33
     with pytest.raises(InputError, match=r"device kind 'NVIDIA H100 PCIe': .*known are TPU v4, .*NVIDIA B200"):
         chip_of("NVIDIA H100 PCIe")
+
+
+# --- what the bytes are moved for -------------------------------------------------------------------------------------
+
+PARTED = """
+%fused (a: f32[8,16], b: f32[16,8]) -> f32[8,8] {
+  %a = f32[8,16]{1,0} parameter(0)
+  %b = f32[16,8]{1,0} parameter(1)
+  ROOT %d = f32[8,8]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%turned (a: f32[8,16]) -> bf16[16,8] {
+  %a = f32[8,16]{1,0} parameter(0)
+  %t = f32[16,8]{1,0} transpose(%a), dimensions={1,0}
+  ROOT %c = bf16[16,8]{1,0} convert(%t)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("instruction", "traced", "part"),
+    [
+        ("f32[8,8] fusion(%p, %p), kind=kOutput, calls=%fused", "jit(f)/while/q_proj/dot", "q_proj: product"),
+        ("bf16[16,8] fusion(%p), kind=kLoop, calls=%turned", "jit(f)/transpose(jvp(head))/t", "head: convert"),
+        ("f32[8,16] copy(%p)", "jit(f)/attend/norm/mul", "norm: copy"),
+        ("f32[8,16] copy(%p)", "jit(f)/headache/mul", "other: copy"),
+        ('f32[8,16] custom-call(%p), custom_call_target="__cublas$gemm"', "a/down_proj/dot", "down_proj: product"),
+        ('f32[8,16] custom-call(%p), custom_call_target="tpu_kernel"', "a/attend/k", "attend: kernel tpu_kernel"),
+        ("f32[8] reduce(%p, %p), dimensions={1}, to_apply=%add", "a/draw/max", "draw: reduction"),
+    ],
+)
+def test_bytes_by_part(instruction: str, traced: str, part: str) -> None:
+    line = f'%x = {instruction}, metadata={{op_name="{traced}"}}'
+    found = once(f"  {line}\n  ROOT %r = f32[8,16]{{1,0}} bitcast(%p)", PARTED)
+    assert found.parts == {part: found.bytes}
+    assert found.bytes > 0
+
+
+def test_a_compiler_s_copy_belongs_to_what_uses_it() -> None:
+    used = '%y = f32[8,16] add(%x, %x), metadata={op_name="jit(f)/embed/add"}'
+    found = once(f"  %x = f32[8,16] copy(%p)\n  {used}\n  ROOT %r = f32[8,16]{{1,0}} bitcast(%p)")
+    assert set(found.parts) == {"embed: copy", "embed: add"}
+
+
+def test_parts_of_a_real_program_add_up() -> None:
+    """A loop of 5 layers: the parts of its body count five times."""
+
+    def layer(x: jax.Array, w: jax.Array) -> tuple[jax.Array, None]:
+        with jax.named_scope("gate_proj"):
+            x = x @ w
+        with jax.named_scope("norm"):
+            return x / jnp.linalg.norm(x, axis=1, keepdims=True), None
+
+    x, w = jnp.ones((64, 128)), jnp.ones((5, 128, 128))
+    text = compile_named(jax.jit(lambda x, w: lax.scan(layer, x, w)[0]).lower(x, w)).as_text()
+    found = moved(text)
+    assert sum(found.parts.values()) == pytest.approx(found.bytes)
+    product = sum(size for part, size in found.parts.items() if part.startswith("gate_proj"))
+    assert product >= 5 * 4 * (128 * 128 + 2 * 64 * 128)
+    assert {part.partition(":")[0] for part in found.parts} >= {"gate_proj", "norm"}
+    assert found.largest(1)[0][1] == max(found.parts.values())

@@ -28,6 +28,7 @@ from esjax.model.layers import linear_sizes
 from esjax.plan.chips import CHIPS, GIB
 from esjax.plan.jobs import Job, sampler_shapes
 from esjax.plan.measure import Needs, measure
+from esjax.plan.needed import Needed
 from esjax.plan.shape import shape_of
 from esjax.plan.topology import topology_devices
 from esjax.runtime.mesh import make_mesh
@@ -268,6 +269,44 @@ def test_flops_of_a_step_of_decoding(eight: dict[str, Told], tiny_folder: Path, 
     assert found != pytest.approx(step_of_decoding(replace(arch, layers=3), config) / 8, rel=0.1)
 
 
+# --- what the work needs, beside what programs do ---------------------------------------------------------------------
+
+
+# Traffic by needed bytes on eight CPU devices (fsdp), dense attention, tiny layers: what grows by a tenth shows here.
+TIMES = {"prefill": 27.2, "decode": 5.2, "score": 55.2, "sft": 75.6, "dpo": 50.3}
+
+
+def test_programs_move_no_more_than_they_did(eight: dict[str, Told]) -> None:
+    for name, p in by_name(eight["fsdp"].json).items():
+        assert 1 < p["traffic"] / p["needed"]["bytes"] < 1.1 * TIMES[name], name
+        assert len(p["largest"]) == 5
+        assert 0.5 * p["traffic"] < sum(p["largest"].values()) <= p["traffic"]
+        assert "other" not in {part.partition(":")[0] for part in p["largest"]}, name
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_a_step_of_decoding_needs_its_weights_and_its_cache(
+    eight: dict[str, Told], tiny_folder: Path, name: str
+) -> None:
+    arch, found = read_architecture(tiny_folder), by_name(eight[name].json)["decode"]
+    config = load(None, [*tiny_overrides(tiny_folder), *SETTINGS])
+    head = arch.vocab * arch.width * 4 // math.prod(MESHES[name][1:])
+    held = memory(arch, MESHES[name], config, 4, apart=True)["decode"]
+    assert found["needed"]["bytes"] == copied_bytes(arch, MESHES[name], 4) + head + held["cache"]
+    assert found["needed"]["bytes"] != copied_bytes(arch, MESHES[name], 4) + held["cache"]
+
+
+def test_training_needs_what_is_asked_for_without_what_is_recomputed(eight: dict[str, Told], tiny_folder: Path) -> None:
+    arch, programs = read_architecture(tiny_folder), by_name(eight["fsdp"].json)
+    for task, length in (("sft", 256), ("dpo", 192)):
+        sizes, tokens = linear_sizes(arch), 8 * length
+        layers = sum(2 * i * o + 3 * RANK * (i + o) for i, o in sizes.values())  # forward and backward
+        head, attention = 2 * arch.vocab * arch.width, 3 * 2 * arch.heads * arch.head_size * length / 2
+        needed = 2.0 * tokens * (arch.layers * (layers + attention) + head) / 8
+        assert programs[task]["needed"]["flops"] == pytest.approx(needed, rel=1e-6)
+        assert needed < programs[task]["flops"]  # which makes its layers again
+
+
 # --- no weight moves while decoding -----------------------------------------------------------------------------------
 
 
@@ -489,7 +528,9 @@ def test_what_the_compiler_refuses_does_not_fit(cached: None) -> None:
 
     def needs(side: int) -> Needs:
         x = jax.ShapeDtypeStruct((side, side), jnp.bfloat16, sharding=where)
-        job = Job("sft", lambda: jax.jit(lambda x: jnp.sort(x.T @ x, axis=0)).trace(x), {"base": x, "rows": ()})
+        job = Job(
+            "sft", lambda: jax.jit(lambda x: jnp.sort(x.T @ x, axis=0)).trace(x), {"base": x, "rows": ()}, Needed()
+        )
         return measure(job, CHIPS["v5e"], 16.0)
 
     large, small = needs(1 << 16), needs(1 << 10)
@@ -517,7 +558,7 @@ def test_the_compilers_own_words(message: str, said: str | None) -> None:
         def trace() -> None:
             raise jax.errors.JaxRuntimeError(text)
 
-        return Job("sft", trace, {"rows": ()})
+        return Job("sft", trace, {"rows": ()}, Needed())
 
     assert measure(job(message), None, 16.0).refused == (said or message)
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):

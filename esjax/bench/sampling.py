@@ -13,10 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from esjax.bench.workload import GIB, Ceilings, RoundWork, Workload, best_seconds, parts, peak_memory, tracing
+from esjax.bench.workload import (
+    GIB,
+    Ceilings,
+    RoundWork,
+    Workload,
+    best_seconds,
+    parts,
+    peak_memory,
+    spread,
+    tracing,
+    traffic,
+)
+from esjax.model.costs import prefill_flops, step_bytes
 from esjax.model.decoder import Execution
-from esjax.model.families import Architecture
-from esjax.model.layers import linear_sizes
 from esjax.model.weights import Backbone
 from esjax.runtime import programs
 from esjax.sample.constrain import free
@@ -41,7 +51,7 @@ class Timed(NamedTuple):
 def bench(
     work: Workload, task: str, how: Execution, ceilings: Ceilings, naive: bool, trace: Path | None
 ) -> dict[str, Any]:
-    """Measure ``sample`` or ``round``: the better of two runs after one that compiles.
+    """Measure ``sample`` or ``round``: as many runs as the workload says, after one that compiles.
 
     Args:
         ceilings: what prefill and decoding are held against.
@@ -63,25 +73,28 @@ def bench(
     before = programs.seconds()
     _timed(generator, once, 0)
     compile_seconds = programs.seconds() - before
-    best = min((_timed(generator, once, seed) for seed in (1, 2)), key=lambda t: t.seconds)
-    u = best.usage
+    runs = sorted((_timed(generator, once, seed) for seed in range(1, 1 + work.runs)), key=lambda t: t.seconds)
+    middle = runs[len(runs) // 2]
+    u = middle.usage
     variant = "unshared" if naive else "shared" if task == "round" else "bare"
     if trace is not None:
         with tracing(trace, task, variant):
             generator.usage = Usage()
             once(np.random.default_rng(3))
-    held = memory_held(generator, lambda: once(np.random.default_rng(0)))
-    moved = step_bytes(arch, dtype, generator)
+    held, step = memory_held(generator, lambda: once(np.random.default_rng(0)))
+    slots = generator.replies // generator.lanes * generator.slots + generator.replies * generator.new
+    needed = step_bytes(arch, dtype.itemsize, slots)  # (a path may skip what nobody sees)
     flops = prefill_flops(arch, u.computed_tokens, u.seen)
     return {
         "system": "esjax",
         "task": task,
-        "figure": round(units / best.seconds, 2),
+        "figure": round(units / middle.seconds, 2),
+        "spread": spread(units, [t.seconds for t in runs]),
         "unit": unit,
         "variant": variant,
         "mem_gib": round(held / GIB, 2),
         **peak_memory(),
-        "seconds": round(best.seconds, 3),
+        "seconds": round(middle.seconds, 3),
         "compile_s": round(compile_seconds, 1),
         "prefill_s": round(u.prefill_seconds, 3),
         "prefill_tokens": u.computed_tokens,
@@ -92,8 +105,9 @@ def bench(
         "decode_s": round(u.decode_seconds, 3),
         "steps": u.steps,
         "step_ms": round(u.decode_seconds / u.steps * 1e3, 2),
-        "step_gib": round(moved / GIB, 3),
-        "step_limit_ms": round(moved / ceilings.bandwidth * 1e3, 2),
+        "step_gib": round(needed / GIB, 3),
+        **traffic(step, needed, steps=True),
+        "step_limit_ms": round(needed / ceilings.bandwidth * 1e3, 2),
         "constraint_ms": round(constraint_seconds(arch.vocab, generator.replies) * 1e3, 2),
         "lanes": generator.replies,
         "occupancy": round(u.occupancy, 3),
@@ -101,8 +115,11 @@ def bench(
     }
 
 
-def memory_held(generator: Generator, once: Callable[[], None]) -> int:
-    """Bytes that sampling needs: all arrays that live while a task runs, and what the decoding program takes beside them."""
+def memory_held(generator: Generator, once: Callable[[], None]) -> tuple[int, Any]:
+    """Bytes that sampling needs: all arrays that live while a task runs, and what the decoding program takes beside them.
+
+    Also that program, compiled.
+    """
     decode: Any = generator.programs.decode
     seen: list[int] = []
     shapes: list[Any] = []
@@ -116,8 +133,9 @@ def memory_held(generator: Generator, once: Callable[[], None]) -> int:
     generator.programs, generator.usage = usual._replace(decode=watched), Usage()
     once()
     generator.programs = usual
-    m = decode.lower(*shapes).compile().memory_analysis()
-    return max(seen) + int(m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes)
+    compiled = programs.compile_named(decode.lower(*shapes))
+    m = compiled.memory_analysis()
+    return max(seen) + int(m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes), compiled
 
 
 def _timed(generator: Generator, once: Any, seed: int) -> Timed:
@@ -192,14 +210,6 @@ def _check(made: list[Completion], length: int) -> None:
         raise AssertionError("a reply ended early")
 
 
-def step_bytes(arch: Architecture, dtype: jnp.dtype, generator: Generator) -> int:
-    """Bytes that a decoding step must read: all weights once, all rows, all rings. (A path may skip what nobody sees.)"""
-    linear = arch.layers * sum(i * o for i, o in linear_sizes(arch).values())
-    slots = generator.replies // generator.lanes * generator.slots + generator.replies * generator.new
-    cache = 2 * arch.layers * arch.kv_heads * arch.head_size * slots
-    return (linear + arch.vocab * arch.width + cache) * dtype.itemsize
-
-
 def constraint_seconds(vocab: int, lanes: int) -> float:
     """What masking the logits of a step by a constraint's table costs, beyond reading and writing them."""
     rng = np.random.default_rng(0)
@@ -213,9 +223,3 @@ def constraint_seconds(vocab: int, lanes: int) -> float:
 
     plain = best_seconds(jax.jit(lambda logits, state: logits * 2), logits, state)
     return max(0.0, best_seconds(jax.jit(masked), logits, state) - plain)
-
-
-def prefill_flops(arch: Architecture, tokens: int, seen: int) -> float:
-    """FLOPs of the keys and values of so many prompt tokens, which see so many tokens together; no head is needed."""
-    linear = 2.0 * sum(i * o for i, o in linear_sizes(arch).values()) * tokens
-    return arch.layers * (linear + 4.0 * arch.heads * arch.head_size * seen)

@@ -18,10 +18,7 @@ def bench(config: Config, args: argparse.Namespace, prepare_jax: Callable[[], No
     """Measure what the options ask for. ``prepare_jax`` is called before anything computes. Raises InputError before that."""
     if args.trace is not None:
         check_writable(args.trace / "trace", "--trace")
-    tasks = args.tasks.split(",")
-    for task in tasks:
-        if task not in TASKS:
-            raise InputError(f"--tasks {task}: no such task; allowed: {', '.join(TASKS)}")
+    tasks = asked_tasks(args.tasks)
     if args.micro_rows is not None and not {"dpo", "sft"} & set(tasks):
         raise InputError("--micro-rows: only the tasks dpo and sft have rows; leave it out")
     if tasks == ["data"]:  # without JAX, as `esjax data` is: its memory is told
@@ -31,8 +28,18 @@ def bench(config: Config, args: argparse.Namespace, prepare_jax: Callable[[], No
         _computed(config, args, tasks)
 
 
+def asked_tasks(text: str) -> list[str]:
+    """The tasks in "A,B". Raises InputError for one that there is not."""
+    tasks = text.split(",")
+    for task in tasks:
+        if task not in TASKS:
+            raise InputError(f"--tasks {task}: no such task; allowed: {', '.join(TASKS)}")
+    return tasks
+
+
 def _computed(config: Config, args: argparse.Namespace, tasks: list[str]) -> None:
     """Jobs that compute on the devices, and preparation before them, if it is asked for as well."""
+    import jax
     import jax.numpy as jnp
     import numpy as np
 
@@ -50,12 +57,12 @@ def _computed(config: Config, args: argparse.Namespace, tasks: list[str]) -> Non
     if args.micro_rows is not None:  # said before anything runs
         for job in training.jobs(work, trained, naive=False):
             training.check_micro_rows(job, len(job.batch(np.random.default_rng(0))[0].tokens), args.micro_rows)
-    ceilings = measured_ceilings(dtype)
+    ceilings, device = measured_ceilings(dtype), {"device": jax.devices()[0].device_kind}
     for task in sampled:
         for unshared in (False, True) if naive and task == "round" else (False,):
-            _show(sampling.bench(work, task, how, ceilings, unshared, args.trace))
+            _show(sampling.bench(work, task, how, ceilings, unshared, args.trace) | device)
     for job in training.jobs(work, trained, naive):
-        _show(training.bench(work, job, how, args.micro_rows, ceilings, args.trace))
+        _show(training.bench(work, job, how, args.micro_rows, ceilings, args.trace) | device)
 
 
 def _show(line: dict[str, object]) -> None:

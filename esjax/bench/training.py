@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,14 +18,17 @@ import numpy as np
 from flax import nnx
 
 from esjax import rows
-from esjax.bench.workload import Ceilings, DpoWork, SftWork, Workload, lora_of, memory, parts, tracing
+from esjax.bench.workload import Ceilings, DpoWork, SftWork, Workload, lora_of, memory, parts, spread, tracing, traffic
 from esjax.errors import InputError
+from esjax.model.costs import training_flops
 from esjax.model.decoder import Decoder, Execution
 from esjax.model.families import Architecture
-from esjax.model.layers import Lora, linear_sizes
+from esjax.model.layers import Lora
+from esjax.plan.needed import Step, multiplied
+from esjax.plan.needed import training as needed_by_training
 from esjax.rows import Rows
+from esjax.runtime import programs
 from esjax.runtime.mesh import batch_groups
-from esjax.runtime.programs import products
 from esjax.settings.schema import DpoSettings, OptimSettings, SftSettings
 from esjax.train.losses import Loss, Pairs, dpo_loss, sft_loss
 from esjax.train.optim import optimiser
@@ -144,27 +148,28 @@ def bench(
     trained, frozen = make()
     step, opt_state = build(definition, job, trained, example, micro, how)
     began = time.perf_counter()
-    compiled: Any = step.lower(trained, opt_state, frozen, example, extra).compile()
+    compiled = programs.compile_named(step.lower(trained, opt_state, frozen, example, extra))
     compile_seconds = time.perf_counter() - began
 
+    took: list[float] = []
     for number in range(job.warmup + job.steps):
         batch = job.batch(rng)
-        if number == job.warmup:
-            jax.block_until_ready(trained)
+        with tracing(trace, job.task, job.variant) if trace and number == job.warmup - 1 else nullcontext():
             started = time.perf_counter()
-        if trace is not None and number == job.warmup - 1:
-            with tracing(trace, job.task, job.variant):
-                trained, opt_state, metrics = jax.block_until_ready(compiled(trained, opt_state, frozen, *batch))
-        else:
-            trained, opt_state, metrics = compiled(trained, opt_state, frozen, *batch)
-    jax.block_until_ready(trained)
-    seconds = (time.perf_counter() - started) / job.steps
-    flops = model_flops(work.architecture, job.lora, example)
+            trained, opt_state, metrics = jax.block_until_ready(compiled(trained, opt_state, frozen, *batch))
+            took.append(time.perf_counter() - started)
+    timed = took[job.warmup :]
+    seconds = float(np.mean(timed))
+    flops = training_flops(work.architecture, job.lora, example)
     counted = program_flops(work.architecture, job.lora, dtype, job.loss, how, (example, extra))
+    rows_in_batch, length = example.tokens.shape
+    sizes = Step(rows_in_batch, length, micro, job.lora)
+    needed = needed_by_training(work.architecture, sizes, multiplied(frozen, trained), trained, opt_state)
     return {
         "system": "esjax",
         "task": job.task,
         "figure": round(job.units / seconds, 2),
+        "spread": spread(job.units, timed),
         "unit": job.unit,
         "variant": job.variant,
         **memory(compiled),
@@ -173,6 +178,7 @@ def bench(
         "compile_s": round(compile_seconds, 1),
         "tflop_formula": round(flops / 1e12, 4),
         "tflop_program": round(counted / 1e12, 4),
+        **traffic(compiled, needed.bytes),
         "mfu": round(flops / seconds / ceilings.flops, 3),
         "attention": how.attention,
         "remat": how.remat,
@@ -207,25 +213,6 @@ def check_micro_rows(job: Job, rows_in_batch: int, micro_rows: int) -> None:
         )
 
 
-def model_flops(arch: Architecture, lora: Lora | None, batch: Rows) -> float:
-    """FLOPs that the work needs, nothing recomputed: the PaLM paper's count (Chowdhery et al. 2022, appendix B), by pass.
-
-    Forward: 2 per weight of a linear layer and token, 2 V D per target, 4 N H per pair of tokens that see each other.
-    Backward: the same again for the derivatives of the inputs, and once more for those of weights that are trained.
-    """
-    tokens = int((batch.segment > 0).sum())
-    targets = int((batch.weight != 0).sum())
-    pairs = float((batch.until - np.arange(batch.tokens.shape[1]))[batch.segment > 0].sum())
-    sizes = linear_sizes(arch)
-    linear = 2.0 * arch.layers * sum(i * o for i, o in sizes.values()) * tokens
-    head = 2.0 * arch.vocab * arch.width * targets
-    attention = 4.0 * arch.layers * arch.heads * arch.head_size * pairs
-    if lora is None:
-        return 3 * (linear + head + attention)
-    adapter = 2.0 * arch.layers * lora.rank * sum(sum(sizes[n]) for n in lora.targets) * tokens
-    return 2 * (linear + head) + 3 * (attention + adapter)
-
-
 def program_flops(
     arch: Architecture, lora: Lora | None, dtype: jnp.dtype, loss: Loss, how: Execution, example: tuple[Rows, Any]
 ) -> float:
@@ -240,4 +227,4 @@ def program_flops(
     tx = optimiser(SftSettings(), 2)
     objective = Objective(definition, loss, targets, how._replace(attention="dense"), compute)
     step: Any = make_step(objective, tx, batch.tokens.shape[0])
-    return products(step.trace(trained, jax.eval_shape(tx.init, trained), frozen, batch, extra).jaxpr.jaxpr)
+    return programs.products(step.trace(trained, jax.eval_shape(tx.init, trained), frozen, batch, extra).jaxpr.jaxpr)

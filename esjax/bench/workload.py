@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,6 +20,8 @@ from esjax.model.decoder import Decoder
 from esjax.model.families import Architecture, architecture
 from esjax.model.layers import Lora
 from esjax.model.lora import lora_from
+from esjax.plan.measure import LARGEST
+from esjax.plan.moved import moved
 from esjax.settings.files import read_text
 from esjax.settings.schema import LoraSettings, Settings
 
@@ -93,6 +95,8 @@ class Workload(Settings):
     """Dtype of the base and of the arithmetic."""
     model: dict[str, Any]
     """A Llama's config.json."""
+    runs: int = Field(default=10, ge=1)
+    """Times that sampling and the generations of a round are done over; the middle one counts."""
     sample: SampleWork
     """Sampling."""
     round: RoundWork
@@ -172,6 +176,18 @@ def planned(compiled: Any) -> dict[str, float]:
     m = compiled.memory_analysis()
     work = m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
     return {"mem_gib": round((m.argument_size_in_bytes + work) / GIB, 2), "work_gib": round(work / GIB, 2)}
+
+
+def spread(units: float, seconds: Sequence[float]) -> list[float]:
+    """The figures of the slowest and the fastest time."""
+    return [round(units / max(seconds), 2), round(units / min(seconds), 2)]
+
+
+def traffic(compiled: Any, needed: float, steps: bool = False) -> dict[str, Any]:
+    """What a program moves in main memory by its compiled text, beside the bytes that its work needs; see ``plan.moved``."""
+    found = moved(compiled.as_text(), steps=steps)
+    most = {part: round(size / GIB, 3) for part, size in found.largest(LARGEST)}
+    return {"moved_gib": round(found.bytes / GIB, 3), "needed_gib": round(needed / GIB, 3), "moved_most_gib": most}
 
 
 def best_seconds(function: Callable[..., jax.Array], *arguments: Any) -> float:

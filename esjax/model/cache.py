@@ -110,6 +110,7 @@ def lanes_see(fed: Fed, clock: Array, cache: Cache, window: int | None = None) -
     return jnp.concatenate([trunk | own, ring.reshape(*fed.token.shape, n * m)], axis=-1)
 
 
+@jax.named_scope("cache")
 def write_step(keys: Array, values: Array, k: Array, v: Array, at: Array) -> tuple[Array, Array]:
     """A layer's cache with the new keys and values [R M, 1, K, H] of all lanes from slot ``at`` on."""
     rm, _, kv, h = k.shape
@@ -125,6 +126,7 @@ def rows_of(keys: Array, values: Array, chunk: Chunk) -> tuple[Array, Array]:
     return keys[..., :slots][chunk.row], values[:, :, :slots][chunk.row]
 
 
+@jax.named_scope("cache")
 def write_chunk(
     keys: Array, values: Array, k: Array, v: Array, chunk: Chunk, execution: Execution
 ) -> tuple[Array, Array]:

@@ -97,6 +97,7 @@ class Decoder(nnx.Module):
         return softcap(logits, self.arch.logits_cap)
 
 
+@jax.named_scope("embed")
 def embedded(embed: Array, tokens: Array, arch: Architecture, *axes: str | None) -> Array:
     """Rows [..., D] of the embedding [V, D], which lies by ``axes``, scaled where the family scales them."""
     x = constrain(embed, *axes)[tokens]

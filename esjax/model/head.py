@@ -13,6 +13,7 @@ from esjax.model.layers import softcap
 from esjax.runtime.mesh import constrain
 
 
+@jax.named_scope("head")
 def target_logprobs(
     x: Array, head: Array, token: Array, logits: int, live: Array | None = None, cap: float | None = None
 ) -> Array:

@@ -129,24 +129,26 @@ def project(
         joined = _gathered(jnp.concatenate([a.astype(x.dtype) for a, _ in adapted.values()], axis=0), axes_in, gather)
         place = list(KERNEL_AXES).index(linears[0].name)
         read = flat if dropout is None else dropout(x, place).reshape(flat.shape)
-        wide = read @ joined.T * linears[0].scale
+        with jax.named_scope("lora"):
+            wide = read @ joined.T * linears[0].scale
         narrow = dict(zip(adapted, jnp.split(wide, len(adapted), axis=1), strict=True))
     out = []
     for linear in linears:
-        kernel = linear.base(gather)
-        if linear.name not in adapted:
-            y = flat @ kernel
-        else:
-            b = adapted[linear.name][1]
-            b = _gathered(b.astype(x.dtype), (None, KERNEL_AXES[linear.name][1]), gather)
-            if one_product:
-                rank, before = len(b), list(adapted).index(linear.name)
-                y = _one_product(
-                    flat, wide, kernel, jnp.pad(b, ((rank * before, wide.shape[1] - rank * (before + 1)), (0, 0)))
-                )
+        with jax.named_scope(linear.name):
+            kernel = linear.base(gather)
+            if linear.name not in adapted:
+                y = flat @ kernel
             else:
-                y = flat @ kernel + narrow[linear.name] @ b
-        out.append((y if linear.bias is None else y + linear.bias[...]).reshape(*x.shape[:-1], -1))
+                b = adapted[linear.name][1]
+                b = _gathered(b.astype(x.dtype), (None, KERNEL_AXES[linear.name][1]), gather)
+                if one_product:
+                    rank, before = len(b), list(adapted).index(linear.name)
+                    y = _one_product(
+                        flat, wide, kernel, jnp.pad(b, ((rank * before, wide.shape[1] - rank * (before + 1)), (0, 0)))
+                    )
+                else:
+                    y = flat @ kernel + narrow[linear.name] @ b
+            out.append((y if linear.bias is None else y + linear.bias[...]).reshape(*x.shape[:-1], -1))
     return out
 
 
@@ -178,6 +180,7 @@ def _gathered(weight: Array, axes: tuple[str | None, ...], gather: bool) -> Arra
     return constrain(weight, *(None if axis == "embed" else axis for axis in axes)) if gather else weight
 
 
+@jax.named_scope("norm")
 def rms_norm(x: Array, weight: Array, arch: Architecture) -> Array:
     """Root-mean-square norm over the last axis (Zhang and Sennrich 2019), computed in float32."""
     x32 = x.astype(jnp.float32)
@@ -214,6 +217,7 @@ def rope_at(kind: Kind, position: Array) -> Rope | None:
     return Rope(jnp.cos(angle) * kind.rotary.factor, jnp.sin(angle) * kind.rotary.factor)
 
 
+@jax.named_scope("rotate")
 def rotate(x: Array, rope: Rope | None) -> Array:
     """Apply the rotary embedding to [B, T, heads, H]; pairs are (i, i + h/2), as in Hugging Face checkpoints."""
     if rope is None:
@@ -298,7 +302,9 @@ class Block(nnx.Module):
 
     def __call__(self, x: Array, rope: Rope | None, attend: Attend, place: Placement = TRAINING) -> Array:
         """The residual stream [B, T, D] after this layer; ``attend`` says what a query sees."""
-        attended = attend(*(keep(y) for y in self.qkv(x, rope, place)))
+        q, k, v = (keep(y) for y in self.qkv(x, rope, place))
+        with jax.named_scope("attend"):
+            attended = attend(q, k, v)
         (o,) = place.project(keep(attended.reshape(*x.shape[:-1], -1)), "heads", (self.o_proj,))
         x = keep(place.stream(x + self.norm(o, "attn_post_norm")))
         h = self.norm(x, "mlp_norm")

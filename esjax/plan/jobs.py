@@ -20,6 +20,8 @@ from esjax.model.decoder import Decoder, Execution
 from esjax.model.families import Architecture
 from esjax.model.lora import lora_from
 from esjax.model.weights import FLOAT32, as_dtype
+from esjax.plan import needed
+from esjax.plan.needed import Needed
 from esjax.rows import Rows
 from esjax.runtime.mesh import batch_groups, mesh_sizes, rows_at_once, with_batch_shardings, with_shardings
 from esjax.sample.compiled import sampling_programs
@@ -46,6 +48,7 @@ class Job:
     name: Name
     trace: Callable[[], Any]  # gives a jax.stages.Traced
     held: dict[str, Any]  # kind -> shapes in their places: base, adapter, optimiser, cache, rows
+    needed: Needed
     kernel_flops: float = 0.0  # of attention on one device where a kernel computes it, which states no cost
 
 
@@ -73,7 +76,9 @@ def jobs(config: Config, arch: Architecture, how: Execution, dtype: jnp.dtype, p
     held = {"base": base, "adapter": adapter, "rows": score_rows}
     attention = partial(kernel_flops, arch, how)
     flops = attention(*score_size, passes=1)
-    yield Job("score", lambda: SCORE.trace(definition, score_how, adapter, base, score_rows), held, flops)
+    weights = needed.multiplied(base, adapter)
+    needs = needed.scoring(arch, score_size, weights)
+    yield Job("score", lambda: SCORE.trace(definition, score_how, adapter, base, score_rows), held, needs, flops)
 
     def training(name: Literal["sft", "dpo"], s: OptimSettings) -> Job:
         loss = dpo_loss(s) if isinstance(s, DpoSettings) else sft_loss
@@ -97,7 +102,8 @@ def jobs(config: Config, arch: Architecture, how: Execution, dtype: jnp.dtype, p
         # The backward pass makes the scores again, and two products more for each of the forward pass' two.
         again = 0 if how.remat == "none" else 1
         flops = attention(batch_rows, s.row_length, passes=1 + again + 2.5)
-        return Job(name, lambda: step.trace(trained, state, base, rows, extra), held, flops)
+        needs = needed.training(arch, needed.Step(batch_rows, s.row_length, micro_rows, lora), weights, trained, state)
+        return Job(name, lambda: step.trace(trained, state, base, rows, extra), held, needs, flops)
 
     yield training("sft", config.sft)
     yield training("dpo", config.dpo)
@@ -113,14 +119,15 @@ def _sampling(
 ) -> Iterator[Job]:
     """Prefill and decode; ``model`` is its definition, adapter and base."""
     definition, adapter, base = model
-    rows, lanes, slots, new, count, _, width = sampler_shapes(config, platform)
+    made = sampler_shapes(config, platform)
+    rows, lanes, slots, new, count, _, width = made
     kept = dtype if config.model.cache_dtype == "auto" else jnp.dtype(config.model.cache_dtype)
     programs = sampling_programs(definition, dtype, how)
     weights: Any = (adapter, base)
     if how.weights == "apart":
-        made = jax.jit(programs.weights).lower(adapter, base).compile().output_shardings
-        shapes = jax.eval_shape(programs.weights, adapter, base)
-        weights = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, made)
+        places = jax.jit(programs.weights).lower(adapter, base).compile().output_shardings
+        copies = jax.eval_shape(programs.weights, adapter, base)
+        weights = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), copies, places)
     cache = cache_shapes(arch, rows, lanes, slots, new, kept)
     first, table = _array((count * batch_groups(),), np.int32), _array((count * batch_groups(), width), np.int32)
     valid = _array(table.shape, np.bool_)
@@ -132,13 +139,21 @@ def _sampling(
     constraint = _everywhere(jax.tree.map(lambda x: _array((STATES, *x.shape[1:]), x.dtype), free(arch.vocab)))
     held = {"base": weights[1], "adapter": weights[0]} if how.weights == "shared" else {"base": (weights.layers, base)}
     held = {**held, "cache": cache}
-    yield Job("prefill", lambda: programs.prefill.trace(weights, cache, chunk), {**held, "rows": chunk})
+    layers, head = needed.multiplied(base, adapter)
+    layers = weights.layers if how.weights == "apart" else layers
+    yield Job(
+        "prefill",
+        lambda: programs.prefill.trace(weights, cache, chunk),
+        {**held, "rows": chunk},
+        needed.prefilling(arch, made, layers, kept.itemsize),
+    )
     yield Job(
         "decode",
         lambda: programs.decode.trace(
             weights, cache, state, Asked(waiting, counts, stop, constraint, patience, patience)
         ),
         {**held, "constraint": constraint, "rows": (state, waiting, counts, stop, patience)},
+        needed.decoding(arch, made, (layers, head), cache),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import time
 from collections.abc import Sequence
@@ -10,13 +9,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import jax
-import numpy as np
 
+from esjax.errors import InputError
 from esjax.plan.chips import GIB, Chip
 from esjax.plan.jobs import Job
 from esjax.plan.moved import BETWEEN, Collective, Moved, moved
-from esjax.runtime.programs import products
+from esjax.plan.needed import Needed, held_bytes
+from esjax.runtime.programs import compile_named, products
 
+LARGEST = 5  # contributors that are told
 SIZE = r"([\d.]+[KMGT]?)"
 OF_MEMORY = re.compile(rf"Used {SIZE} of {SIZE}|\({SIZE}\) exceeds available HBM \({SIZE}\)")
 
@@ -37,6 +38,10 @@ class Needs:
     """Of products, 2 per multiply-add: the device's share of what the program asks for, and of attention that a kernel does."""
     traffic: float = 0.0
     """Bytes read and written in main memory, an estimate."""
+    needed: Needed = field(default_factory=Needed)
+    """What the work takes by formula; of neither less can be done."""
+    largest: list[tuple[str, float]] = field(default_factory=list)
+    """The parts of the traffic that move most, in bytes."""
     collectives: dict[str, Collective] = field(default_factory=dict)
     seconds: float | None = None
     """The longest of FLOPs, traffic and networks at the chip's stated rates: an estimate, and a lower bound. None where a
@@ -56,7 +61,8 @@ class Needs:
 
     def as_json(self) -> dict[str, Any]:
         """For --json."""
-        return asdict(self) | {"total": self.total, "fits": self.fits}
+        needed = {"needed": self.needed._asdict(), "largest": dict(self.largest)}
+        return asdict(self) | needed | {"total": self.total, "fits": self.fits}
 
 
 def measure(job: Job, chip: Chip | None, limit: float | None, nodes: Sequence[int] = ()) -> Needs:
@@ -65,7 +71,7 @@ def measure(job: Job, chip: Chip | None, limit: float | None, nodes: Sequence[in
     held = {kind: held_bytes(tree) / GIB for kind, tree in job.held.items()}
     try:
         traced = job.trace()
-        compiled = traced.lower().compile()
+        compiled = compile_named(traced.lower())
     except jax.errors.JaxRuntimeError as e:
         reason = " ".join(str(e).split())
         if "RESOURCE_EXHAUSTED" not in reason and "out of memory" not in reason.lower():
@@ -73,6 +79,12 @@ def measure(job: Job, chip: Chip | None, limit: float | None, nodes: Sequence[in
         used = OF_MEMORY.search(reason)
         said = "the compiler wants {} of {}".format(*filter(None, used.groups())) if used else reason[:160]
         return Needs(job.name, time.perf_counter() - began, held, limit, refused=said)
+    except RuntimeError as e:
+        if "cuDNN not found" not in str(e):
+            raise
+        raise InputError(
+            "model.attention=cudnn: cuDNN is not installed; install esjax's cuda extra, or choose pallas"
+        ) from e
     seconds = time.perf_counter() - began
     m = compiled.memory_analysis()
     work = m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes + m.generated_code_size_in_bytes
@@ -90,6 +102,8 @@ def measure(job: Job, chip: Chip | None, limit: float | None, nodes: Sequence[in
         limit=limit,
         flops=flops,
         traffic=found.bytes,
+        needed=job.needed,
+        largest=found.largest(LARGEST),
         collectives=found.collectives,
         seconds=times[bound] if times else None,
         bound=bound,
@@ -108,9 +122,3 @@ def _times(flops: float, found: Moved, chip: Chip) -> dict[str, float]:
         "network": within / chip.interconnect,
         "network between": between / chip.between if chip.between else 0.0,
     }
-
-
-def held_bytes(tree: Any) -> int:
-    """Bytes that one device holds of a tree of shapes in their places."""
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize for x in leaves)

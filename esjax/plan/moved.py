@@ -13,6 +13,7 @@ from math import prod
 import numpy as np
 
 from esjax.plan.hlo import Computation, Instruction, Module, size, unreadable
+from esjax.plan.parts import label
 
 # Instructions and custom calls that move no data of their own: names, views, and what only holds other instructions.
 FREE = set(
@@ -67,10 +68,18 @@ class Moved:
     or updated in place counts as the slice or the update; other memories (a TPU's vector memory, the host's) do not count."""
     collectives: dict[str, Collective] = field(default_factory=dict)
     """By kind; what leaves a slice or node has " between slices" or " between nodes" in its kind."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """The bytes by what they are moved for, see ``parts.label``."""
+
+    def largest(self, count: int) -> list[tuple[str, float]]:
+        """The parts that move most."""
+        return sorted(self.parts.items(), key=lambda part: -part[1])[:count]
 
     def add(self, other: Moved, times: int = 1) -> None:
         """Add what is moved so often."""
         self.bytes += other.bytes * times
+        for part, more_bytes in other.parts.items():
+            self.parts[part] = self.parts.get(part, 0.0) + more_bytes * times
         for kind, more in other.collectives.items():
             had = self.collectives.get(kind, Collective(0, 0.0))
             if times:
@@ -134,6 +143,8 @@ class _Walk:
         if ins.chained and total.collectives:
             started = [user.type[:2] for user, _ in comp.users[ins.name] if user.target == "AsyncCollectiveStart"]
             total.bytes = size(started[0] if started else ins.type, main=True)  # its part and the whole
+        if total.bytes:
+            total.parts[label(self.module, comp, ins)] = total.bytes
         times = self.module.trips(comp, ins) if ins.opcode == "while" else None
         for name in ins.names(*RUNS.get(ins.opcode, ("calls",))):
             total.add(self.work(name, fused or ins.opcode == "fusion"), 1 if times is None else times)

@@ -11,7 +11,7 @@ from esjax.errors import InputError
 from esjax.model.families import Architecture
 from esjax.plan.jobs import NAMES
 from esjax.plan.measure import Needs
-from esjax.plan.report import Change, Hardware, plan, remedies, table, words
+from esjax.plan.report import Change, Hardware, plan, remedies, table, traffic, words
 from esjax.plan.shape import shape_of
 from esjax.run.jsonl import json_text
 from esjax.runtime.mesh import AXES, mesh_shape
@@ -57,7 +57,7 @@ class Outcome:
         model = f"{self.arch.family}, {self.arch.layers} layers of {self.arch.width}"
         title = f"{model}, on {self.hardware.name} as {mesh} (data x fsdp x tensor)"
         lanes = self.config.evolve.batch
-        out = [table(title, self.found, lanes)]
+        out = [table(title, self.found, lanes), traffic(self.found)]
         if self.change is not None:
             out.append(
                 table(f"it fits with {words(self.change)}", self.changed, self.change.get("evolve.batch", lanes))

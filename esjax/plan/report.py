@@ -182,7 +182,13 @@ def table(title: str, found: Sequence[Needs], lanes: int) -> Table:
     of = f" of {limit:.0f}" if limit else ""
     out.add_row(f"all{of}, GiB", *(f"{n.total:.2f}" if n.fits else "does not fit" for n in found))
     out.add_row("TFLOP", *("" if n.refused else f"{n.flops / 1e12:.3g}" for n in found))
+    out.add_row(
+        "  needed by formula", *("" if n.refused else _against(n.needed.flops / 1e12, n.flops / 1e12) for n in found)
+    )
     out.add_row("memory traffic, GiB", *("" if n.refused else f"{n.traffic / GIB:.3g}" for n in found))
+    out.add_row(
+        "  needed by formula", *("" if n.refused else _against(n.needed.bytes / GIB, n.traffic / GIB) for n in found)
+    )
     sent = list(dict.fromkeys(k for n in found for k in n.collectives))
     for kind in sent:
         cells = [n.collectives.get(kind) for n in found]
@@ -196,3 +202,21 @@ def table(title: str, found: Sequence[Needs], lanes: int) -> Table:
     if decode is not None and decode.seconds is not None:
         out.caption = f"{lanes} replies at once: at most {lanes / decode.seconds:,.0f} tokens/s by that estimate"
     return out
+
+
+def traffic(found: Sequence[Needs]) -> Table:
+    """The parts of the model whose bytes are most of each program's memory traffic."""
+    out = Table(title="most of the memory traffic, GiB a device", title_justify="left")
+    for n in found:
+        out.add_column(n.name + (" (a step)" if n.name == "decode" else ""))
+    for rank in range(max(len(n.largest) for n in found)):
+        out.add_row(*(_part(*n.largest[rank]) if rank < len(n.largest) else "" for n in found))
+    return out
+
+
+def _against(needed: float, done: float) -> str:
+    return f"{needed:.3g} ({done / needed:.2f}x)" if needed else ""
+
+
+def _part(name: str, size: float) -> str:
+    return f"{size / GIB:.2g} {name}"

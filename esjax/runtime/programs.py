@@ -24,6 +24,20 @@ def program(name: str, function: Callable[..., Any], **how: Any) -> Any:
     return jax.jit(named, **how)
 
 
+def compile_named(lowered: Any) -> Any:
+    """A lowered program, compiled so that its text has the names that today's code gives its parts.
+
+    JAX's cache on disk otherwise gives what was compiled from equal instructions under other names.
+    """
+    option = "jax_compilation_cache_include_metadata_in_key"
+    before = getattr(jax.config, option)
+    jax.config.update(option, True)
+    try:
+        return lowered.compile()
+    finally:
+        jax.config.update(option, before)
+
+
 def compiled() -> Counter[str]:
     """How often each named program was compiled under this runtime (or fetched, compiled, from JAX's cache on disk)."""
     return Counter(current().compiled)

@@ -124,13 +124,15 @@ def run(
         w, spans = weights(), (leaf.trunk_start, leaf.trunk_end, leaf.own_start, leaf.own_end)
         fed = Fed(leaf.token, leaf.position, *spans, jnp.where(busy, lanes.drawn + 1, 1))
         x, cache = step(w, state.cache, fed, lanes.clock, execution)
-        logits = constrain(jnp.einsum("bd,vd->bv", x, w.head, preferred_element_type=jnp.float32), "batch", "vocab")
-        logits = softcap(logits, w.arch.logits_cap)
+        with jax.named_scope("head"):
+            logits = constrain(jnp.einsum("bd,vd->bv", x, w.head, preferred_element_type=jnp.float32), "batch", "vocab")
+            logits = softcap(logits, w.arch.logits_cap)
         flat: Continuation = jax.tree.map(lambda a: a.reshape(-1), leaf)
         drawn, used, units = lanes.drawn.reshape(-1), lanes.used.reshape(-1), lanes.units.reshape(-1)
-        allowed = jnp.where(permitted(constraint, flat.state, used, units), logits, -jnp.inf)
-        token = draw_token(allowed, lambda: noise(flat.seed, drawn, logits.shape[1]), flat.draw)
-        logprob = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
+        with jax.named_scope("draw"):
+            allowed = jnp.where(permitted(constraint, flat.state, used, units), logits, -jnp.inf)
+            token = draw_token(allowed, lambda: noise(flat.seed, drawn, logits.shape[1]), flat.draw)
+            logprob = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
         following = jnp.maximum(constraint.next[flat.state, token].astype(jnp.int32), 0)
         stays = constraint.part[following] == constraint.part[flat.state]
         used = jnp.where(stays, used + 1, 1)

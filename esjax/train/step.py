@@ -78,8 +78,9 @@ def make_step(objective: Objective, optimiser: optax.GradientTransformation, mic
         grads = jax.tree.map(lambda g: g / totals.weight, grads)
         metrics = {"loss": totals.loss / totals.weight} | {k: v / totals.weight for k, v in totals.metrics.items()}
         metrics |= {"weight": totals.weight, "grad_norm": optax.global_norm(grads)}
-        updates, opt_state = optimiser.update(grads, opt_state, trained)
-        return optax.apply_updates(trained, updates), opt_state, metrics
+        with jax.named_scope("optimiser"):
+            updates, opt_state = optimiser.update(grads, opt_state, trained)
+            return optax.apply_updates(trained, updates), opt_state, metrics
 
     return cast(Step, program("train", step, donate_argnums=(0, 1)))
 
