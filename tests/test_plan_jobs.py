@@ -29,6 +29,7 @@ from esjax.model.weights import choose_execution
 from esjax.plan.jobs import jobs, sampler_shapes
 from esjax.runtime.mesh import make_mesh
 from esjax.sample.rowbook import Request
+from esjax.sample.shapes import Need, shapes
 from esjax.settings.files import load
 
 Sizes = dict[str, tuple[tuple[int, ...], str]]  # path -> shape and dtype
@@ -267,3 +268,13 @@ def test_rows_of_the_sampler_hold_what_a_run_asks_for(
     if name in ("short", "form"):
         monkeypatch.setattr(esjax.plan.jobs, "TOKEN", 4)  # as of a large vocabulary
         assert generator.slots > sampler_shapes(config, "cpu").slots
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+@pytest.mark.parametrize("new", [1, 31, 32, 155])
+def test_keys_lie_in_whole_tiles_where_that_is_faster(platform: str, new: int) -> None:
+    made = shapes(16, Need(longest=300, new=new), platform)
+    assert made.lanes == 2
+    assert (made.slots + made.lanes * made.new) % 64 == 0
+    assert new <= made.new < new + 32
+    assert shapes(16, Need(longest=300, new=new), "cpu").new == new

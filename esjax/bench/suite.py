@@ -39,6 +39,7 @@ ITEMS = (
     ("dpo", "--model.remat", "full", "--compare", "naive"),
     ("sft", "--model.remat", "full"),
 )
+ON_GPUS = (("sample", "--model.attention", "pallas"), ("round", "--model.attention", "pallas"))  # our own kernels
 COLUMNS = ("figure", "spread", "mem_gib", "mfu", "prefill_mfu", "step_ms", "step_limit_ms", "moved_gib", "needed_gib")
 LIMIT, MINUTE = 12, 60.0  # minutes that it may take when nothing is said; seconds
 LIBRARIES = ("jax", "flax", "optax", "transformers")
@@ -66,7 +67,8 @@ def run(args: argparse.Namespace, given: Overrides) -> None:
         "lines": [],
         "missing": {},
     }
-    for task, *options in (item for item in ITEMS if item[0] in tasks):
+    items = ITEMS if args.profile in ("cpu", "tiny") else ITEMS + ON_GPUS
+    for task, *options in (item for item in items if item[0] in tasks):
         words = ["--tasks", task, *options]
         left, name = end - time.monotonic(), " ".join((task, *options))
         say(f"bench: {name}, {max(0.0, left) / MINUTE:.1f} of {minutes} minutes left")

@@ -254,19 +254,28 @@ def _blocked_chunk(q: Array, k: Array, v: Array, chunk: Chunk, scores: Scores) -
 def attend_lanes(
     q: Array, keys: Array, values: Array, seen: Array, execution: Execution, cap: float | None = None
 ) -> Array:
-    """One query a lane [R M, 1, N, H] against its row and its ring, read once for all lanes; ``seen`` as of ``lanes_see``."""
-    (r, m, _), kv = seen.shape, keys.shape[1]
-    q_RMxKxGxH = _grouped(q[:, 0], kv)
-    g = q_RMxKxGxH.shape[2]
-    q_RxKxMGxH = q_RMxKxGxH.reshape(r, m, kv, g, -1).swapaxes(1, 2).reshape(r, kv, m * g, -1)
-    mask = jnp.repeat(seen, g, axis=1)[:, None]
+    """One query a lane [R M, 1, N, H] against its row and its ring, read once for all lanes; ``seen`` as of ``lanes_see``.
+
+    On the path pallas a kernel reads what some lane sees, where it takes these sizes; cudnn has none that is made for this.
+    """
+    (r, m, slots), (_, kv, h, _) = seen.shape, keys.shape
+    g = q.shape[2] // kv
+    q_RxKxMGxH = q.reshape(r, m, kv, g, h).swapaxes(1, 2).reshape(r, kv, m * g, h)
+    mask = jnp.repeat(seen, g, axis=1)
+    if execution.attention == "pallas":
+        from esjax.model.lanes_kernel import lanes_attention, takes  # not without Pallas' Triton backend
+
+        if cap is None and takes(h, slots):
+            out = lanes_attention(q_RxKxMGxH, keys, values, mask, execution.interpret)
+            return out.reshape(r, kv, m, g, h).swapaxes(1, 2).reshape(q.shape)
+    scaled = q_RxKxMGxH * h**-0.5
     if execution.attention == "chunked":
-        out = _blocked_lanes(q_RxKxMGxH, keys, values, mask, cap)
+        out = _blocked_lanes(scaled, keys, values, mask[:, None], cap)
     else:
-        scores = jnp.matmul(q_RxKxMGxH, keys.astype(q.dtype), preferred_element_type=jnp.float32)
-        p = jax.nn.softmax(jnp.where(mask, softcap(scores, cap), NEVER), axis=-1).astype(q.dtype)
+        scores = jnp.matmul(scaled, keys.astype(q.dtype), preferred_element_type=jnp.float32)
+        p = jax.nn.softmax(jnp.where(mask[:, None], softcap(scores, cap), NEVER), axis=-1).astype(q.dtype)
         out = jnp.matmul(p, values.astype(q.dtype), preferred_element_type=jnp.float32).astype(q.dtype)
-    return out.reshape(r, kv, m, g, -1).swapaxes(1, 2).reshape(q.shape)
+    return out.reshape(r, kv, m, g, h).swapaxes(1, 2).reshape(q.shape)
 
 
 def _blocked_lanes(q: Array, keys: Array, values: Array, mask: Array, cap: float | None) -> Array:

@@ -169,7 +169,7 @@ def _forward_kernel(*refs: Any, key: int) -> None:
         s = _scores(query_tile, k[here, :], mask)
         higher = jnp.maximum(high, jnp.max(s, axis=1))
         p, shrink = jnp.exp2(s - higher[:, None]), jnp.exp2(high - higher)
-        acc = acc * shrink[:, None] + _dot(p.astype(q.dtype), v[here, :])
+        acc = acc * shrink[:, None] + dot(p.astype(q.dtype), v[here, :])
         return acc, higher, total * shrink + jnp.sum(p, axis=1)
 
     start = (jnp.zeros((size, h), jnp.float32), jnp.full(size, LOWEST, jnp.float32), jnp.zeros(size, jnp.float32))
@@ -188,8 +188,8 @@ def _dq_kernel(*refs: Any, key: int) -> None:
         here = pl.ds(index[n] * key, key)
         mask = sees(until[here], at_query, index[n] * key + jnp.arange(key))
         p = jnp.exp2(_scores(query_tile, k[here, :], mask) - lse_tile[:, None])
-        ds = p * (_dot(dout_tile, v[here, :].T) - delta_tile[:, None])
-        return acc + _dot(ds.astype(q.dtype), k[here, :])
+        ds = p * (dot(dout_tile, v[here, :].T) - delta_tile[:, None])
+        return acc + dot(ds.astype(q.dtype), k[here, :])
 
     acc = jax.lax.fori_loop(0, count[0], visit, jnp.zeros((size, h), jnp.float32))
     dq[...] = (acc * h**-0.5).astype(dq.dtype)
@@ -208,8 +208,8 @@ def _dkv_kernel(*refs: Any, query: int, group: int) -> None:
         q_tile, dout_tile = q[here, head, :], dout[here, head, :]
         mask = sees(until_tile, block * query + jnp.arange(query), at_key)
         p = jnp.exp2(_scores(q_tile, key_tile, mask) - lse[head, here][:, None])
-        ds = p * (_dot(dout_tile, value_tile.T) - delta[head, here][:, None])
-        return acc_k + _dot(ds.astype(q.dtype).T, q_tile), acc_v + _dot(p.astype(q.dtype).T, dout_tile)
+        ds = p * (dot(dout_tile, value_tile.T) - delta[head, here][:, None])
+        return acc_k + dot(ds.astype(q.dtype).T, q_tile), acc_v + dot(p.astype(q.dtype).T, dout_tile)
 
     zeros = jnp.zeros((size, h), jnp.float32)
     acc_k, acc_v = jax.lax.fori_loop(0, count[0] * group, visit, (zeros, zeros))
@@ -219,10 +219,11 @@ def _dkv_kernel(*refs: Any, query: int, group: int) -> None:
 
 def _scores(q: Array, k: Array, mask: Array) -> Array:
     """Scores in units of log 2, for exp2 is what the hardware has."""
-    return jnp.where(mask, _dot(q, k.T) * (LOG2_E * q.shape[1] ** -0.5), MASKED)
+    return jnp.where(mask, dot(q, k.T) * (LOG2_E * q.shape[1] ** -0.5), MASKED)
 
 
-def _dot(a: Array, b: Array) -> Array:
+def dot(a: Array, b: Array) -> Array:
+    """A product of tiles, summed in float32."""
     # HIGHEST keeps float32 inputs in float32 (no tf32); bfloat16 products are exact anyway.
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)

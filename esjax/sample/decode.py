@@ -227,14 +227,23 @@ def draw_token(logits: Array, noise: Any, draw: Draw) -> Array:
     hot = draw.temperature >= COLD
 
     def race() -> Array:
-        scaled = logits / jnp.where(hot, draw.temperature, 1.0)[:, None]
-        p = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))  # unnormalised, most likely = 1
-        p = jax.lax.cond(jnp.any(draw.top_k > 0), lambda p: _top_k(p, draw.top_k), lambda p: p, p)
-        speed = p / jnp.maximum(noise(), 1e-30)
+        temperature = jnp.where(hot, draw.temperature, 1.0)[:, None]
+        top = jnp.max(logits, axis=-1, keepdims=True) / temperature
+
+        def likely() -> Array:
+            return jnp.exp(logits / temperature - top)  # unnormalised, most likely = 1
+
+        # One number a row comes out of the branch: [B, V] would be copied, whether there is a top-k or not.
+        least = jax.lax.cond(
+            jnp.any(draw.top_k > 0), lambda: _least_of_top_k(likely(), draw.top_k), lambda: jnp.zeros(len(top))
+        )
+        p = likely()
+        p = jnp.where(p >= least[:, None], p, 0.0)
+        speed = jnp.where(hot[:, None], p / jnp.maximum(noise(), 1e-30), logits)  # a cold row's winner is the likeliest
         enough = jnp.maximum(draw.top_p, COLD) * jnp.sum(p, axis=-1)  # never 0: the most likely token has none above it
 
         def decide(pivot: Array) -> tuple[Array, Array, Array]:
-            winner = _argmax(jnp.where(p > pivot[:, None], speed, -1.0))
+            winner = _argmax(jnp.where(p > pivot[:, None], speed, -jnp.inf))
             level = jnp.take_along_axis(p, winner[:, None], axis=1)
             above = jnp.sum(jnp.where(p > level, p, 0.0), axis=-1)
             return winner, level[:, 0], ~(above >= enough) | (draw.top_p >= 1) | ~hot
@@ -246,7 +255,7 @@ def draw_token(logits: Array, noise: Any, draw: Draw) -> Array:
 
         first = decide(jnp.full(len(p), -1.0))
         winner, _, _ = jax.lax.while_loop(lambda s: ~jnp.all(s[2]), again, first)
-        return jnp.where(hot, winner, _argmax(logits))
+        return winner
 
     return jax.lax.cond(jnp.any(hot), race, lambda: _argmax(logits))
 
@@ -258,8 +267,8 @@ def _argmax(x: Array) -> Array:
     return jnp.minimum(jnp.min(index, axis=-1), x.shape[-1] - 1)
 
 
-def _top_k(p: Array, k: Array) -> Array:
-    """p [B, V] with 0 for all but the k [B] most likely (all where k is 0), by bisection over the bits of p.
+def _least_of_top_k(p: Array, k: Array) -> Array:
+    """The least of the k [B] largest of p [B, V], and 0 where k is 0, by bisection over the bits of p.
 
     Positive floats are ordered as their bits are, so 31 halvings find the exact threshold.
     """
@@ -274,4 +283,4 @@ def _top_k(p: Array, k: Array) -> Array:
     low = jnp.zeros(len(p), jnp.int32)
     high = jnp.full(len(p), 0x3F800001, jnp.int32)  # just above 1.0, the largest p
     low, _ = jax.lax.fori_loop(0, 31, halve, (low, high))
-    return jnp.where((bits >= low[:, None]) | (k <= 0)[:, None], p, 0.0)
+    return jnp.where(k > 0, jax.lax.bitcast_convert_type(low, jnp.float32), 0.0)

@@ -9,6 +9,7 @@ from esjax.runtime.mesh import batch_groups, check_split
 BUCKET = 128  # rows have a multiple of so many slots, so that a run compiles a handful of programs
 # Windows of one prefill, of a small one, and their width. More would hardly be faster, only more often padding.
 WINDOWS = {"cpu": (2, 2, 64), "gpu": (32, 8, 128), "tpu": (8, 8, 128)}
+RINGS = {"cpu": 1, "gpu": 32, "tpu": 32}  # rings have a multiple of so many places: keys then lie in whole tiles
 SHARED_LANES = 2  # lanes that read a row together, where prompts share trunks
 
 
@@ -44,4 +45,5 @@ def shapes(replies: int, need: Need, platform: str, lanes: int = 0, shared: bool
     windows, few, width = WINDOWS[platform]
     room = max(need.longest + max(need.beyond * (lanes + 1), need.least), width)
     slots, (windows, few) = -(-room // BUCKET) * BUCKET, (max(1, n // batch_groups()) for n in (windows, few))
-    return Shapes(replies // lanes, lanes, slots, need.new, windows, few, width)
+    ring = -(-need.new // RINGS[platform]) * RINGS[platform]
+    return Shapes(replies // lanes, lanes, slots, ring, windows, few, width)

@@ -49,7 +49,8 @@ class ModelSettings(Settings):
     """How the frozen linear layers are kept: plain, in dtype; int8 or nf4, in 8 or some 4.5 bits a number (QLoRA), computed
     with in dtype."""
     attention: Annotated[Literal["auto", "dense", "chunked", "cudnn", "pallas", "splash"], EXECUTION] = "auto"
-    """How attention is computed; auto is chunked on CPU, splash on TPU, on GPU cudnn (bfloat16) or pallas (float32)."""
+    """How attention is computed; auto is chunked on CPU, splash on TPU, on GPU cudnn (bfloat16) or pallas (float32). pallas is
+    ours, for training, scoring and decoding."""
     cache_dtype: Annotated[Literal["auto", "bfloat16", "float8_e4m3fn"], EXECUTION] = "auto"
     """Dtype of the keys and values that sampling keeps; auto is the arithmetic's. A narrower one halves their memory and
     traffic, and moves log-probs a little."""

@@ -1,0 +1,120 @@
+"""The GPU kernel of a decoding step, interpreted on the host, against attention written out densely in float64."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import Array
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+from esjax.model.cache import attend_lanes
+from esjax.model.decoder import Execution
+from esjax.model.lanes_kernel import KEYS, lanes_attention, takes
+
+KERNEL = Execution("pallas", interpret=True)
+
+
+class Case:
+    """Random queries of R rows with M lanes, and what they see of S slots: a trunk, a branch, and the end of a ring."""
+
+    def __init__(self, rows: int, lanes: int, kv: int, group: int, h: int, slots: int) -> None:
+        random = np.random.default_rng(slots)
+        self.q = random.standard_normal((rows * lanes, 1, kv * group, h))
+        self.keys, self.values = (
+            random.standard_normal((rows, kv, h, slots)),
+            random.standard_normal((rows, kv, slots, h)),
+        )
+        self.seen = np.zeros((rows, lanes, slots), bool)
+        for row in range(rows):
+            self.seen[row, :, : slots // (3 + row)] = True
+            for lane in range(lanes):
+                self.seen[row, lane, slots // 2 + 5 * lane : slots // 2 + 5 * lane + 4] = True
+                self.seen[row, lane, slots - 1 - 3 * lane :: 3 * lanes] = True
+
+    def arrays(self, dtype: jnp.dtype = jnp.float32, cache: jnp.dtype | None = None) -> tuple[Array, Array, Array]:
+        return (
+            jnp.asarray(self.q, dtype),
+            *(jnp.asarray(x, dtype).astype(cache or dtype) for x in (self.keys, self.values)),
+        )
+
+    def dense(self, q: Array, keys: Array, values: Array) -> np.ndarray:
+        """[R M, 1, N, H] by the textbook."""
+        q, keys, values = (np.asarray(x.astype(jnp.float32), np.float64) for x in (q, keys, values))
+        (r, m, _), (kv, h) = self.seen.shape, keys.shape[1:3]
+        grouped = q.reshape(r, m, kv, -1, h)
+        s = np.einsum("rmkgh,rkhs->rmkgs", grouped, keys) * h**-0.5
+        s = np.where(self.seen[:, :, None, None], s, -np.inf)
+        p = np.exp(s - s.max(axis=-1, keepdims=True))
+        return np.einsum("rmkgs,rksh->rmkgh", p / p.sum(axis=-1, keepdims=True), values).reshape(q.shape)
+
+
+CASES = {
+    "one block": Case(2, 1, 1, 4, 16, KEYS),
+    "a last block that reaches back": Case(3, 2, 2, 4, 16, 3 * KEYS + 17),
+    "queries that are no power of two": Case(2, 3, 2, 3, 32, 2 * KEYS),
+    "many blocks for each program": Case(1, 2, 1, 8, 64, 1400),
+}
+
+
+def error(got: Array, want: np.ndarray) -> float:
+    return float(np.abs(np.asarray(got.astype(jnp.float32)) - want).max() / np.abs(want).max())
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_kernel_is_dense_attention(case: Case) -> None:
+    arrays = case.arrays()
+    got = attend_lanes(*arrays, jnp.asarray(case.seen), KERNEL)
+    assert error(got, case.dense(*arrays)) < 1e-5
+    shifted = jnp.roll(jnp.asarray(case.seen), 1, axis=-1).at[..., 0].set(True)  # a mask off by one is another result
+    assert error(attend_lanes(*arrays, shifted, KERNEL), case.dense(*arrays)) > 1e-3
+
+
+@pytest.mark.parametrize(("cache", "most"), [(jnp.bfloat16, 0.01), (jnp.float8_e4m3fn, 0.01)])
+def test_narrow_types(cache: jnp.dtype, most: float) -> None:
+    """Against dense attention to the same narrow numbers; probabilities are rounded to bfloat16 on the way."""
+    case = CASES["a last block that reaches back"]
+    arrays = case.arrays(jnp.bfloat16, cache)
+    got = attend_lanes(*arrays, jnp.asarray(case.seen), KERNEL)
+    assert got.dtype == jnp.bfloat16
+    assert error(got, case.dense(*arrays)) < most
+
+
+def test_blocks_that_nobody_sees_are_not_read() -> None:
+    """A product with what is not a number is none, even where it weighs nothing."""
+    case = CASES["many blocks for each program"]
+    q, keys, values = case.arrays()
+    slots = case.seen.shape[-1]
+    seen_block = np.zeros(slots, bool)
+    for first in range(0, slots, KEYS):
+        if case.seen[0, :, first : first + KEYS].any():
+            seen_block[min(first, slots - KEYS) : first + KEYS] = True
+    assert 0.1 < seen_block.mean() < 0.9
+    bad = jnp.asarray(~seen_block)
+    bad_keys, bad_values = jnp.where(bad, jnp.nan, keys), jnp.where(bad[:, None], jnp.nan, values)
+    got = attend_lanes(q, bad_keys, bad_values, jnp.asarray(case.seen), KERNEL)
+    assert error(got, case.dense(q, keys, values)) < 1e-5
+    dense = attend_lanes(q, bad_keys, bad_values, jnp.asarray(case.seen), Execution("dense"))  # which reads all
+    assert bool(jnp.isnan(dense).any())
+
+
+def test_sizes_that_it_does_not_take_go_the_dense_way() -> None:
+    for h, slots in ((8, 128), (48, 128), (16, KEYS - 1)):
+        assert not takes(h, slots)
+        case = Case(2, 2, 1, 2, h, slots)
+        arrays = case.arrays()
+        assert error(attend_lanes(*arrays, jnp.asarray(case.seen), KERNEL), case.dense(*arrays)) < 1e-5
+    assert takes(64, KEYS)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("h", [64, 128])
+def test_it_lowers_for_cuda(h: int, dtype: jnp.dtype) -> None:
+    h100 = AbstractMesh((1,), ("x",), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu"))
+    shapes = [(4, 8, 8, h), (4, 8, h, 1462), (4, 8, 1462, h)]
+    arguments = [jax.ShapeDtypeStruct(s, dtype) for s in shapes]
+    with use_abstract_mesh(h100):
+        traced = jax.jit(lanes_attention).trace(*arguments, jax.ShapeDtypeStruct((4, 8, 1462), jnp.bool_))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @__gpu$xla.gpu.triton") == 1
