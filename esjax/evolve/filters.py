@@ -14,7 +14,7 @@ from esjax.settings.schema import FilterSettings, ScreenSettings
 
 # In the order in which they are tried; a pair is counted under the first that applies. After these come the pair's own:
 # near_identical, too_short, too_long, and row_too_long (it does not fit a training row).
-REPLY_REASONS = (*KINDS, "truncated", "empty", "scaffolding", "speaks_for_seeker", "repetition")
+REPLY_REASONS = (*KINDS, "truncated", "few_words", "scaffolding", "speaks_for_seeker", "repetition")
 QUOTED_WORDS = 8  # so many words in a row from the seeker's own messages: the reply speaks as the seeker
 
 
@@ -41,7 +41,7 @@ class Filters:
             return "truncated"
         said = words(reply)
         if len(said) < self.settings.min_words:
-            return "empty"
+            return "few_words"
         if any(p.search(reply) for p in self.scaffolding):
             return "scaffolding"
         if re.search(r"(?im)^[\s*_>#-]*(?:seeker|user|client|patient|you|me)[\s*_]*[:：]", reply) or _quotes(
