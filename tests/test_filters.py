@@ -50,7 +50,7 @@ OTHER = "You remember her days and she forgets yours; what would you like to hea
         ("truncated", CONTEXT, GOOD, "length"),
         ("few_words", CONTEXT, "", "stop"),
         ("few_words", CONTEXT, "Oh dear, oh", "stop"),
-        ("empty", CONTEXT, "... !? -- ... ?!", "stop"),
+        ("few_words", CONTEXT, "... !? -- ... ?!", "stop"),
         ("scaffolding", CONTEXT, "Profile: warm and dry. " + GOOD, "stop"),
         ("scaffolding", CONTEXT, "Here is my refined reply. " + GOOD, "stop"),
         ("scaffolding", CONTEXT, "As an AI I cannot bake, but " + GOOD, "stop"),
@@ -130,7 +130,7 @@ def test_limits_are_the_settings() -> None:
     strict = Filters.load(FilterSettings(min_words=16, max_repetition=0.0), ScreenSettings())
     loose = Filters.load(FilterSettings(min_words=1, max_repetition=1.0), ScreenSettings())
     again = "it is hard for you and it is hard for you and it is hard for you"
-    assert strict.reply_fault(CONTEXT, GOOD, "stop") == "empty"
+    assert strict.reply_fault(CONTEXT, GOOD, "stop") == "few_words"
     assert loose.reply_fault(CONTEXT, "Oh.", "stop") is None
     assert strict.reply_fault(CONTEXT, again, "stop") == "repetition"
     assert loose.reply_fault(CONTEXT, again, "stop") is None
@@ -210,7 +210,7 @@ def test_sift_counts_every_drop_under_its_first_reason_and_keeps_preference_rows
     assert [(d["id"], d["reason"], d["side"]) for d in dropped] == [
         ("d/1", "truncated", "draft"),
         ("d/2", "truncated", "refinement"),
-        ("d/3", "empty", "draft"),
+        ("d/3", "few_words", "draft"),
         ("d/4", "scaffolding", "refinement"),
         ("d/5", "near_identical", "pair"),
         ("d/6", "crisis", "draft"),
