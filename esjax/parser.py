@@ -61,7 +61,8 @@ def build(
         )
         for name, how in OPTIONS[function.__name__]:
             p.add_argument(name, **how)
-        p.add_argument("--config", metavar="FILE", help="YAML config; the quickstart's when left out")
+        told = "YAML config; the quickstart's when left out" if read_by(function.__name__) else argparse.SUPPRESS
+        p.add_argument("--config", metavar="FILE", help=told)
         p.set_defaults(function=function)
         commands[function.__name__] = p
     return parser, commands

@@ -26,6 +26,9 @@ Row = dict[str, Any]
 CURVE = "power"  # drawn through what allows one
 AXES = ("flops", "tokens", "parameters", "contexts", "pairs_kept")  # what curves may be over
 BAND = 60  # places of a curve
+NO_CURVES = (
+    f"No curves: they need runs at several values of one of {', '.join(AXES)}; `esjax study fit` says what is missing."
+)
 # By what quality is shown against: heading, axis and text.
 FRONTIERS = {
     "flops": (
@@ -49,12 +52,10 @@ def write(study: Study, out: Path | None) -> Path:
     found = records(study)
     shown = [metric for metric in study.metrics if any(r["metric"] == metric for r in found)]
     mine = [r for r in found if r["metric"] in shown]
-    figures = [
-        metrics_figure([{"records": mine, "name": study.name}]),
-        *_frontiers(study, mine, shown),
-        *_curves(study, shown),
-    ]
-    page: Row = {"runs": [], "examples": [], "messages": [], "state": "", "notes": _notes(study)}
+    curves = _curves(study, shown)
+    figures = [metrics_figure([{"records": mine, "name": study.name}]), *_frontiers(study, mine, shown), *curves]
+    notes = _notes(study) + ([] if any(curves) else [NO_CURVES])
+    page: Row = {"runs": [], "examples": [], "messages": [], "state": "", "notes": notes}
     page |= {
         "figures": [f._asdict() for f in figures if f is not None],
         "differences": differences([{"records": mine}]),
