@@ -163,7 +163,7 @@ def bench(
     flops = training_flops(work.architecture, job.lora, example)
     counted = program_flops(work.architecture, job.lora, dtype, job.loss, how, (example, extra))
     rows_in_batch, length = example.tokens.shape
-    sizes = Step(rows_in_batch, length, micro, job.lora)
+    sizes = Step(rows_in_batch, length, micro, job.lora, dtype.itemsize)
     needed = needed_by_training(work.architecture, sizes, multiplied(frozen, trained), trained, opt_state)
     return {
         "system": "esjax",

@@ -102,7 +102,9 @@ def jobs(config: Config, arch: Architecture, how: Execution, dtype: jnp.dtype, p
         # The backward pass makes the scores again, and two products more for each of the forward pass' two.
         again = 0 if how.remat == "none" else 1
         flops = attention(batch_rows, s.row_length, passes=1 + again + 2.5)
-        needs = needed.training(arch, needed.Step(batch_rows, s.row_length, micro_rows, lora), weights, trained, state)
+        needs = needed.training(
+            arch, needed.Step(batch_rows, s.row_length, micro_rows, lora, dtype.itemsize), weights, trained, state
+        )
         return Job(name, lambda: step.trace(trained, state, base, rows, extra), held, needs, flops)
 
     yield training("sft", config.sft)

@@ -66,6 +66,7 @@ class Step(NamedTuple):
     length: int  # T
     micro_rows: int  # at once
     lora: Lora | None  # None trains all parameters
+    itemsize: int  # bytes of an activation
 
 
 def training(arch: Architecture, step: Step, weights: Any, trained: Any, state: Any) -> Needed:
@@ -74,11 +75,11 @@ def training(arch: Architecture, step: Step, weights: Any, trained: Any, state: 
     A micro-batch reads the weights forward and backward, and writes and reads the gradient; each layer's input is kept
     for the backward pass; what is trained and its optimiser's state are read and written once.
     """
-    tokens, itemsize = step.rows * step.length, jax.tree.leaves(weights)[0].dtype.itemsize
+    tokens = step.rows * step.length
     flops = passes_flops(arch, step.lora, tokens, tokens, tokens * step.length / 2)
     read = 2.0 * held_bytes(weights) * mesh_sizes()["fsdp"] * step.rows / step.micro_rows
     gradient = 2.0 * held_bytes(trained) * step.rows / step.micro_rows
-    kept = 2.0 * arch.layers * tokens * arch.width * itemsize / _devices()
+    kept = 2.0 * arch.layers * tokens * arch.width * step.itemsize / _devices()
     return Needed(flops / _devices(), read + gradient + kept + 2.0 * held_bytes((trained, state)))
 
 

@@ -268,19 +268,21 @@ def _argmax(x: Array) -> Array:
 
 
 def _least_of_top_k(p: Array, k: Array) -> Array:
-    """The least of the k [B] largest of p [B, V], and 0 where k is 0, by bisection over the bits of p.
+    """A number [B] that just the k [B] largest of p [B, V] reach, and those that tie with the last of them; 0 where k is 0.
 
-    Positive floats are ordered as their bits are, so 31 halvings find the exact threshold.
+    Positive floats are ordered as their bits are, so 31 halvings find the exact threshold; mostly far fewer find one
+    between the k-th and the next.
     """
     bits = jax.lax.bitcast_convert_type(p, jnp.int32)
 
-    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds  # at least k tokens at low, fewer at high
+    def halve(bounds: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        low, high, done = bounds  # at least k tokens at low, fewer at high
         middle = low + (high - low) // 2
-        enough = jnp.sum(bits >= middle[:, None], axis=-1) >= k
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+        reach = jnp.sum(bits >= middle[:, None], axis=-1)
+        low, high = jnp.where(reach >= k, middle, low), jnp.where(reach >= k, high, middle)
+        return low, high, done | (reach == k) | (high - low <= 1)
 
     low = jnp.zeros(len(p), jnp.int32)
     high = jnp.full(len(p), 0x3F800001, jnp.int32)  # just above 1.0, the largest p
-    low, _ = jax.lax.fori_loop(0, 31, halve, (low, high))
+    low, _, _ = jax.lax.while_loop(lambda bounds: ~jnp.all(bounds[2]), halve, (low, high, k <= 0))
     return jnp.where(k > 0, jax.lax.bitcast_convert_type(low, jnp.float32), 0.0)
