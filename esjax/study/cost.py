@@ -26,26 +26,13 @@ from esjax.settings.schema import Config, Sources
 from esjax.study.emit import leaders
 from esjax.study.spec import Cell, Study
 
-BYTES, MESSAGE = (
-    4,
-    8,
-)  # of text a token, as of English with a large vocabulary; tokens that a template writes around a message
+BYTES = 4  # of text a token, as of English with a large vocabulary
+MESSAGE = 8  # tokens that a template writes around a message
 FULL = 0.9  # of a packed row
 # What programs' shapes follow from.
 SHAPED_BY = ("model", "mesh", "train", "lora", "sft", "dpo", "evolve", "reply", "prompts")
-
-
-COUNTS = (
-    "rounds",
-    "contexts_per_round",
-    "chosen",
-    "rejected",
-    "reference",
-    "pairs_of",
-    "measure",
-    "drafts",
-    "refinements",
-)
+# Settings of evolve that say how often programs run, and do not shape them.
+COUNTS = frozenset("rounds contexts_per_round chosen rejected reference pairs_of measure drafts refinements".split())
 
 
 class Texts(NamedTuple):
@@ -162,7 +149,9 @@ def plan(study: Study, topology: str | None) -> list[Table]:
         if key not in known:
             say(f"compiling for {hardware.name}: {label}")
             known[key] = list(plan_programs(cell.config, arch, hardware, NAMES))
+            jax.clear_caches()  # of programs that are not run; a ladder of models holds gigabytes of them
         rows[label] = ([cell], cost(counts[cell.name], known[key], len(hardware.devices)), arch)
+        say(f"  {label}: {sum(rows[label][1].flops.values()):.2g} FLOPs, {_hours(rows[label][1])}")
     return [_runs(study, hardware, rows), _total(study, rows)]
 
 
@@ -173,13 +162,17 @@ def _runs(study: Study, hardware: Hardware, rows: dict[str, tuple[list[Cell], Co
     for label, (cells, c, arch) in rows.items():
         model = f"{arch.family}, {arch.layers} layers of {arch.width}"
         flops = [f"{c.flops[phase]:.2g}" for phase in ("sft", "rounds", "evaluation")]
-        hours = "rates not known" if c.hours is None else f"{c.hours:.3g}"
-        made.add_row(label, model, str(len(cells)), *flops, f"{c.memory:.3g}", "yes" if c.fits else "no", hours)
+        fits = "yes" if c.fits else "no"
+        made.add_row(label, model, str(len(cells)), *flops, f"{c.memory:.3g}", fits, _hours(c).removesuffix(" hours"))
     made.caption = (
         "Hours are the longest of FLOPs, memory and network at stated rates, for replies of full length; tokens are estimated at "
         f"{BYTES} bytes. `esjax plan` shows a run's programs one by one."
     )
     return made
+
+
+def _hours(c: Cost) -> str:
+    return "rates not known" if c.hours is None else f"{c.hours:.3g} hours"
 
 
 def _total(study: Study, rows: dict[str, tuple[list[Cell], Cost, Architecture]]) -> Table:
