@@ -304,8 +304,9 @@ def test_a_study_that_cannot_be_is_refused(parts: dict[str, Any], words: str, tm
 @pytest.mark.parametrize("file", sorted((REPOSITORY / "configs" / "studies").glob("*.yaml")), ids=lambda f: f.stem)
 def test_shipped_studies_are_studies(file: Path) -> None:
     study = read_study(file)
-    assert len(study.cells) >= 12
-    assert len({c.seed for c in study.cells}) == 3
+    small = file.stem.startswith("qwen")  # what two CPU cores can do
+    assert len(study.cells) >= (2 if small else 12)
+    assert len({c.seed for c in study.cells}) == (1 if small else 3)
     known = {p.stem for p in (REPOSITORY / "configs" / "shapes").glob("*.json")}
     assert {c.shape for c in study.cells} <= {None, *known}
     header = file.read_text().split("\n\n")[0]

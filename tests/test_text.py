@@ -51,7 +51,7 @@ def test_words_of_english_are_what_they_were() -> None:
 def test_replies_without_spaces_are_judged_like_others(filters: Filters) -> None:
     asked = chat("我最近总是睡不着觉，工作压力特别大，不知道怎么办")
     assert filters.reply_fault(asked, CHINESE, "stop") is None
-    assert filters.reply_fault(asked, "好的。", "stop") == "empty"
+    assert filters.reply_fault(asked, "好的。", "stop") == "few_words"
     assert filters.reply_fault(asked, "我很难过。" * 8, "stop") == "repetition"
     assert filters.reply_fault(asked, "工作压力特别大，不知道怎么办", "stop") == "speaks_for_seeker"
     assert filters.pair_fault(CHINESE, CHINESE + "好") == "near_identical"
