@@ -54,7 +54,8 @@ def test_a_suite_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_only_the_tasks_that_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
-    monkeypatch.setattr("esjax.bench.suite._measured", lambda words, seconds: asked.append(words) or ([], ""))
+    line = {"task": "dpo", "variant": "lora", "device": "none", "moved_most_gib": {}}
+    monkeypatch.setattr("esjax.bench.suite._measured", lambda words, seconds: asked.append(words) or ([line], ""))
     main(["bench", "--suite", str(tmp_path), "--tasks", "dpo"])
     assert [words[words.index("--tasks") + 1 :] for words in asked] == [list(i) for i in ITEMS if i[0] == "dpo"]
 
@@ -67,11 +68,26 @@ def test_only_the_tasks_that_are_asked_for(tmp_path: Path, monkeypatch: pytest.M
         (["--model.remat", "dots"], "--model.remat: a suite measures with settings of its own; leave it out"),
         (["--limit", "0"], "--limit 0: minutes, at least 1"),
         (["--tasks", "dpo,sleep"], "--tasks sleep: no such task"),
+        (["--tasks", "sample,data"], "--tasks data: a suite measures sample, dpo, sft, round; leave it out"),
+        (["--profile", "tpu"], "no profile 'tpu' can be read from it"),
+        (["--workload", "none.json"], "none.json"),
     ],
 )
 def test_bad_options_of_a_suite(options: list[str], message: str, tmp_path: Path, refused: Refused) -> None:
     assert message in refused("bench", "--suite", tmp_path / "out", *options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_suite_that_measures_nothing_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the page says of it is text, whatever signs it holds."""
+    monkeypatch.setattr("esjax.bench.suite._measured", lambda words, seconds: ([], "out of memory [/red] [bold]"))
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "--suite", str(tmp_path), "--tasks", "round"])
+    assert ended.value.code == 1
+    assert "nothing could be measured; the first (round --compare naive): out of memory" in capsys.readouterr().err
+    assert "out of memory [/red] [bold]" in (tmp_path / PAGE).read_text()
 
 
 def test_a_limit_is_a_suite_s(refused: Refused) -> None:

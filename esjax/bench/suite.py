@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from esjax.bench.tasks import asked_tasks
-from esjax.errors import InputError
+from esjax.bench.workload import read_workload
+from esjax.errors import InputError, RunError
 from esjax.run.files import check_writable, write_text
 from esjax.run.jsonl import json_text
 from esjax.run.progress import say
@@ -55,7 +56,11 @@ def run(args: argparse.Namespace, given: Overrides) -> None:
     minutes = LIMIT if args.limit is None else args.limit
     if minutes < 1:
         raise InputError(f"--limit {minutes}: minutes, at least 1")
-    tasks = asked_tasks(args.tasks)
+    items = ITEMS if args.profile in ("cpu", "tiny") else ITEMS + ON_GPUS
+    known, tasks = dict.fromkeys(item[0] for item in items), asked_tasks(args.tasks)
+    if other := [task for task in tasks if task not in known]:
+        raise InputError(f"--tasks {other[0]}: a suite measures {', '.join(known)}; leave it out")
+    read_workload(args.workload, args.profile)
     folder: Path = args.suite
     check_writable(folder / DATA, "--suite")
     end = time.monotonic() + MINUTE * minutes
@@ -67,7 +72,6 @@ def run(args: argparse.Namespace, given: Overrides) -> None:
         "lines": [],
         "missing": {},
     }
-    items = ITEMS if args.profile in ("cpu", "tiny") else ITEMS + ON_GPUS
     for task, *options in (item for item in items if item[0] in tasks):
         words = ["--tasks", task, *options]
         left, name = end - time.monotonic(), " ".join((task, *options))
@@ -81,6 +85,9 @@ def run(args: argparse.Namespace, given: Overrides) -> None:
         write_text(folder / DATA, json_text(made) + "\n")
         write_text(folder / PAGE, page(made))
     say(f"bench: {folder / PAGE}")
+    if not made["lines"]:
+        first, why = next(iter(made["missing"].items()))
+        raise RunError(f"nothing could be measured; the first ({first}): {why}")
 
 
 def _measured(words: Sequence[str], seconds: float) -> tuple[list[Line], str]:
@@ -102,7 +109,7 @@ def _measured(words: Sequence[str], seconds: float) -> tuple[list[Line], str]:
 
 def page(made: Line) -> str:
     """One HTML page: every line as a row, where its memory traffic goes, and what is missing."""
-    console = Console(record=True, width=200, file=io.StringIO(), highlight=False)
+    console = Console(record=True, width=200, file=io.StringIO(), highlight=False, markup=False)
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
     device = next((line["device"] for line in made["lines"]), "nothing measured")
     console.print(f"esjax bench --suite, profile {made['profile']} of {made['workload']}, {made['began']}")

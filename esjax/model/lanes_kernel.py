@@ -15,7 +15,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from esjax.model.row_kernel import LOG2_E, LOWEST, MASKED, dot
+from esjax.model.row_kernel import LOG2_E, MASKED, Sums, dot, no_sums, with_block
 
 KEYS = 64  # slots of a block
 PROGRAMS = 512  # at least, as far as a row's blocks can be shared out: several for each of a GPU's processors
@@ -74,21 +74,14 @@ def _blocks_seen(seen: Array) -> tuple[Array, Array]:
 def _kernel(*refs: Any, shares: int) -> None:
     q, keys, values, seen, order, count, out, high, total = refs
     query_tile, (h, slots), share = q[...], keys.shape, pl.program_id(2)
-    size = query_tile.shape[0]
 
-    def visit(n: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        acc, high, total = carry
+    def visit(n: Array, so_far: Sums) -> Sums:
         block = order[share + n * shares] * KEYS
         first = jnp.minimum(block, slots - KEYS)  # the last block may reach back: what is in the one before is masked
         here = pl.ds(first, KEYS)
         mask = (seen[:, here] != 0) & (first + jnp.arange(KEYS) >= block)
         s = dot(query_tile, keys[:, here].astype(query_tile.dtype)) * (LOG2_E * h**-0.5)
-        s = jnp.where(mask, s, MASKED)
-        higher = jnp.maximum(high, jnp.max(s, axis=1))
-        p, shrink = jnp.exp2(s - higher[:, None]), jnp.exp2(high - higher)
-        acc = acc * shrink[:, None] + dot(p.astype(query_tile.dtype), values[here, :].astype(query_tile.dtype))
-        return acc, higher, total * shrink + jnp.sum(p, axis=1)
+        return with_block(so_far, jnp.where(mask, s, MASKED), values[here, :].astype(query_tile.dtype))
 
     rounds = jax.lax.div(count[0] - share + shares - 1, shares)
-    start = (jnp.zeros((size, h), jnp.float32), jnp.full(size, LOWEST, jnp.float32), jnp.zeros(size, jnp.float32))
-    out[...], high[...], total[...] = jax.lax.fori_loop(0, rounds, visit, start)
+    out[...], high[...], total[...] = jax.lax.fori_loop(0, rounds, visit, no_sums(len(query_tile), h))

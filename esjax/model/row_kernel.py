@@ -162,20 +162,36 @@ def _forward_kernel(*refs: Any, key: int) -> None:
     size, h = query_tile.shape
     at_query = pl.program_id(0) * size + jnp.arange(size)
 
-    def visit(n: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        acc, high, total = carry
+    def visit(n: Array, so_far: Sums) -> Sums:
         here = pl.ds(index[n] * key, key)
         mask = sees(until[here], at_query, index[n] * key + jnp.arange(key))
-        s = _scores(query_tile, k[here, :], mask)
-        higher = jnp.maximum(high, jnp.max(s, axis=1))
-        p, shrink = jnp.exp2(s - higher[:, None]), jnp.exp2(high - higher)
-        acc = acc * shrink[:, None] + dot(p.astype(q.dtype), v[here, :])
-        return acc, higher, total * shrink + jnp.sum(p, axis=1)
+        return with_block(so_far, _scores(query_tile, k[here, :], mask), v[here, :])
 
-    start = (jnp.zeros((size, h), jnp.float32), jnp.full(size, LOWEST, jnp.float32), jnp.zeros(size, jnp.float32))
-    acc, high, total = jax.lax.fori_loop(0, count[0], visit, start)
+    acc, high, total = jax.lax.fori_loop(0, count[0], visit, no_sums(size, h))
     out[...] = (acc / total[:, None]).astype(out.dtype)
     lse[...] = high + jnp.log2(total)
+
+
+class Sums(NamedTuple):
+    """Softmax over the blocks so far, for each query of a tile: sums relative to the greatest score, float32."""
+
+    out: Array  # [queries, H]
+    high: Array  # [queries], the greatest score, in units of log 2
+    total: Array  # [queries]
+
+
+def no_sums(queries: int, h: int) -> Sums:
+    """Before the first block."""
+    zero = jnp.zeros(queries, jnp.float32)
+    return Sums(jnp.zeros((queries, h), jnp.float32), jnp.full(queries, LOWEST, jnp.float32), zero)
+
+
+def with_block(so_far: Sums, s: Array, v: Array) -> Sums:
+    """With one more block of keys: scores s [queries, keys] in units of log 2, and values v [keys, H]."""
+    high = jnp.maximum(so_far.high, jnp.max(s, axis=1))
+    p, shrink = jnp.exp2(s - high[:, None]), jnp.exp2(so_far.high - high)
+    out = so_far.out * shrink[:, None] + dot(p.astype(v.dtype), v)
+    return Sums(out, high, so_far.total * shrink + jnp.sum(p, axis=1))
 
 
 def _dq_kernel(*refs: Any, key: int) -> None:
