@@ -401,6 +401,17 @@ def test_a_slurm_array_holds_every_run(many: Path, tmp_path: Path) -> None:
         assert (tmp_path / "told.requeued").exists() == (task == 3)
 
 
+def test_skypilot_could_not_bring_configs_from_elsewhere(
+    many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
+) -> None:
+    (tmp_path / "repository").mkdir()
+    monkeypatch.chdir(tmp_path / "repository")
+    for out in (tmp_path / "jobs", Path("../jobs")):
+        said = refused("study", "emit", many, "--for", "skypilot", "--out", out)
+        assert f"--out {out}: SkyPilot brings the repository's folder alone" in said
+    assert not (tmp_path / "jobs").exists()
+
+
 def test_skypilot_gets_every_run(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the launch script, whose own tests hold its file against SkyPilot's schema; here what it is called with."""
     monkeypatch.chdir(tmp_path)

@@ -95,6 +95,10 @@ def emit(study: Study, target: str | None, out: Path | None, show: Callable[...,
         target = "shell"
     if out is None and target != "shell":
         raise InputError(f"--for {target} writes files: give a new folder as --out")
+    if out is not None and target == "skypilot" and not out.resolve().is_relative_to(Path.cwd()):
+        raise InputError(
+            f"--out {out}: SkyPilot brings the repository's folder alone; give a new folder in it, from its root"
+        )
     folder = study.folder / "configs" if out is None else out / "configs"
     if out is not None:
         check_new(out, "folder")
@@ -180,7 +184,7 @@ def _submitit(study: Study, out: Path, first: list[str], rest: list[str]) -> str
 
 
 def _skypilot(study: Study, out: Path, first: list[str], rest: list[str]) -> str:
-    """By launch/skypilot.sh, which brings the repository's folder along, and so the configs if they lie in it."""
+    """By launch/skypilot.sh, which brings the repository's folder along, and so the configs, which lie in it."""
     lines = [
         "#!/usr/bin/env bash",
         "# From the repository's root; the study's folder must lie on storage that all jobs share (--nfs).",
