@@ -182,7 +182,10 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
             type=_path,
         ),
         _given(
-            "--suite", "DIR", "measure all tasks, several ways, and write DIR/suite.json and suite.html", type=_path
+            "--suite",
+            "DIR",
+            "measure sample, round, dpo and sft, several ways, and write DIR/suite.json and suite.html",
+            type=_path,
         ),
         _number("--limit", "--suite: minutes that it may take (12)", metavar="MINUTES"),
     ),
