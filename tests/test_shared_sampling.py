@@ -22,8 +22,9 @@ from esjax.model.weights import Backbone, compute_dtype, load_backbone
 from esjax.rows import common_prefix
 from esjax.sample import decode
 from esjax.sample.generate import Generator
+from esjax.sample.prefills import Prefills
 from esjax.sample.rowbook import Placed, Request
-from esjax.sample.schedule import Completion
+from esjax.sample.schedule import Completion, Scheduler
 from esjax.settings.schema import LoraSettings, SamplingSettings
 from esjax.tokens.batches import group_by_prefix
 from esjax.tokens.encode import Encoder
@@ -307,6 +308,45 @@ def test_replies_are_right_when_the_ring_has_wrapped_around(
     generator = Generator(bare, 2, 1)
     wrong = answers(generator, BARE, generator.grouped(many))
     assert sum(a != b for a, b in zip(wrong.tokens, alone.tokens, strict=True)) > 3
+
+
+def test_a_prompt_is_computed_before_it_is_drawn_from(
+    bare: Backbone, many: list[Request], alone: Replies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Computing a prompt may wait until there are others; a lane that does not wait for it draws other words."""
+    generator = Generator(bare, 4, 1)
+    assert answers(generator, BARE, [[r] for r in many]).tokens == alone.tokens
+    monkeypatch.setattr(Prefills, "next", hurried)  # control: as if all that is queued were computed
+    wrong = answers(Generator(bare, 4, 1), BARE, [[r] for r in many])
+    assert sum(a != b for a, b in zip(wrong.tokens, alone.tokens, strict=True)) > 3
+
+
+def hurried(queued: Prefills, urgent: Callable[[], bool]) -> None:
+    """Computes nothing, and says that it has."""
+    queued.done = [n + len(queue) for n, queue in zip(queued.done, queued.queues, strict=True)]
+    for queue in queued.queues:
+        queue.clear()
+
+
+def test_lanes_go_on_while_the_host_looks(
+    bare: Backbone, many: list[Request], alone: Replies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def looked(clocked: bool) -> list[bool]:
+        """Of each look whether lanes were under way."""
+        under_way: list[bool] = []
+
+        def take_in(scheduler: Scheduler, log: Any) -> None:
+            if log is not None:
+                under_way.append(scheduler.flying is not None)
+            usual(scheduler, log)
+
+        monkeypatch.setattr(Scheduler, "_take_in", take_in)
+        assert answers(Generator(bare, 8, 1, clocked=clocked), BARE, [[r] for r in many]).tokens == alone.tokens
+        return under_way
+
+    usual = Scheduler._take_in
+    assert sum(looked(clocked=False)) >= 2
+    assert not any(looked(clocked=True))  # control: it waits, so that times can be told apart
 
 
 def follow(generator: Generator, many: list[Request], follower: Request) -> Replies:

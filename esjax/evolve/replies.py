@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,14 +111,12 @@ class Replies:
         reflections = [self._reflection(i) for i in self._missing(REFLECTIONS)]
         generator = self.experiment.generator
         generator.reserve(sampling_need(self.experiment.config, lengths(self.experiment, longest)))
-        plain, asked = generator.grouped(drafts), generator.grouped(reflections)
+        groups = generator.grouped([*drafts, *reflections])  # of a dialogue in one row, which then has it once
         if REFINEMENTS in self.asked.counts:
-            self._plan(asked or plain)
+            self._plan(groups)
         ready = [g for number in range(len(self.members)) if not self.left[number] and (g := self._refinements(number))]
-        both = chain.from_iterable(zip_longest(plain, asked, fillvalue=[]))
-        groups = [*ready, *(group for group in both if group)]
         automaton = self.experiment.form.automaton if REFLECTIONS in self.asked.counts else None
-        generator.work(adapter, groups, self._done, automaton, more_may_follow=True)
+        generator.work(adapter, [*ready, *groups], self._done, automaton, more_may_follow=True)
 
     def _plan(self, groups: list[list[Request]]) -> None:
         """Contexts whose prompts share a trunk are refined together; those that are ready already, at once."""

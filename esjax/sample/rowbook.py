@@ -10,14 +10,26 @@ import hashlib
 import json
 import re
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from esjax.model.cache import Chunk
 from esjax.rows import common_prefix
+from esjax.sample.decode import Continuation, Draw
+
+BLOCK = 16  # tokens by which beginnings are compared
+
+
+def beginnings(tokens: Sequence[int]) -> list[int]:
+    """A number for each beginning of whole blocks, the same for the same tokens."""
+    whole = len(tokens) // BLOCK * BLOCK
+    blocks = (tuple(tokens[i : i + BLOCK]) for i in range(0, whole, BLOCK))
+    return list(accumulate(blocks, lambda so_far, block: hash((so_far, block)), initial=0))[1:]
 
 
 class Request(NamedTuple):
@@ -48,6 +60,10 @@ class Piece:
     def stop(self) -> int:
         return self.start + max(len(self.tokens), self.room)
 
+    @cached_property
+    def beginnings(self) -> list[int]:
+        return beginnings(self.tokens)
+
 
 @dataclass(eq=False)
 class Placed:
@@ -60,6 +76,22 @@ class Placed:
     uid: int
     tokens: list[int] = field(default_factory=list)  # drawn so far
     logprobs: list[float] = field(default_factory=list)
+    due: int = 0  # how many of its device's windows must have been computed before it can be drawn
+
+    @cached_property
+    def entry(self) -> Continuation:
+        """As the lanes take it."""
+        request, last = self.request, len(self.request.prompt) - 1
+        return Continuation(
+            self.uid,
+            *self.spans,
+            request.prompt[last],
+            last,
+            request.seed,
+            request.max_tokens,
+            Draw(request.how.temperature, request.how.top_p, request.how.top_k),
+            request.state,
+        )
 
     @property
     def spans(self) -> tuple[int, int, int, int]:
@@ -104,6 +136,7 @@ class RowBook:
         self.groups: deque[Group] = deque()  # with pending requests
         self.waiting: deque[Placed] = deque()
         self.running: dict[int, Placed] = {}
+        self.due = 0  # see Placed, of the last window that is computed for this row
         self._time = 0
 
     @property
@@ -111,9 +144,10 @@ class RowBook:
         """Requests that were given to this row and are not done."""
         return len(self.waiting) + len(self.running) + sum(len(g.pending) for g in self.groups)
 
-    def overlap(self, prompt: Sequence[int]) -> int:
-        """How many tokens of a prompt's beginning lie here already."""
-        return max((common_prefix(p.tokens, prompt) for p in self.pieces if not p.position), default=0)
+    @property
+    def beginnings(self) -> Iterator[int]:
+        """See ``beginnings``: of all prompts that begin as something that lies here."""
+        return chain.from_iterable(p.beginnings for p in self.pieces if not p.position)
 
     def place(self, most_waiting: int, uids: Iterable[int]) -> list[list[Run]]:
         """Place pending requests until ``most_waiting`` wait. Returns what to compute: trunks first, then branches."""
@@ -296,14 +330,6 @@ class _Window:
         c.slot_position[run.slot : slot + last - first] = run.position + np.arange(done + last - first)
         self.end = last
         return last - first
-
-
-def stack_windows(chunks: Sequence[Sequence[Chunk]], count: int) -> Chunk:
-    """Each device's chunks of one row each as one chunk of ``count`` rows a device, filled up with some that write nothing."""
-    first = next(c for device in chunks for c in device)
-    empty = first._replace(valid=np.zeros_like(first.valid))
-    filled = [c for device in chunks for c in [*device, *[empty] * (count - len(device))]]
-    return Chunk(*(np.stack(x) for x in zip(*filled, strict=True)))
 
 
 def row_seed(*parts: object) -> int:

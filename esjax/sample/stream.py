@@ -71,7 +71,7 @@ class Stream:
             self._told[request.key] = 0
             if request.state:
                 self._bound.add(request.key)
-        self._scheduler.backlog.append(Group.of(requests))
+        self._scheduler.backlog.append([Group.of(requests)])
 
     def drop(self, key: object) -> None:
         """Give a request up, if it is here."""
