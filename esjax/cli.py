@@ -232,10 +232,14 @@ def plan(args: argparse.Namespace, given: Overrides) -> None:
     Exit code 1 when something does not fit.
     """
     from esjax.plan.outcome import Outcome
+    from esjax.plan.stages import check_round
 
     config = given.load()
+    if args.round is not None:
+        check_round(config, args.round)
     prepare_jax()
     made = Outcome.of(config, args.shape, args.topology, args.slices, args.programs, args.tries)
+    made = made if args.round is None else made.with_round(args.round)
     if args.json:
         print(made.json())
     else:

@@ -140,6 +140,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         _number("--slices", "so many slices of those TPUs, or nodes of those GPUs", 1),
         _given("--shape", "NAME", "a config.json, or a shape that comes with esjax; else the model's"),
         _given("--programs", "A,B", "which of them", default="prefill,decode,score,sft,dpo"),
+        _number("--round", "also estimate a round of so many contexts, of the lengths of data.train's"),
         _number("--tries", "changes to try where something does not fit", 6),
         _switch("--json", "one JSON object instead of a table"),
     ),

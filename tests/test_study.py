@@ -28,11 +28,12 @@ from esjax.errors import InputError
 from esjax.eval.results import Value, write_parquet
 from esjax.plan.measure import Needs
 from esjax.plan.report import Hardware
+from esjax.plan.stages import counted
 from esjax.run.manifest import read_manifest
 from esjax.settings.files import dump, load
 from esjax.study import curves
 from esjax.study.collect import FACTS, RESULTS
-from esjax.study.cost import cost, counted
+from esjax.study.cost import cost
 from esjax.study.curves import Results, check_reach, fit
 from esjax.study.emit import leaders
 from esjax.study.make import made

@@ -30,6 +30,7 @@ from esjax.rows import Rows
 from esjax.runtime import programs
 from esjax.runtime.mesh import batch_groups
 from esjax.settings.schema import DpoSettings, OptimSettings, SftSettings
+from esjax.train.fitting import compile_fitting
 from esjax.train.losses import Loss, Pairs, dpo_loss, sft_loss
 from esjax.train.optim import optimiser
 from esjax.train.step import Objective, make_step
@@ -146,10 +147,14 @@ def bench(
     micro = micro_rows or example.tokens.shape[0]
     definition, make = parts(work.architecture, job.lora, dtype)
     trained, frozen = make()
-    step, opt_state = build(definition, job, trained, example, micro, how)
-    began = time.perf_counter()
-    compiled = programs.compile_named(step.lower(trained, opt_state, frozen, example, extra))
-    compile_seconds = time.perf_counter() - began
+    opt_state = build(definition, job, trained, example, micro, how)[1]
+    made = compile_fitting(
+        lambda form: build(definition, job, trained, example, micro, form)[0],
+        how,
+        (trained, opt_state, frozen, example, extra),
+        programs.compile_named,
+    )
+    compiled, how = made.step, made.form
 
     took: list[float] = []
     for number in range(job.warmup + job.steps):
@@ -175,7 +180,7 @@ def bench(
         **memory(compiled),
         "loss": round(float(metrics["loss"]), 4),
         "step_s": round(seconds, 4),
-        "compile_s": round(compile_seconds, 1),
+        "compile_s": round(made.seconds, 1),
         "tflop_formula": round(flops / 1e12, 4),
         "tflop_program": round(counted / 1e12, 4),
         **traffic(compiled, needed.bytes),

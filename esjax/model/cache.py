@@ -22,7 +22,8 @@ from esjax.model.layers import Scores, softcap
 from esjax.rows import near, sees
 from esjax.runtime.mesh import constrain, sharding_here
 
-BLOCK = 128  # slots that the CPU attends to at a time
+BLOCK = 128  # slots that a CPU attends to at a time in prefill
+PARTS = 4  # of the slots that a CPU may leave out in decoding
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=["slots"])
@@ -164,11 +165,8 @@ def attend_chunk(
     """Queries [P, C, N, H] of a chunk against their rows -> [P, C, N, H]."""
     p, c, _, _ = q.shape
     if execution.attention == "chunked":
-        parts = []
-        for i in range(p):
-            k, v = (x[0] for x in rows_of(keys, values, jax.tree.map(lambda x, i=i: x[i : i + 1], chunk)))
-            one = jax.tree.map(lambda x, i=i: x[i], chunk)
-            parts.append(_blocked_chunk(_grouped(q[i], len(k)), k, v, one, scores))
+        grouped, windows = _grouped(q, keys.shape[1]), [jax.tree.map(lambda x, i=i: x[i], chunk) for i in range(p)]
+        parts = [_blocked_chunk(grouped[i], keys, values, windows[i], scores) for i in range(p)]
         return jnp.stack(parts).reshape(q.shape)
     mask = sees(chunk.until, jnp.arange(c), chunk.since)
     if scores.window is not None:
@@ -217,33 +215,25 @@ def _none_yet(q: Array) -> Running:
     return Running(jnp.full(q.shape[:-1], NEVER), jnp.zeros(q.shape[:-1], jnp.float32), jnp.zeros(q.shape, jnp.float32))
 
 
-def _blocks(k: Array, v: Array, index: Array) -> tuple[Array, Array, Array]:
-    """The index-th block of keys [..., H, T] and values [..., T, H], and its slots. The last block may reach back."""
-    slots = k.shape[-1]
-    size = min(BLOCK, slots)
-    start = jnp.minimum(index * size, slots - size)
-    slot = start + jnp.arange(size)
-    block_k, block_v = (
-        jax.lax.dynamic_slice_in_dim(x, start, size, axis) for x, axis in ((k, k.ndim - 1), (v, v.ndim - 2))
-    )
-    return block_k, block_v, jnp.where(slot >= index * size, slot, -1)  # -1: seen in the block before
-
-
-def _blocked_chunk(q: Array, k: Array, v: Array, chunk: Chunk, scores: Scores) -> Array:
-    """For CPUs: queries [C, K, G, H] of one row against the blocks of its slots [T] between the first and the last they see."""
+def _blocked_chunk(q: Array, keys: Array, values: Array, chunk: Chunk, scores: Scores) -> Array:
+    """For CPUs: queries [C, K, G, H] of one window against those blocks of its row that lie between the first and the last
+    slot that they see. Blocks are taken out of the cache one by one: the whole row would be written and read once more."""
     since, until = chunk.since, chunk.until
     c, kv, g, h = q.shape
     q_KxGCxH = q.transpose(1, 2, 0, 3).reshape(kv, g * c, h)
-    query = jnp.tile(jnp.arange(c), g)
+    query, slots = jnp.tile(jnp.arange(c), g), len(until)
+    size = min(BLOCK, slots)
 
     def add(index: Array, so_far: Running) -> Running:
-        block_k, block_v, slot = _blocks(k, v, index)
-        mask = sees(jnp.where(slot < 0, 0, jnp.take(until, slot)), query, jnp.take(since, slot))
+        start = jnp.minimum(index * size, slots - size)  # the last block may reach back
+        k = jax.lax.dynamic_slice(keys, (chunk.row, 0, 0, start), (1, kv, h, size))[0]
+        v = jax.lax.dynamic_slice(values, (chunk.row, 0, start, 0), (1, kv, size, h))[0]
+        slot = start + jnp.arange(size)
+        mask = sees(jnp.where(slot < index * size, 0, jnp.take(until, slot)), query, jnp.take(since, slot))
         if scores.window is not None:
             mask &= near(scores.window, jnp.take(chunk.position, query), jnp.take(chunk.slot_position, slot))
-        return _add_block(so_far, q_KxGCxH, block_k, block_v, mask[None], scores.cap)
+        return _add_block(so_far, q_KxGCxH, k, v, mask[None], scores.cap)
 
-    size, slots = min(BLOCK, k.shape[-1]), k.shape[-1]
     seen = until > 0
     first, last = jnp.argmax(seen), slots - jnp.argmax(seen[::-1])
     done = jax.lax.fori_loop(first // size, (last + size - 1) // size, add, _none_yet(q_KxGCxH))
@@ -269,27 +259,34 @@ def attend_lanes(
             out = lanes_attention(q_RxKxMGxH, keys, values, mask, execution.interpret)
             return out.reshape(r, kv, m, g, h).swapaxes(1, 2).reshape(q.shape)
     scaled = q_RxKxMGxH * h**-0.5
-    if execution.attention == "chunked":
-        out = _blocked_lanes(scaled, keys, values, mask[:, None], cap)
-    else:
-        scores = jnp.matmul(scaled, keys.astype(q.dtype), preferred_element_type=jnp.float32)
-        p = jax.nn.softmax(jnp.where(mask[:, None], softcap(scores, cap), NEVER), axis=-1).astype(q.dtype)
-        out = jnp.matmul(p, values.astype(q.dtype), preferred_element_type=jnp.float32).astype(q.dtype)
+    way = _parts_of_lanes if execution.attention == "chunked" else _whole_lanes
+    out = way(scaled, keys, values, mask[:, None], cap)
     return out.reshape(r, kv, m, g, h).swapaxes(1, 2).reshape(q.shape)
 
 
-def _blocked_lanes(q: Array, keys: Array, values: Array, mask: Array, cap: float | None) -> Array:
-    """For CPUs: queries [R, K, M G, H] against the blocks that any of them sees; mask [R, 1, M G, S]."""
-    size = min(BLOCK, mask.shape[-1])
-    count = -(-mask.shape[-1] // size)
-    seen = jnp.pad(mask.any(axis=(0, 1, 2)), (0, count * size - mask.shape[-1])).reshape(count, size).any(axis=1)
-    order = jnp.argsort(~seen, stable=True)
+def _whole_lanes(q: Array, keys: Array, values: Array, mask: Array, cap: float | None) -> Array:
+    """Queries [R, K, M G, H] against all slots; mask [R, 1, M G, S]."""
+    scores = jnp.matmul(q, keys.astype(q.dtype), preferred_element_type=jnp.float32)
+    p = jax.nn.softmax(jnp.where(mask, softcap(scores, cap), NEVER), axis=-1).astype(q.dtype)
+    return jnp.matmul(p, values.astype(q.dtype), preferred_element_type=jnp.float32).astype(q.dtype)
 
-    def add(number: Array, so_far: Running) -> Running:
-        k, v, slot = _blocks(keys, values, order[number])
-        at = slot[-1] + 1 - size
-        part = jax.lax.dynamic_slice_in_dim(mask, at, size, axis=3) & (slot >= 0)
-        return _add_block(so_far, q, k, v, part, cap)
 
-    done = jax.lax.fori_loop(0, seen.sum(), add, _none_yet(q))
-    return (done.out / done.total[..., None]).astype(q.dtype)
+def _parts_of_lanes(q: Array, keys: Array, values: Array, mask: Array, cap: float | None) -> Array:
+    """For CPUs: the same, against those of the slots' ``PARTS`` that any query sees. One costs a third more than its share of
+    all slots at once, and these are taken where few would be left out."""
+    size = -(-mask.shape[-1] // PARTS)
+    bounds = [(start, min(start + size, mask.shape[-1])) for start in range(0, mask.shape[-1], size)]
+    live = jnp.stack([mask[..., start:stop].any() for start, stop in bounds])
+
+    def some() -> Array:
+        so_far = _none_yet(q)
+        for alive, (start, stop) in zip(live, bounds, strict=True):
+
+            def add(so_far: Running, start: int = start, stop: int = stop) -> Running:
+                part = slice(start, stop)
+                return _add_block(so_far, q, keys[..., part], values[:, :, part], mask[..., part], cap)
+
+            so_far = jax.lax.cond(alive, add, lambda so_far: so_far, so_far)
+        return (so_far.out / so_far.total[..., None]).astype(q.dtype)
+
+    return jax.lax.cond(live.sum() > PARTS // 2, lambda: _whole_lanes(q, keys, values, mask, cap), some)

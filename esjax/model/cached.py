@@ -7,11 +7,11 @@ the writing of keys and values are each device's own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
@@ -46,13 +46,9 @@ class Weights(NamedTuple):
         return self.layers[0].arch
 
 
-def layered(model: Decoder, merge: bool) -> Weights:
-    """The weights of a bound model, layer by layer.
-
-    Inside a decoding program these are slices of training's arrays. ``merge`` makes kernels of their own, W + scale A B in
-    float32; in bfloat16 that would round away what the adapter changes by less than half a unit in the last place.
-    """
-    block = _merged(model.layers) if merge else model.layers
+def layered(model: Decoder, form: Callable[[Block], Block] | None = None) -> Weights:
+    """The weights of a bound model, layer by layer: slices of training's arrays, or of what ``form`` makes of them."""
+    block = model.layers if form is None else form(model.layers)
 
     def cut(stacked: nnx.Variable[Array], layer: int) -> nnx.Variable[Array]:
         axes = stacked.get_metadata()["axes"][1:]
@@ -64,17 +60,6 @@ def layered(model: Decoder, merge: bool) -> Weights:
     )
     embed, head = (constrain(x, "vocab", "embed") for x in (model.embed[...], model.head_weight))
     return Weights(embed, head, constrain(model.norm[...], "embed"), layers)
-
-
-def _merged(block: Block) -> Block:
-    block = nnx.clone(block)
-    for linear in block.linears(block.arch.linears):
-        if linear.lora_a is not None and linear.lora_b is not None and linear.kind == "plain":
-            w, a, b = linear.kernel[...], linear.lora_a[...], linear.lora_b[...]
-            moved = jnp.einsum("lri,lro->lio", a, b, preferred_element_type=jnp.float32) * linear.scale
-            linear.kernel[...] = (w.astype(jnp.float32) + moved).astype(w.dtype)
-            linear.lora_a = linear.lora_b = None
-    return block
 
 
 QUERIES, KEYS = ("batch", None, "heads"), ("batch", None, "kv_heads")  # [P, C, heads, H]

@@ -19,7 +19,14 @@ from esjax.model.layers import KEPT, TRAINING, Block, Lora, Rope, Scores, rms_no
 from esjax.rows import Layout, Rows
 from esjax.runtime.mesh import batch_groups, constrain, mesh_sizes
 
-Remat = Literal["none", "dots", "offload", "full"]
+Remat = Literal["auto", "none", "dots", "offload", "full"]
+# What auto may be, the fastest first; each needs less memory than the one before.
+AUTO: dict[str, tuple[Remat, ...]] = {
+    "cpu": ("none", "full"),
+    "gpu": ("dots", "full", "offload"),
+    "tpu": ("dots", "full", "offload"),
+}
+ROOM = {"cpu": 0.5, "gpu": 0.95, "tpu": 0.95}  # the share of a device's memory up to which a faster one is taken
 
 
 class Execution(NamedTuple):
@@ -27,7 +34,7 @@ class Execution(NamedTuple):
 
     attention: Path = "dense"
     layout: Layout = "branched"  # what the rows hold at most; simpler rows take a shorter way
-    remat: Remat = "none"
+    remat: Remat = "none"  # auto only until it is settled, see ``forms``
     weights: Literal["shared", "apart"] = "apart"  # what decoding reads: training's arrays, or layers of its own
     logits: int = 1 << 26  # entries of the head's logits that exist at once on a device: 256 MiB in float32
     unroll: bool = False  # layers are not looped over
@@ -105,6 +112,16 @@ def embedded(embed: Array, tokens: Array, arch: Architecture, *axes: str | None)
 
 
 LAYER_INPUT = "layer_input"
+
+
+def forms(execution: Execution, platform: str) -> list[Execution]:
+    """What rematerialisation leaves open on a platform (cpu, gpu or tpu): one form, or of auto all that it may be."""
+    return [
+        # On a GPU what is kept need not be copied into arrays of all layers, and back; where little is to be kept, only a loop
+        # sees to it.
+        execution._replace(remat=remat, unroll=platform == "gpu" and remat in ("none", "dots"))
+        for remat in (AUTO[platform] if execution.remat == "auto" else (execution.remat,))
+    ]
 
 
 def rematerialised(layer: Callable[..., Any], execution: Execution) -> Callable[..., Any]:

@@ -83,6 +83,7 @@ class Linear(nnx.Module):
             self.scales = nnx.Param(jnp.ones((stack, rows, o), SCALES[arch.kernels]), axes=("layers", None, axes_out))
         self.bias = nnx.Param(jnp.zeros((stack, o), dtype), axes=("layers", axes_out)) if bias else None
         self.scale = 0.0 if lora is None else lora.scale
+        self.beneath = 0  # rows of B that lie beneath W in the kernel, see ``joined``
         if lora is None or name not in lora.targets:
             self.lora_a = self.lora_b = None
             return
@@ -122,6 +123,8 @@ def project(
     """
     # Two-dimensional: XLA's CPU backend computes the narrow gradients of A and B several times slower over two axes.
     flat = x.reshape(-1, x.shape[-1])
+    if linears[0].beneath:
+        return [_with_b_beneath(flat, linears[0]).reshape(*x.shape[:-1], -1)]
     adapted = {l.name: (l.lora_a[...], l.lora_b[...]) for l in linears if l.lora_a is not None and l.lora_b is not None}
     narrow: dict[str, Array] = {}
     if adapted:
@@ -150,6 +153,16 @@ def project(
                     y = flat @ kernel + narrow[linear.name] @ b
             out.append((y if linear.bias is None else y + linear.bias[...]).reshape(*x.shape[:-1], -1))
     return out
+
+
+def _with_b_beneath(x: Array, linear: Linear) -> Array:
+    """[x u] [W; B] of x [n, in] with u = scale x A^T, and the bias: [n, out]."""
+    assert linear.lora_a is not None
+    with jax.named_scope("lora"):
+        u = x @ linear.lora_a[...].T * linear.scale
+    with jax.named_scope(linear.name):
+        y = jnp.concatenate([x, u], axis=1) @ linear.kernel[...]
+    return y if linear.bias is None else y + linear.bias[...]
 
 
 @jax.custom_vjp

@@ -17,7 +17,7 @@ from flax import nnx
 from esjax.errors import InputError
 from esjax.hub.shards import ShardReader
 from esjax.model.attention import choose_path
-from esjax.model.decoder import Decoder, Execution, Remat
+from esjax.model.decoder import Decoder, Execution, Remat, forms
 from esjax.model.families import Architecture, ignorable, ignored_keys, key_table, read_architecture, read_config
 from esjax.model.layers import Lora, linear_sizes
 from esjax.model.lora import Adapter, flatten, merge_kernel, unflatten
@@ -125,15 +125,12 @@ def choose_execution(
         weights = "shared" if platform == "tpu" else "apart"
     if remat == "offload" and platform == "cpu":
         raise InputError(
-            "model.remat=offload needs a device with memory of its own: choose none, dots or full on a CPU"
+            "model.remat=offload needs a device with memory of its own: choose auto, none, dots or full on a CPU"
         )
     path = choose_path(attention, platform, dtype, arch)
     execution = Execution(path, remat=remat, weights=weights)  # type: ignore[arg-type]
-    if platform == "gpu" and remat in (
-        "none",
-        "dots",
-    ):  # what is kept need not be copied into arrays of all layers, and back
-        execution = execution._replace(unroll=True)  # where little is to be kept, only a loop sees to it
+    if remat != "auto":
+        (execution,) = forms(execution, platform)
     return execution._replace(logits=1 << 24) if platform == "cpu" else execution  # large chunks gain nothing on a CPU
 
 

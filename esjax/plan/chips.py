@@ -8,6 +8,7 @@ from typing import NamedTuple
 from esjax.errors import InputError
 
 GIB = 2**30
+HOP, SWITCH, BETWEEN = 1e-6, 5e-6, 12e-6  # seconds: a torus' neighbour, a node's switch, another slice or node
 GPU_SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 
@@ -26,6 +27,17 @@ class Chip(NamedTuple):
     mostly state both ways together, twice this."""
     between: float | None = None
     """Bytes a second that it can send to other slices or nodes; None where that is not documented."""
+    torus: int = 0
+    """Dimensions of the torus that a slice is; 0 where a switch joins a node's devices."""
+
+    def wait(self, devices: int) -> float:
+        """Seconds that a small gather over so many devices of a slice or node takes: our assumption, as no vendor states it.
+
+        A microsecond for each neighbour on the way around half of each ring of the torus, or 5 through a switch.
+        """
+        if devices == 1:
+            return 0.0
+        return HOP * self.torus * devices ** (1 / self.torus) / 2 if self.torus else SWITCH
 
 
 # TPUs: Google Cloud's TPU documentation, by page. Its GB of memory are taken for GiB, as its newer pages write them. libtpu
@@ -35,15 +47,15 @@ class Chip(NamedTuple):
 # "with sparsity". Between nodes as in DGX systems: a ConnectX-7 of 400 Gb/s a GPU, a ConnectX-6 of 200 Gb/s an A100.
 CHIPS = {
     # Page "TPU v4": memory, bandwidth, FLOP/s. Links: 6 of 50 GB/s each way, Jouppi et al. 2023 (arXiv 2304.01433).
-    "v4": Chip("TPU v4", 32 * GIB, 1200e9, 275e12, 300e9),
+    "v4": Chip("TPU v4", 32 * GIB, 1200e9, 275e12, 300e9, torus=3),
     # Page "TPU v5e": 819 GB/s of memory, links 400 GB/s both ways (also as 1600 Gb/s one way).
-    "v5e": Chip("TPU v5e", 16 * GIB, 819e9, 197e12, 200e9, 3.125e9),
+    "v5e": Chip("TPU v5e", 16 * GIB, 819e9, 197e12, 200e9, 3.125e9, torus=2),
     # Page "TPU v5p": 2765 GB/s of memory, links 1200 GB/s both ways (also as 4800 Gb/s one way).
-    "v5p": Chip("TPU v5p", 95 * GIB, 2765e9, 459e12, 600e9, 6.25e9),
+    "v5p": Chip("TPU v5p", 95 * GIB, 2765e9, 459e12, 600e9, 6.25e9, torus=3),
     # Pages "TPU v6e" and "TPU7x": 1638 GB/s of memory, links 800 GB/s both ways.
-    "v6e": Chip("TPU v6e", 32 * GIB, 1638e9, 918e12, 400e9, 12.5e9),
+    "v6e": Chip("TPU v6e", 32 * GIB, 1638e9, 918e12, 400e9, 12.5e9, torus=2),
     # Page "TPU7x (Ironwood)", halved: 192 GiB, 7380 GB/s, 2307 TFLOP/s, links 1200 GB/s both ways.
-    "7x": Chip("TPU7x, one of a chip's two devices", 96 * GIB, 3690e9, 1153.5e12, 300e9, 6.25e9),
+    "7x": Chip("TPU7x, one of a chip's two devices", 96 * GIB, 3690e9, 1153.5e12, 300e9, 6.25e9, torus=3),
     # "A100 Tensor Core GPU", 80GB SXM: NVLink 600 GB/s both ways.
     "a100": Chip("NVIDIA A100 80GB SXM", 80 * GIB, 2039e9, 312e12, 300e9, 25e9),
     # "H100 Tensor Core GPU", SXM: 1979 TFLOP/s with sparsity, NVLink 900 GB/s both ways.

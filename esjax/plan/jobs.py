@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -16,7 +16,7 @@ from flax import nnx
 from esjax.evolve.reflect import FIELDS, Instructions
 from esjax.evolve.replies import Lengths, sampling_need
 from esjax.model.cache import Chunk, cache_shapes
-from esjax.model.decoder import Decoder, Execution
+from esjax.model.decoder import ROOM, Decoder, Execution, forms
 from esjax.model.families import Architecture
 from esjax.model.lora import lora_from
 from esjax.model.weights import FLOAT32, as_dtype
@@ -50,6 +50,9 @@ class Job:
     held: dict[str, Any]  # kind -> shapes in their places: base, adapter, optimiser, cache, rows
     needed: Needed
     kernel_flops: float = 0.0  # of attention on one device where a kernel computes it, which states no cost
+    remat: str = ""  # of training
+    room: float = 1.0  # the share of a device's memory up to which it is taken ...
+    lighter: Job | None = None  # ... before this one, which needs less
 
 
 def jobs(config: Config, arch: Architecture, how: Execution, dtype: jnp.dtype, platform: str) -> Iterator[Job]:
@@ -80,7 +83,7 @@ def jobs(config: Config, arch: Architecture, how: Execution, dtype: jnp.dtype, p
     needs = needed.scoring(arch, score_size, weights)
     yield Job("score", lambda: SCORE.trace(definition, score_how, adapter, base, score_rows), held, needs, flops)
 
-    def training(name: Literal["sft", "dpo"], s: OptimSettings) -> Job:
+    def training(name: Literal["sft", "dpo"], s: OptimSettings, how: Execution) -> Job:
         loss = dpo_loss(s) if isinstance(s, DpoSettings) else sft_loss
         tx = optimiser(s, 100)
         state = with_shardings(jax.eval_shape(tx.init, trained), mesh)
@@ -105,10 +108,15 @@ def jobs(config: Config, arch: Architecture, how: Execution, dtype: jnp.dtype, p
         needs = needed.training(
             arch, needed.Step(batch_rows, s.row_length, micro_rows, lora, dtype.itemsize), weights, trained, state
         )
-        return Job(name, lambda: step.trace(trained, state, base, rows, extra), held, needs, flops)
+        return Job(name, lambda: step.trace(trained, state, base, rows, extra), held, needs, flops, how.remat)
 
-    yield training("sft", config.sft)
-    yield training("dpo", config.dpo)
+    *faster, last = forms(how, platform)
+    phases: tuple[tuple[Literal["sft", "dpo"], OptimSettings], ...] = (("sft", config.sft), ("dpo", config.dpo))
+    for name, s in phases:
+        job = training(name, s, last)
+        for form in reversed(faster):
+            job = replace(training(name, s, form), room=ROOM[platform], lighter=job)
+        yield job
 
 
 def _sampling(
@@ -173,15 +181,12 @@ def sampler_shapes(config: Config, platform: str) -> Shapes:
 
     Contexts of the closing table may be longer than a round's rows; then rows grow for them and what they do not share.
     """
-    e, ask = config.evolve, Instructions.load(config)
-    blank = dict.fromkeys(FIELDS, "") if e.reflects else {}
-    texts = {"principles": ask.principles, "reflect": ask.reflect.render()}
-    texts["refine"] = ask.refine.render(**blank, **({"draft": ""} if e.show_draft else {}))
-    asked = {name: _tokens(text) for name, text in texts.items()}
+    e = config.evolve
+    asked = {name: -(-size // TOKEN) for name, size in asked_bytes(config).items()}
     labels = _tokens("\n".join(f"{label} {opening}" for label, opening in FIELDS.values()))
     drawn = len(FIELDS) * e.reflection.field_tokens
-    reflect, refine = asked["principles"] + asked["reflect"], asked["principles"] + asked["refine"]
-    need = sampling_need(config, Lengths(config.context_room, reflect, refine, labels, drawn + labels + 1))
+    lengths = Lengths(config.context_room, asked["reflect"], asked["refine"], labels, drawn + labels + 1)
+    need = sampling_need(config, lengths)
     made = shapes(e.batch, need, platform)
     answered = config.data.window - config.reply.max_tokens
     if answered > config.context_room + (e.draft.max_tokens + drawn) * (
@@ -190,6 +195,15 @@ def sampler_shapes(config: Config, platform: str) -> Shapes:
         closing = shapes(e.batch, Need(answered, answered // 2, config.reply.max_tokens), platform)
         made = made._replace(slots=max(made.slots, closing.slots))
     return made
+
+
+def asked_bytes(config: Config) -> dict[str, int]:
+    """Bytes of what is added to a context to ask for a reflection and for a refinement, without what was drawn."""
+    ask = Instructions.load(config)
+    blank = dict.fromkeys(FIELDS, "") if config.evolve.reflects else {}
+    refine = ask.refine.render(**blank, **({"draft": ""} if config.evolve.show_draft else {}))
+    each = {"reflect": ask.reflect.render(), "refine": refine}
+    return {name: len(ask.principles.encode()) + len(text.encode()) for name, text in each.items()}
 
 
 def _tokens(text: str) -> int:

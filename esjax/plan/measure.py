@@ -11,10 +11,12 @@ from typing import Any
 import jax
 
 from esjax.errors import InputError
+from esjax.plan.chips import BETWEEN as BETWEEN_WAIT
 from esjax.plan.chips import GIB, Chip
 from esjax.plan.jobs import Job
 from esjax.plan.moved import BETWEEN, Collective, Moved, moved
 from esjax.plan.needed import Needed, held_bytes
+from esjax.runtime.mesh import mesh_sizes
 from esjax.runtime.programs import compile_named, products
 
 LARGEST = 5  # contributors that are told
@@ -48,6 +50,10 @@ class Needs:
     rate is not known."""
     bound: str = ""
     """Which of them that is."""
+    times: dict[str, float] = field(default_factory=dict)
+    """Each of them, in seconds; with "waiting", what beginning its collectives one after the other takes."""
+    remat: str = ""
+    """What training recomputes: ``model.remat``, settled."""
 
     @property
     def total(self) -> float:
@@ -66,7 +72,15 @@ class Needs:
 
 
 def measure(job: Job, chip: Chip | None, limit: float | None, nodes: Sequence[int] = ()) -> Needs:
-    """Compile one job and read what it needs; ``nodes`` as in ``moved``."""
+    """Compile one job, or the first of its lighter forms that fits, and read what it needs; ``nodes`` as in ``moved``."""
+    needs = _measured(job, chip, limit, nodes)
+    while job.lighter is not None and (needs.refused or (limit is not None and needs.total > job.room * limit)):
+        job = job.lighter
+        needs = _measured(job, chip, limit, nodes)
+    return needs
+
+
+def _measured(job: Job, chip: Chip | None, limit: float | None, nodes: Sequence[int]) -> Needs:
     began = time.perf_counter()
     held = {kind: held_bytes(tree) / GIB for kind, tree in job.held.items()}
     try:
@@ -78,7 +92,7 @@ def measure(job: Job, chip: Chip | None, limit: float | None, nodes: Sequence[in
             raise
         used = OF_MEMORY.search(reason)
         said = "the compiler wants {} of {}".format(*filter(None, used.groups())) if used else reason[:160]
-        return Needs(job.name, time.perf_counter() - began, held, limit, refused=said)
+        return Needs(job.name, time.perf_counter() - began, held, limit, refused=said, remat=job.remat)
     except RuntimeError as e:
         if "cuDNN not found" not in str(e):
             raise
@@ -107,6 +121,8 @@ def measure(job: Job, chip: Chip | None, limit: float | None, nodes: Sequence[in
         collectives=found.collectives,
         seconds=times[bound] if times else None,
         bound=bound,
+        times=times,
+        remat=job.remat,
     )
 
 
@@ -116,9 +132,16 @@ def _times(flops: float, found: Moved, chip: Chip) -> dict[str, float]:
     within = sum(c.bytes for c in found.collectives.values()) - between
     if between and chip.between is None:
         return {}
+    sizes = mesh_sizes()
+    near = chip.wait(sizes["fsdp"] * sizes["tensor"])
+    waits = sum(
+        c.count * (BETWEEN_WAIT if BETWEEN in kind else near) * (2 if kind.startswith("all-reduce") else 1)
+        for kind, c in found.collectives.items()
+    )
     return {
         "FLOPs": flops / chip.flops,
         "memory": found.bytes / chip.hbm_bandwidth,
         "network": within / chip.interconnect,
         "network between": between / chip.between if chip.between else 0.0,
+        "waiting": waits,
     }

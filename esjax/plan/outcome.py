@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.table import Table
 
@@ -13,6 +13,7 @@ from esjax.plan.jobs import NAMES
 from esjax.plan.measure import Needs
 from esjax.plan.report import Change, Hardware, plan, remedies, table, traffic, words
 from esjax.plan.shape import shape_of
+from esjax.plan.stages import Round
 from esjax.run.jsonl import json_text
 from esjax.runtime.mesh import AXES, mesh_shape
 from esjax.settings.schema import Config
@@ -28,10 +29,17 @@ class Outcome:
     found: Sequence[Needs]
     change: Change | None
     changed: Sequence[Needs]
+    round: Round | None = None
 
     @classmethod
     def of(
-        cls, config: Config, shape: str | None, topology: str | None, slices: int, programs: str, tries: int
+        cls,
+        config: Config,
+        shape: str | None,
+        topology: str | None,
+        slices: int,
+        programs: str,
+        tries: int,
     ) -> Outcome:
         """Compile everything; arguments as on the command line. Raises InputError."""
         asked = programs.split(",")
@@ -51,6 +59,10 @@ class Outcome:
         change, changed = next(ways, (None, []))
         return cls(config, arch, hardware, found, change, changed)
 
+    def with_round(self, contexts: int) -> Outcome:
+        """Also what a round of so many contexts comes to."""
+        return replace(self, round=Round.of(self.config, self.hardware, self.found, contexts))
+
     def tables(self) -> list[Table]:
         """For people."""
         mesh = " x ".join(map(str, mesh_shape(self.config.mesh, len(self.hardware.devices))))
@@ -58,6 +70,8 @@ class Outcome:
         title = f"{model}, on {self.hardware.name} as {mesh} (data x fsdp x tensor)"
         lanes = self.config.evolve.batch
         out = [table(title, self.found, lanes), traffic(self.found)]
+        if self.round is not None:
+            out.append(self.round.table())
         if self.change is not None:
             out.append(
                 table(f"it fits with {words(self.change)}", self.changed, self.change.get("evolve.batch", lanes))
@@ -70,7 +84,8 @@ class Outcome:
         shape = mesh_shape(self.config.mesh, len(self.hardware.devices))
         fits = {"mesh": dict(zip(AXES, shape, strict=True)), "fits": all(n.fits for n in self.found)}
         more = {"change": self.change, "changed": [n.as_json() for n in self.changed]}
-        return json_text({**hardware, **fits, "programs": [n.as_json() for n in self.found], **more})
+        whole = {} if self.round is None else {"round": self.round.as_json()}
+        return json_text({**hardware, **fits, **whole, "programs": [n.as_json() for n in self.found], **more})
 
     @property
     def misfit(self) -> str | None:

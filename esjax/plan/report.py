@@ -123,7 +123,7 @@ def _changes(config: Config, arch: Architecture, hardware: Hardware, failed: Seq
     rows = data * fsdp
     if data > 1 or data * fsdp * tensor < devices:  # every device holds a share of the weights
         yield {"mesh.data": 1, "mesh.fsdp": devices // tensor}
-    if trains and config.model.remat != "full":
+    if trains and config.model.remat in ("none", "dots"):
         yield {"model.remat": "full"}
     smaller: Change = {}
     for name, s in (("sft", config.sft), ("dpo", config.dpo)):
@@ -193,6 +193,8 @@ def table(title: str, found: Sequence[Needs], lanes: int) -> Table:
     for kind in sent:
         cells = [n.collectives.get(kind) for n in found]
         out.add_row(f"{kind}, sent", *(f"{c.count} x, {c.bytes / 2**20:.4g} MiB" if c else "" for c in cells))
+    if any(n.remat for n in found):
+        out.add_row("model.remat", *(n.remat for n in found))
     out.add_row("compiled in, s", *(f"{n.compile_seconds:.0f}" for n in found))
     out.add_row(
         "estimate by stated rates",

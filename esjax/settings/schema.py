@@ -57,9 +57,9 @@ class ModelSettings(Settings):
     decoding_weights: Annotated[Literal["auto", "shared", "apart"], EXECUTION] = "auto"
     """What sampling reads: shared, training's own arrays; apart, a copy cut into layers, with the adapter merged where that
     is exact. auto is shared on TPU, and apart where a product cannot read a slice of an array in place (CPU, GPU)."""
-    remat: Annotated[Literal["none", "dots", "offload", "full"], EXECUTION] = "full"
-    """What training recomputes in the backward pass: none; dots, all but products and attention (fastest on a GPU); full,
-    all but each layer's input (least memory); offload, the same with that input in the host's memory (not on CPU)."""
+    remat: Annotated[Literal["auto", "none", "dots", "offload", "full"], EXECUTION] = "auto"
+    """What training recomputes in the backward pass: none; dots, all but products and attention; full, all but each layer's
+    input; offload, the same with that input in the host's memory (not on CPU); auto, the fastest for which there is room."""
 
 
 class MeshSettings(Settings):

@@ -3,44 +3,29 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import jax
 from rich.table import Table
 
-from esjax.corpus.sources import read
 from esjax.model.families import Architecture
 from esjax.opened import prepare_jax
-from esjax.plan.jobs import NAMES, sampler_shapes
+from esjax.plan.jobs import NAMES
 from esjax.plan.measure import Needs
 from esjax.plan.report import Hardware
 from esjax.plan.report import plan as plan_programs
 from esjax.plan.shape import shape_of
+from esjax.plan.stages import BYTES, counted
 from esjax.run.progress import say
-from esjax.runtime.mesh import AXES, make_mesh, mesh_shape
-from esjax.settings.schema import Config, Sources
 from esjax.study.emit import leaders
 from esjax.study.spec import Cell, Study
 
-BYTES = 4  # of text a token, as of English with a large vocabulary
-MESSAGE = 8  # tokens that a template writes around a message
-FULL = 0.9  # of a packed row
 # What programs' shapes follow from.
 SHAPED_BY = ("model", "mesh", "train", "lora", "sft", "dpo", "evolve", "reply", "prompts")
 # Settings of evolve that say how often programs run, and do not shape them.
 COUNTS = frozenset("rounds contexts_per_round chosen rejected reference pairs_of measure drafts refinements".split())
-
-
-class Texts(NamedTuple):
-    """Tokens of a corpus, estimated."""
-
-    dialogues: int  # of all of them
-    contexts: int  # how many there are
-    context: float  # tokens of one, on average, cut to the room that it has
 
 
 class Cost(NamedTuple):
@@ -55,68 +40,6 @@ class Cost(NamedTuple):
     def hours(self) -> float | None:
         """All of them."""
         return None if self.seconds is None else sum(self.seconds.values()) / 3600
-
-
-def texts(config: Config, name: str, room: int) -> Texts:
-    """Of data.train or data.test. Raises InputError where it is not at hand."""
-    source = getattr(config.data, name)
-    return _texts(source, config.data.format, room, config.data.window)
-
-
-@cache
-def _texts(source: Sources, format: str, room: int, window: int) -> Texts:
-    dialogues = read(source, format, 0).dialogues
-    total, sizes = 0, []
-    for d in dialogues:
-        so_far = 0
-        for turn in d.turns:
-            if turn.role == "supporter":
-                sizes.append(min(so_far, room))
-            so_far += len(turn.text.encode()) // BYTES + MESSAGE
-        total += min(so_far, window)
-    return Texts(total, len(sizes), sum(sizes) / max(1, len(sizes)))
-
-
-def steps(config: Config, platform: str, devices: int) -> dict[str, dict[str, float]]:
-    """How often each program runs, by phase."""
-    e, reply, rounds = config.evolve, config.reply, config.evolve.rounds
-    train, test = (
-        texts(config, "train", config.context_room),
-        texts(config, "test", config.data.window - config.reply.max_tokens),
-    )
-    contexts = min(e.contexts_per_round or train.contexts, train.contexts)
-    asked = min(reply.max_contexts or test.contexts, test.contexts)
-    reflection = 3 * e.reflection.field_tokens if e.reflects else 0
-    drawn = e.drafts * e.draft.max_tokens + reflection + (e.refinements * e.refinement.max_tokens if e.refines else 0)
-    asks = 1 + e.reflects + e.refines  # prompts of a context, each its own tokens at most
-    pair = train.context + 2 * e.refinement.max_tokens
-    shapes = sampler_shapes(config, platform)
-    chunk = shapes.windows * shapes.width * devices
-    sft, dpo = ((s.batch_rows * s.row_length * FULL) for s in (config.sft, config.dpo))
-    sft_tokens = train.dialogues / (1 - config.data.replay_share)
-    models = rounds + 1 + config.eval.backbone
-    scoring = max(config.sft.micro_rows * config.sft.row_length, config.dpo.micro_rows * config.dpo.row_length) * FULL
-    return {
-        "sft": {"sft": math.ceil(sft_tokens / sft) * config.sft.epochs},
-        "rounds": {
-            "prefill": rounds * math.ceil(contexts * asks * train.context / chunk),
-            "decode": rounds * math.ceil(contexts * drawn / e.batch),
-            "score": rounds * math.ceil(contexts * pair / scoring),
-            "dpo": rounds * math.ceil(contexts * pair / dpo) * config.dpo.epochs,
-        },
-        "evaluation": {
-            "prefill": models * math.ceil(asked * test.context / chunk),
-            "decode": models * math.ceil(asked * reply.max_tokens / e.batch),
-            "score": models * math.ceil(test.dialogues / scoring),
-        },
-    }
-
-
-def counted(config: Config, hardware: Hardware) -> dict[str, dict[str, float]]:
-    """How often each program runs on this hardware, by phase. Raises InputError."""
-    mesh = make_mesh(hardware.devices, mesh_shape(config.mesh, len(hardware.devices)))
-    with jax.set_mesh(mesh):
-        return steps(config, hardware.platform, math.prod(mesh.shape[axis] for axis in AXES[:2]))
 
 
 def cost(counts: dict[str, dict[str, float]], needs: Sequence[Needs], devices: int) -> Cost:

@@ -6,10 +6,10 @@ The host never waits for the step it has just started: a step's metrics are read
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -29,6 +29,7 @@ from esjax.runtime.mesh import batch_groups, build_batch, rows_at_once
 from esjax.settings.schema import OptimSettings
 from esjax.tokens.batches import Packed, batch, beside, fill_rate, schedule
 from esjax.train.checkpoint import Checkpoints
+from esjax.train.fitting import compile_fitting
 from esjax.train.keep import Best
 from esjax.train.losses import Loss, Pairs
 from esjax.train.optim import init_optimiser, learning_rate, optimiser
@@ -93,7 +94,6 @@ def train(phase: Phase, backbone: Backbone, adapter: Adapter) -> Adapter:
     tx = optimiser(s, len(steps))
     targets = _most_targets(examples, steps, micro_rows)
     objective = Objective(backbone.definition, phase.loss, targets, execution, backbone.trained_dtype, phase.dropout)
-    step_fn = make_step(objective, tx, micro_rows)
     adapter = jax.tree.map(jnp.copy, adapter)  # the step donates its adapter, and the caller may need his own
     opt_state = init_optimiser(tx, adapter)
     checkpoints = Checkpoints(buckets.checkpoints(phase.folder / "checkpoint"), s.checkpoints_kept)
@@ -118,7 +118,10 @@ def train(phase: Phase, backbone: Backbone, adapter: Adapter) -> Adapter:
         return build_batch(rows_a_step, build)
 
     if done < len(steps):
-        compiled = compile_step(phase.name, step_fn, adapter, opt_state, backbone.base, *feed(done))
+        arguments = (adapter, opt_state, backbone.base, *feed(done))
+        compiled = compile_step(
+            phase.name, objective, partial(make_step, optimiser=tx, micro_rows=micro_rows), arguments
+        )
     log = StepLog(phase, learning_rate(s, len(steps)), done, len(steps))
     label = f"{phase.name} steps"
     with closing(log.metrics), progress(label, len(steps), done) as advance, current().stop.deferred() as stops:
@@ -175,14 +178,21 @@ def _replay_scale(phase: Phase, examples: Sequence[Rows], step: list[Packed]) ->
     return np.float32(phase.replay.weight * pairs / targets)
 
 
-def compile_step(name: str, step: Step, *arguments: Any) -> Step:
+def compile_step(
+    name: str, objective: Objective, make: Callable[[Objective], Step], arguments: tuple[Any, ...]
+) -> Step:
     """Compile ahead of the first step, so that its time is not taken for the step's, and say what it came to."""
-    began = time.perf_counter()
-    compiled = step.lower(*arguments).compile()  # type: ignore[attr-defined]
-    seconds, memory = time.perf_counter() - began, compiled.memory_analysis()
+    made = compile_fitting(
+        lambda form: make(objective._replace(execution=form)),
+        objective.execution,
+        arguments,
+        lambda lowered: lowered.compile(),
+    )
+    memory = made.step.memory_analysis()
     room = "" if memory is None else f"; it works in {memory.temp_size_in_bytes / 2**20:.0f} MiB beside its arguments"
-    say(f"  {name}: the step compiled in {seconds:.1f} s{room}")
-    return cast(Step, compiled)
+    chosen = f", with model.remat={made.form.remat}" if objective.execution.remat == "auto" else ""
+    say(f"  {name}: the step compiled in {made.seconds:.1f} s{chosen}{room}")
+    return cast(Step, made.step)
 
 
 class StepLog:
