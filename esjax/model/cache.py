@@ -123,8 +123,10 @@ def write_step(keys: Array, values: Array, k: Array, v: Array, at: Array) -> tup
 
 def rows_of(keys: Array, values: Array, chunk: Chunk) -> tuple[Array, Array]:
     """The slots of the chunk's rows: [P, K, H, T] and [P, K, T, H]."""
-    slots = chunk.until.shape[1]
-    return keys[..., :slots][chunk.row], values[:, :, :slots][chunk.row]
+    slots, (_, k, h, _) = chunk.until.shape[1], keys.shape
+    take_k = jax.vmap(lambda row: jax.lax.dynamic_slice(keys, (row, 0, 0, 0), (1, k, h, slots))[0])
+    take_v = jax.vmap(lambda row: jax.lax.dynamic_slice(values, (row, 0, 0, 0), (1, k, slots, h))[0])
+    return take_k(chunk.row), take_v(chunk.row)
 
 
 @jax.named_scope("cache")
@@ -141,7 +143,8 @@ def write_chunk(
     for p in range(len(k)):
         keys = _put(keys, k[p].transpose(1, 2, 0), chunk.valid[p], (chunk.row[p], 0, 0, chunk.start[p]))
         values = _put(values, v[p].transpose(1, 0, 2), chunk.valid[p][:, None], (chunk.row[p], 0, chunk.start[p], 0))
-    return keys, values
+    # As they were given: a TPU's compiler would rather turn all of the cache than what is taken out of it.
+    return tuple(with_layout_constraint(x, Layout((0, 1, 2, 3))) for x in (keys, values))
 
 
 def _put(cache: Array, new: Array, valid: Array, at: tuple[Any, ...]) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from esjax.runtime.mesh import batch_groups, check_split
@@ -9,7 +10,9 @@ from esjax.runtime.mesh import batch_groups, check_split
 BUCKET = 128  # rows have a multiple of so many slots, so that a run compiles a handful of programs
 # Windows of one prefill, of a small one, and their width. More would hardly be faster, only more often padding.
 WINDOWS = {"cpu": (2, 2, 64), "gpu": (32, 8, 128), "tpu": (8, 8, 128)}
-RINGS = {"cpu": 1, "gpu": 32, "tpu": 32}  # rings have a multiple of so many places: keys then lie in whole tiles
+# A row's rings together have a multiple of so many places: keys then lie in whole tiles. A TPU lays an array that does not
+# end on one out another way, and copies all of it in every prefill.
+RINGS = {"cpu": 1, "gpu": 32, "tpu": 128}
 SHARED_LANES = 2  # lanes that read a row together, where prompts share trunks
 
 
@@ -45,5 +48,6 @@ def shapes(replies: int, need: Need, platform: str, lanes: int = 0, shared: bool
     windows, few, width = WINDOWS[platform]
     room = max(need.longest + max(need.beyond * (lanes + 1), need.least), width)
     slots, (windows, few) = -(-room // BUCKET) * BUCKET, (max(1, n // batch_groups()) for n in (windows, few))
-    ring = -(-need.new // RINGS[platform]) * RINGS[platform]
+    multiple = RINGS[platform] // math.gcd(RINGS[platform], lanes)
+    ring = -(-need.new // multiple) * multiple
     return Shapes(replies // lanes, lanes, slots, ring, windows, few, width)
