@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# A whole round by compilation: 50,000 contexts, Llama-3-8B, LoRA, on 8 to 512 chips. Prints the seconds of each stage as a
-# Markdown table, at least and if nothing overlaps, and what bounds it. A chip has 32 replies under way and one row of training.
-# Prerequisites: pip install -e '.[tpu]' and, for GPUs, '.[cuda]'; data/esconv/train.jsonl, whose lengths count. Two cores take
-# two to four minutes a line. Nothing is paid for.
+# A whole round by compilation: 50,000 contexts, Llama-3-8B, LoRA, on 8 to 512 chips. Prints the seconds of each
+# stage as a Markdown table, at least and if nothing overlaps, and what bounds it. A chip has 32 replies under way.
+# Prerequisites: pip install -e '.[tpu]' and, for GPUs, '.[cuda]'; data/esconv/train.jsonl, whose lengths count.
+# Two cores take two to four minutes a line. Nothing is paid for.
 # Usage: launch/whole_round.sh [--dry-run] [SLICES*TOPOLOGY=DATAxFSDP ...]
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -36,7 +36,7 @@ for line in "$@"; do
     slices=${BASH_REMATCH[1]} topology=${BASH_REMATCH[2]} data=${BASH_REMATCH[3]} fsdp=${BASH_REMATCH[4]}
     chips=$((data * fsdp)) rows=$((data * fsdp < 16 ? 16 : data * fsdp))
     command=(esjax plan --config configs/llama3-8b.yaml --shape llama3-8b --topology "$topology" --slices "$slices"
-        --programs prefill,decode,score,dpo --round 50000 --json --tries 0 --mesh.data "$data" --mesh.fsdp "$fsdp"
+        --programs 'prefill,decode,score,dpo' --round 50000 --json --tries 0 --mesh.data "$data" --mesh.fsdp "$fsdp"
         --evolve.batch $((32 * chips)) --reply.batch $((32 * chips)) --model.remat full
         --dpo.batch_rows "$rows" --dpo.micro_rows "$rows" --sft.batch_rows "$rows" --sft.micro_rows "$rows")
     if $dry; then
@@ -50,6 +50,7 @@ made = json.loads(sys.stdin.readlines()[-1])
 stages = made["round"]["stages"]
 cells = ["{:.3g} to {:.3g}, {}".format(s["least"], s["apart"], s["bound"]) for s in stages]
 whole = "{:.3g} to {:.3g}".format(*(sum(s[k] for s in stages) for k in ("least", "apart")))
-print("|", " | ".join([sys.argv[1].replace("=", ", "), str(made["devices"]), *cells, whole, "{:.3g}".format(made["round"]["host"])]), "|")
+host = "{:.3g}".format(made["round"]["host"])
+print("|", " | ".join([sys.argv[1].replace("=", ", "), str(made["devices"]), *cells, whole, host]), "|")
 ' "$line"
 done

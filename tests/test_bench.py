@@ -27,6 +27,7 @@ from esjax.model.cache import cache_shapes
 from esjax.model.cached import layered
 from esjax.model.costs import training_flops
 from esjax.model.decoder import Execution
+from esjax.model.joined import merged
 from esjax.model.lora import lora_from
 from esjax.model.weights import Backbone, bind, choose_execution
 from esjax.sample.constrain import free
@@ -94,7 +95,7 @@ def test_a_decoding_step_copies_no_cache() -> None:
     work = sizes.read_workload(WORKLOAD, "tiny")
     arch = replace(work.architecture, vocab=512)
     definition, make = sizes.parts(arch, None, FLOAT32, bare=True)
-    weights = jax.eval_shape(lambda: layered(bind(definition, BARE, make()[1]), merge=True))
+    weights = jax.eval_shape(lambda: layered(bind(definition, BARE, make()[1]), merged))
     rows_, lanes, slots, new = 3, 2, 640, 320
     cache = cache_shapes(arch, rows_, lanes, slots, new, FLOAT32)
     state = jax.eval_shape(lambda: idle_lanes(rows_, lanes))

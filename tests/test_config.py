@@ -390,7 +390,7 @@ def test_the_form_that_help_prints_is_accepted(minimal: str, capsys: pytest.Capt
         choices = form[1:-1].split(",") if form[0] == "{" else []
         for value in [*choices, *([default] if default else [])]:
             load(minimal, [f"--{name}", value], together=False)  # what must fit other settings is not in question here
-    assert ("model.remat", "{none,dots,offload,full}") in [(name, form) for name, form, *_ in shown]
+    assert ("model.remat", "{auto,none,dots,offload,full}") in [(name, form) for name, form, *_ in shown]
     with pytest.raises(SystemExit):
         main(["bench", "--help"])
     shown = re.findall(r"^  --([a-z0-9_.]+\.\S+)", capsys.readouterr().out, re.MULTILINE)

@@ -87,8 +87,10 @@ def _one(name: str, linears: Sequence[Linear]) -> Linear:
             jnp.zeros((layers, size), first.dtype) if linear.bias is None else linear.bias[...]
             for linear, size in zip(linears, sizes, strict=True)
         ]
-        made.bias = nnx.Param(jnp.concatenate(biases, axis=-1), axes=(axes[0], axes[2]))
-    made.lora_a, made.lora_b = _adapters(linears, sizes, axes)
+        made.bias = nnx.data(nnx.Param(jnp.concatenate(biases, axis=-1), axes=(axes[0], axes[2])))
+    adapter = _adapters(linears, sizes, axes)
+    if adapter is not None:
+        made.lora_a, made.lora_b = (nnx.data(x) for x in adapter)  # the first of them may have none
     return made
 
 
@@ -105,7 +107,7 @@ def _outputs(linear: Linear) -> int:
 
 def _adapters(
     linears: Sequence[Linear], sizes: Sequence[int], axes: tuple[str, ...]
-) -> tuple[nnx.LoRAParam[Array] | None, nnx.LoRAParam[Array] | None]:
+) -> tuple[nnx.LoRAParam[Array], nnx.LoRAParam[Array]] | None:
     """A of all that have one, one beneath the other, and B, which is zero where a layer's rows meet another's columns."""
     a, b, before = [], [], 0
     for linear, size in zip(linears, sizes, strict=True):
@@ -114,7 +116,7 @@ def _adapters(
             b.append(jnp.pad(linear.lora_b[...], ((0, 0), (0, 0), (before, sum(sizes) - before - size))))
         before += size
     if not a:
-        return None, None
+        return None
     join = [jnp.concatenate(x, axis=1) for x in (a, b)]
     return nnx.LoRAParam(join[0], axes=(axes[0], "lora", axes[1])), nnx.LoRAParam(
         join[1], axes=(axes[0], "lora", axes[2])
