@@ -31,7 +31,7 @@ for topology in "$@"; do
     fsdp=$((chips < 64 ? chips : 64)) # more would cut the weights finer and gather them as often
     command=(esjax plan --config configs/llama3-8b.yaml --shape llama3-8b --topology "$topology" --programs dpo --json
         --mesh.data $((chips / fsdp)) --mesh.fsdp "$fsdp" --dpo.batch_rows "$chips" --dpo.micro_rows "$chips"
-        --sft.batch_rows "$chips" --sft.micro_rows "$chips" --evolve.batch "$chips")
+        --sft.batch_rows "$chips" --sft.micro_rows "$chips" --evolve.batch "$chips" --model.remat full)
     if $dry; then
         printf '%q ' "${command[@]}"
         echo

@@ -20,6 +20,7 @@ from esjax.runtime.mesh import mesh_sizes
 from esjax.runtime.programs import compile_named, products
 
 LARGEST = 5  # contributors that are told
+WAITING = "waiting"
 SIZE = r"([\d.]+[KMGT]?)"
 OF_MEMORY = re.compile(rf"Used {SIZE} of {SIZE}|\({SIZE}\) exceeds available HBM \({SIZE}\)")
 
@@ -51,7 +52,8 @@ class Needs:
     bound: str = ""
     """Which of them that is."""
     times: dict[str, float] = field(default_factory=dict)
-    """Each of them, in seconds; with "waiting", what beginning its collectives one after the other takes."""
+    """Each of them, in seconds; and WAITING, what beginning its collectives one after the other takes by our assumption,
+    which is no stated rate and does not count in ``seconds``."""
     remat: str = ""
     """What training recomputes: ``model.remat``, settled."""
 
@@ -108,7 +110,7 @@ def _measured(job: Job, chip: Chip | None, limit: float | None, nodes: Sequence[
     found = moved(compiled.as_text(), nodes, steps=job.name == "decode")
     flops = products(traced.jaxpr.jaxpr) / max(1, jax.sharding.get_mesh().size) + job.kernel_flops
     times = _times(flops, found, chip) if chip else {}
-    bound = max(times, key=lambda k: times[k]) if times else ""
+    bound = max((k for k in times if k != WAITING), key=lambda k: times[k], default="")
     return Needs(
         name=job.name,
         compile_seconds=seconds,
@@ -143,5 +145,5 @@ def _times(flops: float, found: Moved, chip: Chip) -> dict[str, float]:
         "memory": found.bytes / chip.hbm_bandwidth,
         "network": within / chip.interconnect,
         "network between": between / chip.between if chip.between else 0.0,
-        "waiting": waits,
+        WAITING: waits,
     }

@@ -125,7 +125,7 @@ class Stage(NamedTuple):
     program: str
     runs: int
     least: float | None  # seconds, if all that can be done at once is
-    apart: float | None  # and if nothing is: FLOPs, memory and network one after the other
+    apart: float | None  # and if nothing is: FLOPs, memory, network and waiting for it one after the other
     bound: str
 
 
@@ -155,8 +155,8 @@ class Round(NamedTuple):
         for program, n in runs.items():
             if program in by_name:
                 found = by_name[program]
-                known = found.seconds is not None
-                least, apart = (n * max(found.times.values()), n * sum(found.times.values())) if known else (None, None)
+                least = None if found.seconds is None else n * found.seconds
+                apart = None if found.seconds is None else n * sum(found.times.values())
                 stages.append(Stage(NAMES[program], program, int(n), least, apart, found.bound))
         return cls(contexts, stages, contexts * HOST)
 
