@@ -143,8 +143,7 @@ def write_chunk(
     for p in range(len(k)):
         keys = _put(keys, k[p].transpose(1, 2, 0), chunk.valid[p], (chunk.row[p], 0, 0, chunk.start[p]))
         values = _put(values, v[p].transpose(1, 0, 2), chunk.valid[p][:, None], (chunk.row[p], 0, chunk.start[p], 0))
-    # As they were given: a TPU's compiler would rather turn all of the cache than what is taken out of it.
-    return tuple(with_layout_constraint(x, Layout((0, 1, 2, 3))) for x in (keys, values))
+    return keys, values
 
 
 def _put(cache: Array, new: Array, valid: Array, at: tuple[Any, ...]) -> Array:
@@ -174,6 +173,10 @@ def attend_chunk(
     mask = sees(chunk.until, jnp.arange(c), chunk.since)
     if scores.window is not None:
         mask &= near(scores.window, chunk.position, chunk.slot_position)
+    if (
+        execution.attention == "splash"
+    ):  # a TPU's compiler would rather turn all of the cache than what is taken out of it
+        keys, values = (with_layout_constraint(x, Layout((0, 1, 2, 3))) for x in (keys, values))
     k, v = rows_of(keys, values, chunk)
     # Keys are transposed apart: fused with the taking of rows, that would read memory against the order in which they lie.
     k = with_layout_constraint(k, Layout((0, 1, 2, 3)))
