@@ -48,9 +48,10 @@ for line in "$@"; do
 import json, sys
 made = json.loads(sys.stdin.readlines()[-1])
 stages = made["round"]["stages"]
-cells = ["{:.3g} to {:.3g}, {}".format(s["least"], s["apart"], s["bound"]) for s in stages]
-whole = "{:.3g} to {:.3g}".format(*(sum(s[k] for s in stages) for k in ("least", "apart")))
-host = "{:.3g}".format(made["round"]["host"])
-print("|", " | ".join([sys.argv[1].replace("=", ", "), str(made["devices"]), *cells, whole, host]), "|")
+short = lambda x: f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+cells = ["{} to {}, {}".format(short(s["least"]), short(s["apart"]), s["bound"]) for s in stages]
+whole = "{} to {}".format(*(short(sum(s[k] for s in stages)) for k in ("least", "apart")))
+first, host = sys.argv[1].replace("=", ", "), short(made["round"]["host"])
+print("|", " | ".join([first, str(made["devices"]), *cells, whole, host]), "|")
 ' "$line"
 done
