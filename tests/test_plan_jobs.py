@@ -270,11 +270,12 @@ def test_rows_of_the_sampler_hold_what_a_run_asks_for(
         assert generator.slots > sampler_shapes(config, "cpu").slots
 
 
-@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+@pytest.mark.parametrize(("platform", "tile"), [("gpu", 64), ("tpu", 128)])
 @pytest.mark.parametrize("new", [1, 31, 32, 155])
-def test_keys_lie_in_whole_tiles_where_that_is_faster(platform: str, new: int) -> None:
-    made = shapes(16, Need(longest=300, new=new), platform)
-    assert made.lanes == 2
-    assert (made.slots + made.lanes * made.new) % 64 == 0
-    assert new <= made.new < new + 32
+@pytest.mark.parametrize("lanes", [1, 2, 3])
+def test_keys_lie_in_whole_tiles_where_that_is_faster(platform: str, tile: int, new: int, lanes: int) -> None:
+    made = shapes(12, Need(longest=300, new=new), platform, lanes)
+    assert made.lanes == lanes
+    assert (made.slots + made.lanes * made.new) % tile == 0
+    assert new <= made.new < new + (tile // 2 if lanes == 2 else tile)
     assert shapes(16, Need(longest=300, new=new), "cpu").new == new

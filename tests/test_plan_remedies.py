@@ -45,7 +45,14 @@ def search(
     **settings: Any,
 ) -> tuple[Change | None, Tried]:
     """What ``remedies`` finds for eight devices by a rule."""
-    sizes = {"mesh.fsdp": 8, "sft.batch_rows": 32, "sft.micro_rows": 32, "dpo.batch_rows": 32, "dpo.micro_rows": 32}
+    sizes = {
+        "model.remat": "full",
+        "mesh.fsdp": 8,
+        "sft.batch_rows": 32,
+        "sft.micro_rows": 32,
+        "dpo.batch_rows": 32,
+        "dpo.micro_rows": 32,
+    }
     config = changed(load(None, []), sizes | {k.replace("__", "."): v for k, v in settings.items()})
     tried = Tried([], [])
 
@@ -98,6 +105,12 @@ def test_so_many_changes_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (change, len(tried.configs)) == (None, most)
     change, tried = search(rule, ["sft"], monkeypatch, 4)
     assert (change, len(tried.configs)) == ({"model.remat": "offload"}, 4)
+
+
+def test_what_auto_has_tried_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    change, tried = search(lambda *_: 11, ["sft"], monkeypatch, model__remat="auto")
+    assert change is None
+    assert {c.model.remat for c in tried.configs} == {"auto"}
 
 
 def test_changes_that_the_mesh_refuses_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,7 +130,7 @@ def rematerialised(layer: Callable[..., Any], execution: Execution) -> Callable[
     none keeps everything; dots keeps what products and attention make and recomputes the rest; full keeps a layer's input
     alone; offload does so too, in the host's memory.
     """
-    if execution.remat == "none":
+    if execution.remat in ("none", "auto"):  # without a backward pass nothing is recomputed, and nothing to be settled
         return layer
     policies = jax.checkpoint_policies
     policy = {

@@ -12,7 +12,7 @@ BUCKET = 128  # rows have a multiple of so many slots, so that a run compiles a 
 WINDOWS = {"cpu": (2, 2, 64), "gpu": (32, 8, 128), "tpu": (8, 8, 128)}
 # A row's rings together have a multiple of so many places: keys then lie in whole tiles. A TPU lays an array that does not
 # end on one out another way, and copies all of it in every prefill.
-RINGS = {"cpu": 1, "gpu": 32, "tpu": 128}
+RINGS = {"cpu": 1, "gpu": 64, "tpu": 128}
 SHARED_LANES = 2  # lanes that read a row together, where prompts share trunks
 
 
