@@ -123,7 +123,8 @@ def run(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Log:
     with pytest.MonkeyPatch.context() as patch:
         log.watch(patch, runs=True)
         folder = tmp_path_factory.mktemp("runs") / "recorded"
-        main(["evolve", "--run-dir", str(folder), *tiny_overrides(tiny_folder), "--evolve.rounds", "1"])
+        given = ["--evolve.rounds", "1", "--model.remat", "full"]
+        main(["evolve", "--run-dir", str(folder), *tiny_overrides(tiny_folder), *given])
     return log
 
 
