@@ -165,10 +165,12 @@ def joined_adapter_bytes(arch: Architecture, mesh: Mesh) -> int:
     return 2 * arch.layers * sum(of(*names) for names in parts)
 
 
-def memory(arch: Architecture, mesh: Mesh, config: Config, size: int, apart: bool) -> dict[str, dict[str, int]]:
+def memory(
+    arch: Architecture, mesh: Mesh, config: Config, size: int, apart: bool, platform: str = "cpu"
+) -> dict[str, dict[str, int]]:
     """Bytes that one device keeps, by program and kind."""
     base, adapter = base_bytes(arch, mesh, size), adapter_bytes(arch, mesh)
-    _, _, slots, new, *_ = sampler_shapes(config, "cpu")
+    _, _, slots, new, *_ = sampler_shapes(config, platform)
     numbers = arch.layers * arch.kv_heads * arch.head_size * 2 * (LANES // 2 * slots + LANES * new)
     cache = numbers * size // math.prod(mesh)
     groups = mesh[0] * mesh[1]
@@ -407,7 +409,7 @@ def check_tpus(made: dict[str, Any], config: Config, mesh: Mesh) -> None:
         assert p["limit"] == 16
         assert p["refused"] == ""
         assert p["compile_seconds"] > 0
-        for kind, size in memory(arch, mesh, config, 2, apart=False)[name].items():
+        for kind, size in memory(arch, mesh, config, 2, apart=False, platform="tpu")[name].items():
             if kind == "rows":  # padded to the tiles of a TPU
                 assert size <= round(p["memory"][kind] * GIB) < size + 2**20
             else:
@@ -490,7 +492,7 @@ def test_all_programs_compile_for_gpus(gpus: dict[str, Told], tiny_folder: Path)
     programs, mesh = by_name(made), (1, 2, 1)
     assert list(programs) == PROGRAMS
     # In bfloat16 the adapter is not merged: A and B are cut into layers, too, and joined.
-    expected = memory(arch, mesh, config, 2, apart=True)
+    expected = memory(arch, mesh, config, 2, apart=True, platform="gpu")
     for name, p in programs.items():
         adapter = joined_adapter_bytes(arch, mesh) if name in ("prefill", "decode") else 0
         assert round(p["memory"]["base"] * GIB) == expected[name]["base"] + adapter
@@ -498,7 +500,8 @@ def test_all_programs_compile_for_gpus(gpus: dict[str, Told], tiny_folder: Path)
         assert not any(" between " in kind for kind in p["collectives"])
     for task, length in (("sft", 256), ("dpo", 192)):
         full = step_flops(arch, 8 // 2, length, "cudnn")
-        assert full * 0.97 < programs[task]["flops"] < full * 1.01
+        # Base and adapter are one product, in which B is as long as the ranks of all that read the same input.
+        assert full * 0.97 < programs[task]["flops"] < full * 1.02
         assert by_name(gpus["own"].json)[task]["flops"] == pytest.approx(full, rel=0.03)
     assert 0 < sent(programs["decode"]) < most_sent(arch, LANES)
 
