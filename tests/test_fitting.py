@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 from conftest import tiny_overrides
 
+from esjax.errors import InputError
 from esjax.model.decoder import AUTO, ROOM, Execution, forms
 from esjax.runtime.context import current
 from esjax.train import fitting
@@ -63,15 +64,26 @@ def test_all_processes_take_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_the_compiler_refuses_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    def compile(lowered: Any) -> Any:
+    def refuses(lowered: Any) -> Any:
         raise jax.errors.JaxRuntimeError(errors.pop(0))
 
     errors = ["RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm", "RESOURCE_EXHAUSTED: the last"]
     with pytest.raises(jax.errors.JaxRuntimeError, match="the last"):
-        compile_fitting(step_of, AUTOMATIC, (jnp.float32(2.0),), compile)
+        compile_fitting(step_of, AUTOMATIC, (jnp.float32(2.0),), refuses)
     errors = ["INTERNAL: something else"]
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
-        compile_fitting(step_of, AUTOMATIC, (jnp.float32(2.0),), compile)
+        compile_fitting(step_of, AUTOMATIC, (jnp.float32(2.0),), refuses)
+
+
+def test_a_device_that_does_not_tell_its_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Silent:
+        def memory_stats(self) -> None:
+            return None
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [Silent()])
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(InputError, match=r"model.remat=auto: .* does not tell its memory .*; choose none, dots, full"):
+        fitting._memory(0)
 
 
 @pytest.mark.parametrize("platform", AUTO)

@@ -71,11 +71,11 @@ def test_a_stage_takes_at_least_its_longest_part(config: Config) -> None:
         stage, n = by_program[found.name], runs[found.name]
         assert stage.runs == n
         assert stage.least == pytest.approx(n * max(t for k, t in found.times.items() if k != WAITING))
-        assert stage.apart == pytest.approx(n * sum(found.times.values()))
+        assert stage.serial == pytest.approx(n * sum(found.times.values()))
     assert [s.bound for s in made.stages] == ["FLOPs", "memory", "FLOPs"]
     assert made.host == pytest.approx(1000 * HOST)
     unknown = Round.of(config, hardware, [Needs("decode", 0.0, {}, None)], 1000)  # of a CPU no rates are stated
-    assert [(s.least, s.apart) for s in unknown.stages] == [(None, None)]
+    assert [(s.least, s.serial) for s in unknown.stages] == [(None, None)]
 
 
 def test_collectives_wait_for_neighbours() -> None:

@@ -129,8 +129,7 @@ def memory_held(generator: Generator, once: Callable[[], None]) -> tuple[int, An
     once()
     generator.programs = usual
     compiled = programs.compile_named(decode.lower(*shapes))
-    m = compiled.memory_analysis()
-    return max(seen) + int(m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes), compiled
+    return max(seen) + programs.work_bytes(compiled), compiled
 
 
 def _timed(generator: Generator, once: Any, seed: int) -> float:

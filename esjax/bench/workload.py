@@ -22,6 +22,7 @@ from esjax.model.layers import Lora
 from esjax.model.lora import lora_from
 from esjax.plan.measure import LARGEST
 from esjax.plan.moved import moved
+from esjax.runtime.programs import work_bytes
 from esjax.settings.files import read_text
 from esjax.settings.schema import LoraSettings, Settings
 
@@ -173,9 +174,9 @@ def peak_memory() -> dict[str, float]:
 
 def planned(compiled: Any) -> dict[str, float]:
     """What a program needs on one device by the compiler's layout, in GiB: all of it, and that beside its arguments."""
-    m = compiled.memory_analysis()
-    work = m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
-    return {"mem_gib": round((m.argument_size_in_bytes + work) / GIB, 2), "work_gib": round(work / GIB, 2)}
+    work = work_bytes(compiled)
+    held = compiled.memory_analysis().argument_size_in_bytes
+    return {"mem_gib": round((held + work) / GIB, 2), "work_gib": round(work / GIB, 2)}
 
 
 def spread(units: float, seconds: Sequence[float]) -> list[float]:

@@ -173,9 +173,8 @@ def attend_chunk(
     mask = sees(chunk.until, jnp.arange(c), chunk.since)
     if scores.window is not None:
         mask &= near(scores.window, chunk.position, chunk.slot_position)
-    if (
-        execution.attention == "splash"
-    ):  # a TPU's compiler would rather turn all of the cache than what is taken out of it
+    # A TPU's compiler would rather turn all of the cache than what is taken out of it.
+    if execution.attention == "splash":
         keys, values = (with_layout_constraint(x, Layout((0, 1, 2, 3))) for x in (keys, values))
     k, v = rows_of(keys, values, chunk)
     # Keys are transposed apart: fused with the taking of rows, that would read memory against the order in which they lie.

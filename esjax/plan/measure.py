@@ -17,7 +17,7 @@ from esjax.plan.jobs import Job
 from esjax.plan.moved import BETWEEN, Collective, Moved, moved
 from esjax.plan.needed import Needed, held_bytes
 from esjax.runtime.mesh import mesh_sizes
-from esjax.runtime.programs import compile_named, products
+from esjax.runtime.programs import compile_named, products, too_large, work_bytes
 
 LARGEST = 5  # contributors that are told
 WAITING = "waiting"
@@ -90,7 +90,7 @@ def _measured(job: Job, chip: Chip | None, limit: float | None, nodes: Sequence[
         compiled = compile_named(traced.lower())
     except jax.errors.JaxRuntimeError as e:
         reason = " ".join(str(e).split())
-        if "RESOURCE_EXHAUSTED" not in reason and "out of memory" not in reason.lower():
+        if not too_large(e):
             raise
         used = OF_MEMORY.search(reason)
         said = "the compiler wants {} of {}".format(*filter(None, used.groups())) if used else reason[:160]
@@ -103,10 +103,9 @@ def _measured(job: Job, chip: Chip | None, limit: float | None, nodes: Sequence[
         ) from e
     seconds = time.perf_counter() - began
     m = compiled.memory_analysis()
-    work = m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes + m.generated_code_size_in_bytes
     # Arguments may take more than their sizes where a device pads them; it is put with the small ones.
     padded = m.argument_size_in_bytes / GIB - sum(held.values())
-    memory = held | {"rows": held["rows"] + max(0.0, padded), "work": work / GIB}
+    memory = held | {"rows": held["rows"] + max(0.0, padded), "work": work_bytes(compiled) / GIB}
     found = moved(compiled.as_text(), nodes, steps=job.name == "decode")
     flops = products(traced.jaxpr.jaxpr) / max(1, jax.sharding.get_mesh().size) + job.kernel_flops
     times = _times(flops, found, chip) if chip else {}

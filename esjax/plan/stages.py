@@ -125,7 +125,7 @@ class Stage(NamedTuple):
     program: str
     runs: int
     least: float | None  # seconds, if all that can be done at once is
-    apart: float | None  # and if nothing is: FLOPs, memory, network and waiting for it one after the other
+    serial: float | None  # and if nothing is: FLOPs, memory, network and waiting for it one after the other
     bound: str
 
 
@@ -156,8 +156,8 @@ class Round(NamedTuple):
             if program in by_name:
                 found = by_name[program]
                 least = None if found.seconds is None else n * found.seconds
-                apart = None if found.seconds is None else n * sum(found.times.values())
-                stages.append(Stage(NAMES[program], program, int(n), least, apart, found.bound))
+                serial = None if found.seconds is None else n * sum(found.times.values())
+                stages.append(Stage(NAMES[program], program, int(n), least, serial, found.bound))
         return cls(contexts, stages, contexts * HOST)
 
     def as_json(self) -> dict[str, Any]:
@@ -170,7 +170,7 @@ class Round(NamedTuple):
         for column in ("stage", "program", "runs", "seconds, at least", "if nothing overlaps", "bound by"):
             out.add_column(column, justify="left" if column in ("stage", "program", "bound by") else "right")
         for s in self.stages:
-            cells = ("-", "-") if s.least is None or s.apart is None else (f"{s.least:.3g}", f"{s.apart:.3g}")
+            cells = ("-", "-") if s.least is None or s.serial is None else (f"{s.least:.3g}", f"{s.serial:.3g}")
             out.add_row(s.name, s.program, f"{s.runs:,}", *cells, s.bound)
         out.add_row("replies, host", "", "", f"{self.host:.3g}", "", "one core, beside prefill and decode")
         return out

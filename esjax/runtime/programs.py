@@ -38,6 +38,17 @@ def compile_named(lowered: Any) -> Any:
         jax.config.update(option, before)
 
 
+def work_bytes(compiled: Any) -> int:
+    """Bytes of a device that a compiled program takes beside its arguments: what it works in, and results of their own."""
+    m = compiled.memory_analysis()
+    return int(m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes + m.generated_code_size_in_bytes)
+
+
+def too_large(error: Exception) -> bool:
+    """Whether an error is the compiler's word that a program is larger than its device."""
+    return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()
+
+
 def compiled() -> Counter[str]:
     """How often each named program was compiled under this runtime (or fetched, compiled, from JAX's cache on disk)."""
     return Counter(current().compiled)

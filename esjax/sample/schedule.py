@@ -138,6 +138,7 @@ class Scheduler:
         self.lanes: Lanes = replicate(idle_lanes(shapes.rows, shapes.lanes))
         self.busy = np.zeros(shapes.rows, np.int64)  # lanes of each row that have something to do
         self.flying: Called | None = None  # a call of the lanes that the host has not looked at yet
+        self._counted: np.ndarray | None = None  # see _ready, until something changes
 
     def advance(self) -> Scheduler | None:
         """Compute prompts and draw for a while. Returns who goes on: itself, one with longer rows, or nobody."""
@@ -162,7 +163,7 @@ class Scheduler:
 
     def drop(self, key: Any) -> None:
         """Forget a request wherever it is; its lane draws for others from the next step on. Lanes must not be under way."""
-        self._compute(all=True)  # or others' prompts could be queued for the same slots
+        self._compute(everything=True)  # or others' prompts could be queued for the same slots
         self.backlog.forget(key)
         if uids := [uid for book in self.books for uid in book.drop(key)]:
             leaf = self.lanes.leaf
@@ -170,6 +171,7 @@ class Scheduler:
             leaf = leaf._replace(uid=jnp.where(gone, -1, leaf.uid), state=jnp.where(gone, 0, leaf.state))
             self.lanes = replicate(self.lanes._replace(leaf=leaf))
             self.busy = np.asarray([len(book.running) for book in self.books])
+        self._counted = None
 
     # --- what waits, and where ---
 
@@ -195,15 +197,18 @@ class Scheduler:
             book.due = self.prefills.add(number // rows, chunks) if chunks else book.due
             for placed in islice(book.waiting, known, None):
                 placed.due = book.due
+        self._counted = None
 
     def _ready(self) -> np.ndarray:
         """How many of those that wait in each row [R] have all of their prompt computed."""
-        done = np.repeat(self.prefills.done, len(self.books) // self.devices).tolist()
-        each = (
-            sum(1 for _ in takewhile(lambda placed: placed.due <= n, book.waiting))  # noqa: B023  it is used at once
-            for book, n in zip(self.books, done, strict=True)
-        )
-        return np.fromiter(each, np.int64, len(self.books))
+        if self._counted is None:
+            done = np.repeat(self.prefills.done, len(self.books) // self.devices).tolist()
+            each = (
+                sum(1 for _ in takewhile(lambda placed: placed.due <= n, book.waiting))  # noqa: B023  it is used at once
+                for book, n in zip(self.books, done, strict=True)
+            )
+            self._counted = np.fromiter(each, np.int64, len(self.books))
+        return self._counted
 
     def _able(self) -> bool:
         """Whether any lane has something to do."""
@@ -220,10 +225,11 @@ class Scheduler:
 
     # --- what the devices do ---
 
-    def _compute(self, all: bool = False) -> None:
-        """Compute what is queued: when devices are filled well, lanes are short of work, or ``all`` is asked for."""
+    def _compute(self, everything: bool = False) -> None:
+        """Compute what is queued: when devices are filled well, lanes are short of work, or ``everything`` is asked for."""
         usage, began = self.usage, time.perf_counter()
-        while (part := self.prefills.next(lambda: all or self._short())) is not None:
+        while (part := self.prefills.next(lambda: everything or self._short())) is not None:
+            self._counted = None
             self.cache = self.task.programs.prefill(self.task.weights, self.cache, part)
             usage.padded_tokens += part.tokens.size
             usage.computed_tokens += int(part.valid.sum())
@@ -259,7 +265,7 @@ class Scheduler:
         began, made = time.perf_counter(), self.flying
         self.flying = None
         uid, started, steps, log = jax.device_get((made.lanes.leaf.uid, made.started, made.steps, made.log))
-        self.busy = (uid >= 0).sum(axis=1)
+        self.busy, self._counted = (uid >= 0).sum(axis=1), None
         self.usage.steps += int(steps)
         self.usage.lane_steps += int(steps) * uid.size
         for book, n in zip(self.books, started.tolist(), strict=True):

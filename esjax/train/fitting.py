@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 import jax
 
+from esjax.errors import InputError
 from esjax.model.decoder import ROOM, Execution, forms
 from esjax.runtime.context import current
+from esjax.runtime.programs import too_large, work_bytes
 from esjax.train.step import Step
 
 
@@ -19,11 +21,11 @@ class Fitted(NamedTuple):
 
     step: Any  # jax.stages.Compiled
     form: Execution
-    seconds: float  # that the last compilation took
+    seconds: float  # that compiling took, with the forms that did not fit
 
 
 def compile_fitting(
-    make: Callable[[Execution], Step], execution: Execution, arguments: Any, compile: Callable[[Any], Any]
+    make: Callable[[Execution], Step], execution: Execution, arguments: Any, compiler: Callable[[Any], Any]
 ) -> Fitted:
     """The first form of the execution whose step fits, compiled; the last, where none of them does.
 
@@ -32,38 +34,46 @@ def compile_fitting(
     Args:
         make: the jitted step of a form.
         arguments: of the step.
-        compile: compiles what is lowered.
+        compiler: compiles what is lowered.
+
+    Raises InputError where there is a choice and a device does not tell its memory.
     """
+    began = time.perf_counter()
     *faster, last = forms(execution, jax.default_backend())
+
+    def compiled(form: Execution) -> Fitted:
+        step: Any = make(form)
+        made = compiler(step.lower(*arguments))
+        return Fitted(made, form, time.perf_counter() - began)
+
     for form in faster:
-        made = _compiled(make(form), arguments, compile)
-        if current().processes.all(made is not None) and made is not None:
-            return Fitted(made[0], form, made[1])
-    began = time.perf_counter()
-    step: Any = make(last)
-    compiled = compile(step.lower(*arguments))
-    return Fitted(compiled, last, time.perf_counter() - began)
+        try:
+            found = compiled(form)
+            fits = _fits(found.step)
+        except jax.errors.JaxRuntimeError as e:
+            if not too_large(e):
+                raise
+            fits = False
+        if current().processes.all(fits):
+            return found
+    return compiled(last)
 
 
-def _compiled(step: Any, arguments: Any, compile: Callable[[Any], Any]) -> tuple[Any, float] | None:
-    """The compiled step and how long that took; None where a device has not the room."""
-    began = time.perf_counter()
-    try:
-        compiled = compile(step.lower(*arguments))
-    except jax.errors.JaxRuntimeError as e:
-        if "RESOURCE_EXHAUSTED" not in str(e) and "out of memory" not in str(e).lower():
-            raise
-        return None
-    m = compiled.memory_analysis()
-    more = m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes + m.generated_code_size_in_bytes
-    held, limit = _memory(m.argument_size_in_bytes)
-    return (compiled, time.perf_counter() - began) if held + more <= ROOM[jax.default_backend()] * limit else None
+def _fits(compiled: Any) -> bool:
+    """Whether a device has the room for a program beside all that it holds."""
+    held, limit = _memory(compiled.memory_analysis().argument_size_in_bytes)
+    return held + work_bytes(compiled) <= ROOM[jax.default_backend()] * limit
 
 
 def _memory(arguments: int) -> tuple[int, float]:
-    """Bytes that a device holds now, and those that it has. All devices of a CPU share the machine's."""
+    """Bytes that a device holds now, and those that it has. All devices of a CPU share the machine's. Raises InputError."""
     devices = jax.local_devices()
     if jax.default_backend() == "cpu":
         return arguments, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(devices)
-    stats = [device.memory_stats() for device in devices]
+    stats = [device.memory_stats() or {} for device in devices]
+    if not all("bytes_in_use" in s and "bytes_limit" in s for s in stats):
+        raise InputError(
+            f"model.remat=auto: {devices[0]} does not tell its memory (with XLA_PYTHON_CLIENT_ALLOCATOR=platform none does); "
+            "choose none, dots, full or offload"
+        )
     return max(s["bytes_in_use"] for s in stats), min(s["bytes_limit"] for s in stats)

@@ -119,6 +119,7 @@ def train(phase: Phase, backbone: Backbone, adapter: Adapter) -> Adapter:
     if done < len(steps):
         arguments = (adapter, opt_state, backbone.base, *feed(done))
         compiled = compile_step(phase.name, objective, lambda made: make_step(made, tx, micro_rows), arguments)
+        del arguments
     log = StepLog(phase, learning_rate(s, len(steps)), done, len(steps))
     label = f"{phase.name} steps"
     with closing(log.metrics), progress(label, len(steps), done) as advance, current().stop.deferred() as stops:
