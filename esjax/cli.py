@@ -236,7 +236,7 @@ def plan(args: argparse.Namespace, given: Overrides) -> None:
 
     config = given.load()
     if args.round is not None:
-        check_round(config, args.round)
+        check_round(config, args.round, args.programs)
     prepare_jax()
     made = Outcome.of(config, args.shape, args.topology, args.slices, args.programs, args.tries)
     made = made if args.round is None else made.with_round(args.round)

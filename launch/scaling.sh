@@ -33,8 +33,8 @@ step)
 round)
     [ $# -gt 0 ] || set -- '1*v5p:2x2x2=1x8' '1*v5p:4x4x4=1x64' '1*v5p:4x4x4=8x8' '1*v5p:8x8x8=64x8' \
         '1*v6e:2x4=1x8' '2*v6e:16x16=64x8' '1*h100:8=1x8' '64*h100:8=64x8'
-    head='prompts | replies | log-probs | training | whole round, s | replies, host, s' rule='--- | --- | --- | --- | --- | ---'
-    lanes=32 least=16
+    head='prompts | replies | log-probs | training | whole round, s | replies, host, s'
+    rule='--- | --- | --- | --- | --- | ---' lanes=32 least=16
     options=(--programs 'prefill,decode,score,dpo' --round 50000)
     ;;
 *)

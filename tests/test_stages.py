@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ def needs(name: str, **times: float) -> Needs:
 FOUND = [
     needs("prefill", FLOPs=0.2, memory=0.1),
     needs("decode", memory=0.03, waiting=0.04),
+    needs("score", memory=0.5),
+    needs("sft", memory=9.0),
     needs("dpo", FLOPs=2.0, network=1.0),
 ]
 
@@ -66,16 +69,16 @@ def test_a_stage_takes_at_least_its_longest_part(config: Config) -> None:
     made = Round.of(config, hardware, FOUND, 1000)
     runs = of_a_round(config, hardware.platform, 1, 1000)
     by_program = {s.program: s for s in made.stages}
-    assert list(by_program) == ["prefill", "decode", "dpo"]  # what was planned
-    for found in FOUND:
+    assert list(by_program) == ["prefill", "decode", "score", "dpo"]  # a round has no SFT
+    for found in (n for n in FOUND if n.name != "sft"):
         stage, n = by_program[found.name], runs[found.name]
         assert stage.runs == n
         assert stage.least == pytest.approx(n * max(t for k, t in found.times.items() if k != WAITING))
         assert stage.serial == pytest.approx(n * sum(found.times.values()))
-    assert [s.bound for s in made.stages] == ["FLOPs", "memory", "FLOPs"]
+    assert [s.bound for s in made.stages] == ["FLOPs", "memory", "memory", "FLOPs"]
     assert made.host == pytest.approx(1000 * HOST)
-    unknown = Round.of(config, hardware, [Needs("decode", 0.0, {}, None)], 1000)  # of a CPU no rates are stated
-    assert [(s.least, s.serial) for s in unknown.stages] == [(None, None)]
+    cpu = [replace(n, seconds=None, times={}) for n in FOUND]  # of a CPU no rates are stated
+    assert {(s.least, s.serial) for s in Round.of(config, hardware, cpu, 1000).stages} == {(None, None)}
 
 
 def test_collectives_wait_for_neighbours() -> None:
@@ -89,6 +92,14 @@ def test_collectives_wait_for_neighbours() -> None:
     ("given", "words"),
     [
         (["--round", "0"], "--round 0: a round has at least 1 context"),
+        (
+            ["--round", "9", "--programs", "sft"],
+            "--round needs prefill, decode, score, dpo, and prefill, decode, score, dpo is left",
+        ),
+        (
+            ["--round", "9", "--programs", "decode,score,dpo"],
+            "--round needs prefill, decode, score, dpo, and prefill is left out",
+        ),
         (["--round", "9", "--data.train", "esconv:no/such.jsonl"], "no/such.jsonl"),
     ],
 )
@@ -106,14 +117,14 @@ def test_what_cannot_be_estimated_is_refused_first(
 
 
 def test_check_round_takes_what_is_there(config: Config) -> None:
-    check_round(config, 1)
+    check_round(config, 1, "prefill,decode,score,dpo")
     with pytest.raises(InputError):
-        check_round(config, -1)
+        check_round(config, -1, "prefill,decode,score,dpo")
 
 
 def test_the_command_tells_of_a_round(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["plan", *tiny_overrides(tiny_folder), "--programs", "score", "--round", "500", "--json"])
+    main(["plan", *tiny_overrides(tiny_folder), "--round", "500", "--json"])
     made = json.loads(capsys.readouterr().out)
-    (stage,) = made["round"]["stages"]
-    assert (made["round"]["contexts"], stage["program"], stage["least"]) == (500, "score", None)
-    assert stage["runs"] > 0
+    assert made["round"]["contexts"] == 500
+    assert [s["program"] for s in made["round"]["stages"]] == ["prefill", "decode", "score", "dpo"]
+    assert all(s["runs"] > 0 and s["least"] is None for s in made["round"]["stages"])

@@ -132,10 +132,18 @@ class Stage(NamedTuple):
 NAMES = {"prefill": "prompts", "decode": "replies", "score": "reference log-probs", "dpo": "training"}
 
 
-def check_round(config: Config, contexts: int) -> None:
-    """Raise InputError unless a round of so many contexts can be estimated: data.train says how long they are."""
+def check_round(config: Config, contexts: int, programs: str) -> None:
+    """Raise InputError unless a round of so many contexts can be estimated: data.train says how long they are.
+
+    Args:
+        programs: those that are planned, as given on the command line.
+    """
     if contexts < 1:
         raise InputError(f"--round {contexts}: a round has at least 1 context")
+    if missing := [name for name in NAMES if name not in programs.split(",")]:
+        raise InputError(
+            f"--programs {programs}: --round needs {', '.join(NAMES)}, and {', '.join(missing)} is left out"
+        )
     texts(config, "train", config.context_room)
 
 
@@ -148,16 +156,15 @@ class Round(NamedTuple):
 
     @classmethod
     def of(cls, config: Config, hardware: Hardware, needs: Sequence[Needs], contexts: int) -> Round:
-        """From what each of its programs needs. Raises InputError."""
+        """From what each of its programs, all of ``NAMES``, needs. Raises InputError."""
         with jax.set_mesh(mesh := _mesh(config, hardware)):
             runs = of_a_round(config, hardware.platform, _groups(mesh), contexts)
         by_name, stages = {n.name: n for n in needs}, []
         for program, n in runs.items():
-            if program in by_name:
-                found = by_name[program]
-                least = None if found.seconds is None else n * found.seconds
-                serial = None if found.seconds is None else n * sum(found.times.values())
-                stages.append(Stage(NAMES[program], program, int(n), least, serial, found.bound))
+            found = by_name[program]
+            least = None if found.seconds is None else n * found.seconds
+            serial = None if found.seconds is None else n * sum(found.times.values())
+            stages.append(Stage(NAMES[program], program, int(n), least, serial, found.bound))
         return cls(contexts, stages, contexts * HOST)
 
     def as_json(self) -> dict[str, Any]:
