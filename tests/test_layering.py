@@ -53,6 +53,7 @@ NO_JAX = (
     "esjax.runtime.processes",
     "esjax.runtime.stop",
     "esjax.runtime.context",
+    "esjax.runtime.pages",
 )
 LAZY = ("api", "evolve")  # what esjax itself imports: the first when it is asked for, the second is a name alone
 ORACLES = ("torch", "trl", "peft")
