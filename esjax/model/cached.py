@@ -119,5 +119,5 @@ def _embed(weights: Weights, tokens: Array) -> Array:
 
 
 def _ropes(arch: Architecture, position: Array) -> list[Rope | None]:
-    """Rotary tables of each kind of layer."""
-    return [rope_at(kind, position) for kind in arch.kinds]
+    """Rotary tables of each kind of layer, computed once: compilers would do so in each layer and, on CPU, for each head."""
+    return jax.lax.optimization_barrier([rope_at(kind, position) for kind in arch.kinds])
