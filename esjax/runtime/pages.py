@@ -33,4 +33,4 @@ def restart_with_large_pages(kernel: Path = KERNEL) -> None:
     """Begin this process again, as it was called, in such an environment. Returns where that would change nothing."""
     environment = asking_for_large_pages(os.environ, kernel)
     if environment is not None and sys.executable:
-        os.execve(sys.executable, sys.orig_argv, environment)
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
