@@ -8,8 +8,9 @@ from typing import NamedTuple
 from esjax.runtime.mesh import batch_groups, check_split
 
 BUCKET = 128  # rows have a multiple of so many slots, so that a run compiles a handful of programs
-# Windows of one prefill, of a small one, and their width. More would hardly be faster, only more often padding.
-WINDOWS = {"cpu": (4, 2, 64), "gpu": (32, 8, 128), "tpu": (8, 8, 128)}
+# Windows of one prefill, of a small one, and their width. More would hardly be faster, only more often padding; on CPU one
+# size is enough, and one program less to compile.
+WINDOWS = {"cpu": (4, 4, 64), "gpu": (32, 8, 128), "tpu": (8, 8, 128)}
 # A row's rings together have a multiple of so many places: keys then lie in whole tiles. A TPU lays an array that does not
 # end on one out another way, and copies all of it in every prefill.
 RINGS = {"cpu": 1, "gpu": 64, "tpu": 128}
