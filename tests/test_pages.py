@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 
+from esjax import __main__ as command
 from esjax.runtime import pages
 
 ASKING = "GLIBC_TUNABLES"
@@ -68,6 +70,19 @@ def test_a_process_begins_again_as_it_was_called(kernel: Path, said: str, value:
     said_by_it = json.loads(began.communicate("given")[0])
     assert began.returncode == 0
     assert said_by_it == [began.pid, value, ["--a b", ""], "given"]
+
+
+def test_the_command_begins_again_before_it_does_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Restarted(Exception):
+        pass
+
+    def restart() -> None:
+        raise Restarted
+
+    monkeypatch.setattr(command, "restart_with_large_pages", restart)
+    (script,) = entry_points(group="console_scripts", name="esjax")
+    with pytest.raises(Restarted):
+        script.load()()
 
 
 def test_the_command_exits_as_before() -> None:
