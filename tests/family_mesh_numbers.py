@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from esjax.model.layers import Lora
+from esjax.model.linear import Lora
 from esjax.model.weights import Choice, load_backbone
 from esjax.rows import prompt_with_replies
 from esjax.runtime.mesh import make_mesh

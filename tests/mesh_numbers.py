@@ -20,7 +20,7 @@ from definition import remasked
 
 from esjax import rows
 from esjax.model.families import LINEARS
-from esjax.model.layers import Lora
+from esjax.model.linear import Lora
 from esjax.model.lora import Adapter, flatten, unflatten
 from esjax.model.weights import Backbone, load_backbone
 from esjax.rows import Rows

@@ -22,12 +22,14 @@ from esjax.bench import training as bench
 from esjax.bench import workload as sizes
 from esjax.cli import main
 from esjax.errors import InputError
+from esjax.model import cached
+from esjax.model.attention import Path as AttentionPath
 from esjax.model.attention import choose_path
 from esjax.model.cache import cache_shapes
 from esjax.model.cached import layered
 from esjax.model.costs import training_flops
 from esjax.model.decoder import Execution
-from esjax.model.joined import merged
+from esjax.model.joined import turned
 from esjax.model.lora import lora_from
 from esjax.model.weights import Backbone, bind, choose_execution
 from esjax.sample.constrain import free
@@ -90,33 +92,57 @@ def test_one_line_for_each_sampling_job(capsys: pytest.CaptureFixture[str], tmp_
     assert (unshared["steps"], shared["steps"]) == (r.draft + r.reflection + r.refinement, r.draft + r.refinement)
 
 
-def test_a_decoding_step_copies_no_cache() -> None:
-    """The compiled loop writes the rings in place: no copy of an array as large as a layer's rows or rings."""
+def compiled_step(donate: int = 1, attention: AttentionPath = "chunked") -> str:
+    """The compiled loop of a small model with six lanes, and with rows of 640 slots and rings of 320."""
     work = sizes.read_workload(WORKLOAD, "tiny")
     arch = replace(work.architecture, vocab=512)
     definition, make = sizes.parts(arch, None, FLOAT32, bare=True)
-    weights = jax.eval_shape(lambda: layered(bind(definition, BARE, make()[1]), merged))
-    rows_, lanes, slots, new = 3, 2, 640, 320
-    cache = cache_shapes(arch, rows_, lanes, slots, new, FLOAT32)
+    weights = jax.eval_shape(lambda: layered(bind(definition, BARE, make()[1]), turned))
+    rows_, lanes = 3, 2
+    cache = cache_shapes(arch, rows_, lanes, 640, 320, FLOAT32)
     state = jax.eval_shape(lambda: idle_lanes(rows_, lanes))
     waiting = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows_, 4), x.dtype), state.leaf)
     number = jax.ShapeDtypeStruct((), jnp.int32)
     some = jax.ShapeDtypeStruct((rows_,), jnp.int32)
-    size = cache.keys[0].size
+
+    def decode(weights: Any, *rest: Any) -> Any:
+        return run(lambda: weights, *rest, steps=8, execution=Execution(attention))
+
+    program = jax.jit(decode, donate_argnums=donate)
+    asked = Asked(waiting, some, jax.ShapeDtypeStruct((1,), jnp.int32), free(512), number, number)
+    return program.lower(weights, cache, state, asked).compile().as_text()
+
+
+def test_a_decoding_step_copies_no_cache() -> None:
+    """The compiled loop writes the rings in place: no copy of an array as large as a layer's rows or rings."""
+    heads, size = 2, 16
+    rows = 3 * heads * size * (640 + 2 * 320)
 
     def large_copies(donate: int) -> int:
-        def decode(weights: Any, *rest: Any) -> Any:
-            return run(lambda: weights, *rest, steps=8, execution=Execution("chunked"))
-
-        program = jax.jit(decode, donate_argnums=donate)
-        asked = Asked(waiting, some, jax.ShapeDtypeStruct((1,), jnp.int32), free(512), number, number)
-        arguments = (weights, cache, state, asked)
-        text = program.lower(*arguments).compile().as_text()
-        shapes = re.findall(r"= f32\[([\d,]+)\]\S* copy\(", text)
-        return sum(int(np.prod([int(d) for d in s.split(",")])) >= size for s in shapes)
+        shapes = re.findall(r"= f32\[([\d,]+)\]\S* copy\(", compiled_step(donate))
+        return sum(int(np.prod([int(d) for d in s.split(",")])) >= rows for s in shapes)
 
     assert large_copies(donate=1) == 0
     assert large_copies(donate=2) > 0  # control: a cache that is not given away must be copied
+
+
+def test_a_step_on_a_cpu_turns_once_and_reads_weights_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotary tables are computed once for both layers, and the left operand of every product with weights is the weights."""
+
+    def cosines(text: str) -> int:
+        return len(re.findall(r" cosine\(", text))
+
+    def left(text: str) -> set[str]:
+        """The sizes of what products of six tokens give: [out, 6] where the weights came first."""
+        return set(re.findall(r"f32\[((?:\d+,6)|(?:6,\d+))\]\S* dot\(", text))
+
+    first = {"32,6", "64,6", "128,6", "512,6", "6,8"}  # keys and values, width, hidden, vocabulary; and the tables'
+    text = compiled_step()
+    assert (cosines(text), left(text)) == (1, first)
+    usual = compiled_step(attention="dense")  # control: the head as a right operand, as elsewhere
+    assert left(usual) == {*first - {"512,6"}, "6,512"}
+    monkeypatch.setattr(cached, "_through_a_product", lambda x: x)
+    assert cosines(compiled_step()) > 1  # control: what the compiler makes of tables that stand alone
 
 
 @pytest.mark.parametrize(

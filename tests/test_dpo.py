@@ -38,7 +38,7 @@ from esjax.evolve import phases, references
 from esjax.evolve.experiment import Experiment, adapter_folder, open_model
 from esjax.evolve.pairs import trunks
 from esjax.model.decoder import Execution, token_logprobs
-from esjax.model.layers import Lora
+from esjax.model.linear import Lora
 from esjax.model.lora import Adapter, peft_tensors, save_adapter
 from esjax.model.weights import Backbone, bind, load_backbone
 from esjax.rows import Rows, check, pack, prompt_with_replies, stack, trunk, trunk_with_replies

@@ -20,7 +20,7 @@ from esjax.cli import main
 from esjax.model.decoder import token_logprobs
 from esjax.model.dropout import Dropout
 from esjax.model.families import module_name
-from esjax.model.layers import KERNEL_AXES, Lora
+from esjax.model.linear import KERNEL_AXES, Lora
 from esjax.model.lora import Adapter, flatten, peft_tensors, save_adapter
 from esjax.model.weights import Backbone, bind, load_backbone
 from esjax.rows import Rows, stack, trunk

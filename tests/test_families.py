@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 from esjax.errors import InputError
 from esjax.hub.shards import SINGLE, write_shards
 from esjax.model.families import architecture, config_of
-from esjax.model.layers import Lora
+from esjax.model.linear import Lora
 from esjax.model.lora import flatten, load_adapter, lora_from, peft_tensors, read_lora, save_adapter
 from esjax.model.weights import load_backbone, merged_tensors, tensor_names
 from esjax.sample.generate import Generator

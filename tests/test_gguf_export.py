@@ -27,7 +27,7 @@ from esjax.hub.gguf_import import convert
 from esjax.hub.gguf_tokenizer import Metadata, tokenizer_of
 from esjax.hub.shards import SINGLE
 from esjax.model.gguf_form import describe, gguf_shapes, gguf_tensors
-from esjax.model.layers import Lora
+from esjax.model.linear import Lora
 from esjax.model.weights import Backbone, load_backbone
 from esjax.sample.generate import Generator
 from esjax.settings.files import load

@@ -34,7 +34,7 @@ from esjax.evolve.models import adapter_folder
 from esjax.evolve.pairs import Trunk, read_pairs, trunks
 from esjax.evolve.phases import held_out
 from esjax.model.decoder import token_logprobs
-from esjax.model.layers import Lora
+from esjax.model.linear import Lora
 from esjax.model.lora import Adapter, peft_tensors, save_adapter
 from esjax.model.weights import Backbone, bind, load_backbone
 from esjax.rows import Rows, pack, stack

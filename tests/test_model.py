@@ -42,8 +42,9 @@ from esjax.model.cache import Fed, empty_cache
 from esjax.model.cached import layered, prefill, step
 from esjax.model.decoder import Execution, token_logprobs
 from esjax.model.families import read_architecture
-from esjax.model.joined import joined, merged
-from esjax.model.layers import Lora, softcap
+from esjax.model.joined import joined, merged, turned
+from esjax.model.layers import softcap
+from esjax.model.linear import Lora
 from esjax.model.lora import lora_from
 from esjax.model.weights import Backbone, bind, load_backbone
 from esjax.rows import Rows, pack, prompt_with_replies, stack, trunk
@@ -207,7 +208,7 @@ def test_cached_decoding_agrees(pair: Pair, attention: Any) -> None:
     if attention == "dense" and pair.name not in ("llama31", "mistral-window", "gemma2", "gemma3"):
         pytest.skip("families do not differ in how they attend beyond windows and caps")
     arch, how = pair.backbone.arch, pair.backbone.execution._replace(attention=attention)
-    form = merged if attention == "chunked" else joined  # of the two that decoding reads, each is tried
+    form = turned if attention == "chunked" else joined
     weights = jax.jit(lambda base: layered(bind(pair.backbone.definition, BARE, base), form))(pair.backbone.base)
     loading = jax.jit(lambda cache, chunk: prefill(weights, cache, chunk, how))
     runs = [Run(133, stem[:25], 0, (133, 133)), Run(40, branch[20:27], 20, (133, 153)), Run(60, other, 0, (60, 60))]
@@ -239,7 +240,7 @@ def test_cached_decoding_agrees(pair: Pair, attention: Any) -> None:
         assert worst(blind[i], theirs) > 1e-3  # a trunk token that is not seen would not do
 
 
-FORMS: dict[str, Any] = {"stored": None, "merged": merged, "joined": joined}
+FORMS: dict[str, Any] = {"stored": None, "merged": merged, "turned": turned, "joined": joined}
 
 
 @pytest.mark.parametrize(
@@ -259,7 +260,8 @@ def test_what_decoding_reads_computes_what_the_decoder_does(
         weights = layered(bind(tiny.definition, adapter, tiny.base), FORMS[name])
         assert weights.arch.fused == (name == "joined")
         linears = weights.layers[0].linears(weights.arch.linears)
-        assert any(linear.lora_a is not None for linear in linears) == (name != "merged")
+        assert any(linear.lora_a is not None for linear in linears) == (name in ("stored", "joined"))
+        assert all(linear.turned for linear in linears) == (name == "turned")
         assert any(linear.beneath for linear in linears) == (name == "joined")
         cache = empty_cache(tiny.arch, 1, 1, 64, 8, jnp.dtype("float32"))
         chunk = stack_windows([windows(0, [Run(0, tokens[:-1], 0, (0, 0))], 64, 64)], 1)

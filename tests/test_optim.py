@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from esjax.model.families import LINEARS
-from esjax.model.layers import Lora
+from esjax.model.linear import Lora
 from esjax.model.weights import load_backbone
 from esjax.rows import stack, trunk
 from esjax.runtime.mesh import with_shardings

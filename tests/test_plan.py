@@ -24,7 +24,7 @@ from esjax.cli import main
 from esjax.errors import InputError
 from esjax.model.decoder import Decoder
 from esjax.model.families import Architecture, architecture, key_table, read_architecture
-from esjax.model.layers import linear_sizes
+from esjax.model.linear import linear_sizes
 from esjax.plan.chips import CHIPS, GIB
 from esjax.plan.jobs import Job, sampler_shapes
 from esjax.plan.measure import Needs, measure

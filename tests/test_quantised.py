@@ -16,7 +16,7 @@ from oracles import Ours, random_adapter, torch_logits, torch_model, worst
 
 from esjax.cli import main
 from esjax.evolve.experiment import open_model
-from esjax.model.layers import Lora
+from esjax.model.linear import Lora
 from esjax.model.lora import flatten, unflatten
 from esjax.model.quantised import BLOCK, FACTORS, dequantise, quantise
 from esjax.model.weights import Backbone, Choice, load_backbone

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from esjax import rows
 from esjax.model.decoder import Decoder, Execution, token_logprobs
 from esjax.model.families import LINEARS
-from esjax.model.layers import Lora
+from esjax.model.linear import Lora
 from esjax.rows import Layout, Rows
 from esjax.settings.schema import DpoSettings
 from esjax.train.losses import Pairs, dpo_loss, sft_loss

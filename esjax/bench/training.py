@@ -23,7 +23,7 @@ from esjax.errors import InputError
 from esjax.model.costs import training_flops
 from esjax.model.decoder import Decoder, Execution
 from esjax.model.families import Architecture
-from esjax.model.layers import Lora
+from esjax.model.linear import Lora
 from esjax.plan.needed import Step, multiplied
 from esjax.plan.needed import training as needed_by_training
 from esjax.rows import Rows

@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError
 from esjax.errors import InputError
 from esjax.model.decoder import Decoder
 from esjax.model.families import Architecture, architecture
-from esjax.model.layers import Lora
+from esjax.model.linear import Lora
 from esjax.model.lora import lora_from
 from esjax.plan.measure import LARGEST
 from esjax.plan.moved import moved

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from esjax.model.families import Architecture
-from esjax.model.layers import Lora, linear_sizes
+from esjax.model.linear import Lora, linear_sizes
 from esjax.rows import Rows
 
 

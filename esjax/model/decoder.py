@@ -15,7 +15,8 @@ from esjax.model.attention import Attention, Path, attention
 from esjax.model.dropout import Dropout
 from esjax.model.families import Architecture
 from esjax.model.head import target_logprobs
-from esjax.model.layers import KEPT, TRAINING, Block, Lora, Rope, Scores, rms_norm, rope_at, softcap
+from esjax.model.layers import KEPT, TRAINING, Block, Rope, Scores, rms_norm, rope_at, softcap
+from esjax.model.linear import Lora
 from esjax.rows import Layout, Rows
 from esjax.runtime.mesh import batch_groups, constrain, mesh_sizes
 

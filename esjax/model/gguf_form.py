@@ -14,7 +14,7 @@ from esjax.hub.gguf_import import config_from
 from esjax.hub.gguf_names import GLOBAL, KINDS, ROPE_FACTORS, permute
 from esjax.hub.gguf_tokenizer import Metadata
 from esjax.model.families import Architecture, architecture, config_of, key_table, read_config
-from esjax.model.layers import linear_sizes
+from esjax.model.linear import linear_sizes
 from esjax.model.lora import Adapter
 from esjax.model.weights import Backbone, merged_tensors
 

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from esjax.model.layers import KERNEL_AXES, Block, Linear
+from esjax.model.layers import Block
+from esjax.model.linear import KERNEL_AXES, Linear
 from esjax.runtime.mesh import mesh_sizes
 
 TILE = 128  # rows of B beneath W are a multiple of so many: XLA copies a kernel, in every step, that does not end on a tile
@@ -30,6 +31,21 @@ def merged(block: Block) -> Block:
             moved = jnp.einsum("lri,lro->lio", a, b, preferred_element_type=jnp.float32) * linear.scale
             linear.kernel[...] = (w.astype(jnp.float32) + moved).astype(w.dtype)
             linear.lora_a = linear.lora_b = None
+    return block
+
+
+def turned(block: Block) -> Block:
+    """The same, with kernels [out, in] instead of [in, out], but for those that are quantised.
+
+    A CPU's product of few tokens takes a seventh less time with the weights as its left operand, read in their order; with
+    hundreds of tokens it still gains some percent.
+    """
+    block = merged(block)
+    for linear in block.linears(block.arch.linears):
+        if linear.kind == "plain":
+            layers, axis_in, axis_out = linear.kernel.get_metadata()["axes"]
+            linear.kernel = nnx.Param(linear.kernel[...].swapaxes(1, 2), axes=(layers, axis_out, axis_in))
+            linear.turned = True
     return block
 
 

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from esjax.errors import InputError
 from esjax.model.families import FUSED, LINEARS, Architecture, module_name
-from esjax.model.layers import Lora
+from esjax.model.linear import Lora
 from esjax.runtime.mesh import read_sharded, to_host
 from esjax.settings.schema import LoraSettings
 

@@ -19,7 +19,7 @@ from esjax.hub.shards import ShardReader
 from esjax.model.attention import choose_path
 from esjax.model.decoder import Decoder, Execution, Remat, forms
 from esjax.model.families import Architecture, ignorable, ignored_keys, key_table, read_architecture, read_config
-from esjax.model.layers import Lora, linear_sizes
+from esjax.model.linear import Lora, linear_sizes
 from esjax.model.lora import Adapter, flatten, merge_kernel, unflatten
 from esjax.model.quantised import quantise
 from esjax.run.progress import say

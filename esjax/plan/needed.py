@@ -11,7 +11,7 @@ from flax import nnx
 
 from esjax.model.costs import attention_flops, passes_flops, prefill_flops, scoring_flops, weights_read
 from esjax.model.families import Architecture
-from esjax.model.layers import Lora
+from esjax.model.linear import Lora
 from esjax.runtime.mesh import mesh_sizes
 from esjax.sample.shapes import Shapes
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from esjax.model.layers import KERNEL_AXES
+from esjax.model.linear import KERNEL_AXES
 from esjax.plan.hlo import Computation, Instruction, Module
 
 # The scopes (jax.named_scope) that the model, the sampler and the step are traced under.

@@ -12,7 +12,7 @@ from esjax.model.cache import Cache, Chunk
 from esjax.model.cached import Weights, layered
 from esjax.model.cached import prefill as prefill_chunk
 from esjax.model.decoder import Decoder, Execution
-from esjax.model.joined import joined, merged
+from esjax.model.joined import joined, merged, turned
 from esjax.model.layers import Block
 from esjax.model.lora import Adapter
 from esjax.model.weights import bind
@@ -33,7 +33,8 @@ class SamplingPrograms(NamedTuple):
 
 def sampling_programs(definition: nnx.GraphDef[Decoder], dtype: jnp.dtype, execution: Execution) -> SamplingPrograms:
     """The programs for a model. The cache is donated."""
-    form = merged if dtype.itemsize == 4 else joined  # the first is exact to rounding in float32 alone
+    exact = turned if execution.attention == "chunked" else merged  # to rounding, in float32 alone
+    form = exact if dtype.itemsize == 4 else joined
 
     def layers(adapter: Adapter, base: nnx.State) -> tuple[Block, ...]:
         return layered(bind(definition, adapter, base), form).layers

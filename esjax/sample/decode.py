@@ -125,8 +125,7 @@ def run(
         fed = Fed(leaf.token, leaf.position, *spans, jnp.where(busy, lanes.drawn + 1, 1))
         x, cache = step(w, state.cache, fed, lanes.clock, execution)
         with jax.named_scope("head"):
-            logits = constrain(jnp.einsum("bd,vd->bv", x, w.head, preferred_element_type=jnp.float32), "batch", "vocab")
-            logits = softcap(logits, w.arch.logits_cap)
+            logits = softcap(_logits(x, w.head, execution), w.arch.logits_cap)
         flat: Continuation = jax.tree.map(lambda a: a.reshape(-1), leaf)
         drawn, used, units = lanes.drawn.reshape(-1), lanes.used.reshape(-1), lanes.units.reshape(-1)
         with jax.named_scope("draw"):
@@ -163,6 +162,16 @@ def run(
     made = jax.lax.while_loop(go_on, advance, begin)
     small = replicated((made.lanes, made.started, made.steps, made.log))  # for every host to read
     return Called(small[0], made.cache, *small[1:])
+
+
+def _logits(x: Array, head: Array, execution: Execution) -> Array:
+    """x head^T of x [B, D] and head [V, D], in float32 [B, V]."""
+    if execution.attention == "chunked":  # a CPU: with the head as the left operand a third less time
+        turned = jnp.einsum("vd,bd->vb", head, x, preferred_element_type=jnp.float32)
+        logits = jax.lax.optimization_barrier(turned).T  # or the compiler would turn it back
+    else:
+        logits = jnp.einsum("bd,vd->bv", x, head, preferred_element_type=jnp.float32)
+    return constrain(logits, "batch", "vocab")
 
 
 def _take(lanes: Lanes, waiting: Continuation, count: Array, started: Array) -> tuple[Lanes, Array]:
