@@ -9,6 +9,7 @@ esjax does not implement are refused by name. ``token_logprobs`` against torch's
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import dataclass
 from functools import partial
@@ -44,7 +45,7 @@ from esjax.model.decoder import Execution, token_logprobs
 from esjax.model.families import read_architecture
 from esjax.model.joined import joined, merged, turned
 from esjax.model.layers import softcap
-from esjax.model.linear import Lora
+from esjax.model.linear import Lora, linear_sizes
 from esjax.model.lora import lora_from
 from esjax.model.weights import Backbone, bind, load_backbone
 from esjax.rows import Rows, pack, prompt_with_replies, stack, trunk
@@ -468,3 +469,24 @@ def test_chunks_do_not_change_the_gradient(tiny: Backbone) -> None:
     assert size > 0.1
     assert float(np.linalg.norm(gradient(8) - whole)) <= 1e-5 * size
     assert float(np.linalg.norm(gradient(8, 1.001) - whole)) > 1e-5 * size
+
+
+def test_without_a_loop_the_last_layer_makes_the_targets_alone(tiny: Backbone) -> None:
+    """What follows attention in the last layer is computed for 16 of 64 tokens a row, where no other ones are targets."""
+    adapter, sizes = tiny.fresh_adapter(0), linear_sizes(tiny.arch)
+
+    def flops(targets: int, unroll: bool) -> float:
+        rows = stack([trunk(list(range(2, 66)), [0.0] * (63 - targets) + [1.0] * targets + [0.0])] * 4)
+        how = tiny.execution._replace(unroll=unroll, attention="dense")
+
+        def total(adapter: Any) -> jax.Array:
+            return jnp.sum(token_logprobs(bind(tiny.definition, adapter, tiny.base), rows, 4 * targets, how))
+
+        return products(jax.jit(total).trace(adapter).jaxpr.jaxpr)
+
+    assert tiny.lora is not None
+    after = 0
+    for name in ("o_proj", "gate_proj", "up_proj", "down_proj"):
+        after += math.prod(sizes[name]) + (name in tiny.lora.targets) * tiny.lora.rank * sum(sizes[name])
+    assert flops(16, unroll=False) - flops(16, unroll=True) == 2 * after * 4 * (64 - 16)
+    assert flops(60, unroll=False) == flops(60, unroll=True)  # taking nearly all of them would cost more than it saves

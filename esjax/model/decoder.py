@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 
 import jax
@@ -55,23 +56,45 @@ class Decoder(nnx.Module):
             draw = jax.random.normal(rngs.params(), (arch.vocab, arch.width), jnp.float32) * 0.02
             self.head = nnx.Param(draw.astype(dtype), axes=("vocab", "embed"))
 
-    def __call__(self, rows: Rows, execution: Execution, dropout: Dropout | None = None) -> Array:
-        """Final hidden states [B, T, D] of rows [B, T]; with ``dropout``, of what the adapters read."""
+    def __call__(
+        self,
+        rows: Rows,
+        execution: Execution,
+        dropout: Dropout | None = None,
+        only: Take | None = None,
+        early: bool = False,
+    ) -> Array:
+        """Final hidden states [B, T, D] of rows [B, T]; with ``dropout``, of what the adapters read.
+
+        Args:
+            only: gives the tokens whose hidden states are wanted, of any [B, T, D]; they alone are returned.
+            early: where layers are not looped over, take them within the last layer already, as soon as it has attended.
+        """
         choose = self._by_kind(rows, execution)
         definition, stacked = nnx.split(self.layers)
         # Joined along an axis that is split over tensor, matrices would have to move.
         on_gpu = execution.attention in ("cudnn", "pallas")
         place = TRAINING._replace(one_product=on_gpu and mesh_sizes()["tensor"] == 1)
 
-        def layer(x: Array, scanned: tuple[nnx.State, Array, Array | None]) -> tuple[Array, None]:
+        def layer(
+            x: Array, scanned: tuple[nnx.State, Array, Array | None], only: Take | None = None
+        ) -> tuple[Array, None]:
             state, kind, number = scanned
             x = checkpoint_name(constrain(x, "batch", None, None), LAYER_INPUT)
             own = place if dropout is None else place._replace(dropout=dropout._replace(layer=cast(Array, number)))
-            return nnx.merge(definition, state)(x, *choose(kind), own), None
+            return nnx.merge(definition, state)(x, *choose(kind), own, only), None
 
         x = embedded(self.embed[...], rows.tokens, self.arch, "vocab", None)
         each = (stacked, jnp.asarray(self.arch.kind_of), None if dropout is None else jnp.arange(self.arch.layers))
-        x, _ = jax.lax.scan(rematerialised(layer, execution), x, each, unroll=execution.unroll)
+        early &= execution.unroll and only is not None and dropout is None  # which has a key for each row
+        if execution.unroll:
+            *before, last = unstacked(each)
+            for one in before:
+                x, _ = rematerialised(layer, execution)(x, one)
+            x, _ = rematerialised(partial(layer, only=only if early else None), execution)(x, last)
+        else:
+            x, _ = jax.lax.scan(rematerialised(layer, execution), x, each)
+        x = x if early or only is None else only(x)
         return rms_norm(x, self.norm[...], self.arch)
 
     def _by_kind(self, rows: Rows, execution: Execution) -> Callable[[Array], tuple[Rope | None, Attention]]:
@@ -103,6 +126,17 @@ class Decoder(nnx.Module):
         """Vocabulary head: [..., D] -> float32 [..., V]."""
         logits = jnp.einsum("...d,vd->...v", x, self.head_weight, preferred_element_type=jnp.float32)
         return softcap(logits, self.arch.logits_cap)
+
+
+Take = Callable[[Array], Array]
+EARLY = 0.75  # the share of a batch's tokens up to which those wanted are taken within the last layer
+
+
+def unstacked(tree: Any) -> list[Any]:
+    """A tree of arrays [L, ...] as L trees. Its gradient joins theirs once, where slices would add L arrays of all layers."""
+    leaves, form = jax.tree.flatten(tree)
+    apart = [[x[0] for x in jax.lax.split(leaf, (1,) * len(leaf))] for leaf in leaves]
+    return [jax.tree.unflatten(form, one) for one in zip(*apart, strict=True)]
 
 
 @jax.named_scope("embed")
@@ -169,13 +203,16 @@ def token_logprobs(
     """
     b, t = rows.tokens.shape
     groups = batch_groups()
-    hidden = model(rows, execution, dropout).reshape(groups, b // groups * t, -1)
     wanted = (rows.weight != 0).reshape(groups, -1)
     last = wanted.shape[1] - 1  # the last token of a row is never a target
     size = last + 1 if targets is None else min(targets, last + 1)
     index = jax.vmap(lambda w: jnp.nonzero(w, size=size, fill_value=last)[0])(wanted)
     following = jnp.roll(rows.tokens, -1, axis=1).reshape(groups, -1)
-    x = jnp.take_along_axis(hidden, index[..., None], axis=1)
+
+    def take(x: Array) -> Array:
+        return jnp.take_along_axis(x.reshape(groups, b // groups * t, -1), index[..., None], axis=1)
+
+    x = model(rows, execution, dropout, take, early=size <= EARLY * (last + 1))
     head = model.head_weight
     live = jnp.take_along_axis(wanted, index, axis=1)
     token = jnp.take_along_axis(following, index, axis=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def target_logprobs(
     Neither pass holds more logits than those of one chunk of tokens, and the size of a chunk falls as V grows. Since the
     result is one number a token, its derivative with respect to x is a single row: d = head[token] - softmax(x head^T) head.
     The forward pass makes it while it has the logits, so with a frozen head the backward pass costs nothing; with a
-    trained head (it has a gradient of its own) the backward pass makes the logits again.
+    trained head (it has a gradient of its own) the backward pass makes the logits again, and knows their norm.
 
     Args:
         x: G is the number of devices that the batch is split over; each computes its own n tokens.
@@ -46,7 +46,7 @@ def target_logprobs(
         nothing = jnp.zeros(groups * size, jnp.float32)
         out = jax.lax.map(
             lambda part: jax.lax.cond(
-                jnp.any(part[2]), lambda x, t: _one_chunk(x, t, head, cap)[0], lambda *_: nothing, *part[:2]
+                jnp.any(part[2]), lambda x, t: _one_chunk(x, t, head, cap).logprobs, lambda *_: nothing, *part[:2]
             ),
             (split(x), split(token), split(live)),
         )
@@ -56,51 +56,64 @@ def target_logprobs(
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _logprobs(x: Array, head: Array, token: Array, cap: float | None) -> Array:
     """The same in chunks [count, size]."""
-    return jax.lax.map(lambda part: _one_chunk(part[0], part[1], head, cap)[0], (x, token))
+    return jax.lax.map(lambda part: _one_chunk(part[0], part[1], head, cap).logprobs, (x, token))
 
 
-def _one_chunk(x: Array, token: Array, head: Array, cap: float | None) -> tuple[Array, Array, Array | None]:
-    """Log-probs [size] and probabilities [size, V], and the derivative [size, V] of capped logits with respect to plain ones."""
+class Chunk(NamedTuple):
+    """One chunk of tokens through the head."""
+
+    logprobs: Array  # [size], of the targets
+    logits: Array  # [size, V], capped
+    high: Array  # [size, 1], the greatest logit
+    total: Array  # [size, 1], of exp(logits - high)
+
+
+def _one_chunk(x: Array, token: Array, head: Array, cap: float | None) -> Chunk:
     logits = softcap(jnp.einsum("nd,vd->nv", x, head, preferred_element_type=jnp.float32), cap)
     high = jnp.max(logits, axis=-1, keepdims=True)
-    e = jnp.exp(logits - high)
-    total = jnp.sum(e, axis=-1, keepdims=True)
+    total = jnp.sum(jnp.exp(logits - high), axis=-1, keepdims=True)
     picked = jnp.take_along_axis(logits, token[:, None], axis=-1)
-    slope = None if cap is None else 1 - jnp.square(logits / cap)
-    return (picked - high - jnp.log(total))[:, 0], e / total, slope
+    return Chunk((picked - high - jnp.log(total))[:, 0], logits, high, total)
+
+
+def _slope(logits: Array, cap: float | None) -> Array | float:
+    """The derivative of capped logits with respect to plain ones."""
+    return 1.0 if cap is None else 1 - jnp.square(logits / cap)
 
 
 def _forward(x: Any, head: Any, token: Any, cap: float | None) -> tuple[Array, tuple[Any, ...]]:
-    if head.perturbed:
-        return _logprobs(x.value, head.value, token.value, cap), (None, x.value, head.value, token.value)
-
     def chunk(part: tuple[Array, Array]) -> tuple[Array, Array]:
-        logprobs, p, slope = _one_chunk(*part, head.value, cap)
+        made = _one_chunk(*part, head.value, cap)
+        if head.perturbed:
+            return made.logprobs, (made.high + jnp.log(made.total))[:, 0]
         own = head.value[part[1]].astype(jnp.float32)
-        if slope is not None:
-            p, own = p * slope, own * jnp.take_along_axis(slope, part[1][:, None], axis=-1)
-        mean = jnp.einsum("nv,vd->nd", p.astype(x.value.dtype), head.value, preferred_element_type=jnp.float32)
-        return logprobs, (own - mean).astype(x.value.dtype)
+        if cap is not None:
+            own *= _slope(jnp.take_along_axis(made.logits, part[1][:, None], axis=-1), cap)
+        # Not divided by their total before the product: they are then written in the pass that sums them.
+        e = (jnp.exp(made.logits - made.high) * _slope(made.logits, cap)).astype(x.value.dtype)
+        mean = jnp.einsum("nv,vd->nd", e, head.value, preferred_element_type=jnp.float32) / made.total
+        return made.logprobs, (own - mean).astype(x.value.dtype)
 
-    logprobs, slope = jax.lax.map(chunk, (x.value, token.value))
-    return logprobs, (slope,)
+    logprobs, saved = jax.lax.map(chunk, (x.value, token.value))
+    return logprobs, (saved, x.value, head.value, token.value) if head.perturbed else (saved,)
 
 
 def _backward(cap: float | None, saved: tuple[Any, ...], g: Array) -> tuple[Any, Any, None]:
-    slope, *inputs = saved
-    if slope is not None:
-        return (g[..., None] * slope.astype(jnp.float32)).astype(slope.dtype), None, None
+    made, *inputs = saved
+    if not inputs:
+        return (g[..., None] * made.astype(jnp.float32)).astype(made.dtype), None, None
     x, head, token = inputs
 
-    def chunk(total: Array, part: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-        x, token, g = part
-        _, p, slope = _one_chunk(x, token, head, cap)
+    def chunk(total: Array, part: tuple[Array, Array, Array, Array]) -> tuple[Array, Array]:
+        x, token, norm, g = part
+        logits = softcap(jnp.einsum("nd,vd->nv", x, head, preferred_element_type=jnp.float32), cap)
+        p = jnp.exp(logits - norm[:, None])
         d = (jax.nn.one_hot(token, head.shape[0], dtype=jnp.float32) - p) * g[:, None]
-        d = (d if slope is None else d * slope).astype(x.dtype)
+        d = (d * _slope(logits, cap)).astype(x.dtype)
         product = partial(jnp.einsum, preferred_element_type=jnp.float32)
         return total + product("nv,nd->vd", d, x), product("nv,vd->nd", d, head).astype(x.dtype)
 
-    dhead, dx = jax.lax.scan(chunk, jnp.zeros(head.shape, jnp.float32), (x, token, g))
+    dhead, dx = jax.lax.scan(chunk, jnp.zeros(head.shape, jnp.float32), (x, token, made, g))
     return dx, dhead.astype(head.dtype), None
 
 

@@ -141,12 +141,26 @@ class Block(nnx.Module):
         """x [B, T, D] after one of ``NORMS``, or as it is where the family has none there."""
         return rms_norm(x, getattr(self, name)[...], self.arch) if name in self.arch.norms else x
 
-    def __call__(self, x: Array, rope: Rope | None, attend: Attend, place: Placement = TRAINING) -> Array:
-        """The residual stream [B, T, D] after this layer; ``attend`` says what a query sees."""
+    def __call__(
+        self,
+        x: Array,
+        rope: Rope | None,
+        attend: Attend,
+        place: Placement = TRAINING,
+        only: Callable[[Array], Array] | None = None,
+    ) -> Array:
+        """The residual stream [B, T, D] after this layer; ``attend`` says what a query sees.
+
+        Args:
+            only: of any [B, T, n] the tokens that are computed further once keys and values are made; of the last layer the
+                other ones are nobody's.
+        """
         q, k, v = (keep(y) for y in self.qkv(x, rope, place))
         with jax.named_scope("attend"):
-            attended = attend(q, k, v)
-        (o,) = place.project(keep(attended.reshape(*x.shape[:-1], -1)), "heads", (self.o_proj,))
+            attended = attend(q, k, v).reshape(*x.shape[:-1], -1)
+        if only is not None:
+            attended, x = only(attended), only(x)
+        (o,) = place.project(keep(attended), "heads", (self.o_proj,))
         x = keep(place.stream(x + self.norm(o, "attn_post_norm")))
         h = self.norm(x, "mlp_norm")
         made = place.project(h, "embed", self.linears(self.arch.gate_up))

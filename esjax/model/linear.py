@@ -117,8 +117,8 @@ def project(
     """What several linear layers make of one input [..., in]: each [..., out]. Weights are gathered over fsdp, or stay.
 
     Their A matrices are joined, so that x is read once for all of them, forward and backward: LoRA's narrow products are
-    bound by memory, not by arithmetic. ``one_product`` makes base and adapter in one, see ``_one_product``; ``dropout``
-    drops from what the adapters read, for all of them the same.
+    bound by memory, not by arithmetic. ``one_product`` makes base and adapter in one, see ``_one_product``, where a layer's
+    input is not wider than its output; ``dropout`` drops from what the adapters read, for all of them the same.
     """
     # Two-dimensional: XLA's CPU backend computes the narrow gradients of A and B several times slower over two axes.
     flat = x.reshape(-1, x.shape[-1])
@@ -145,7 +145,7 @@ def project(
             else:
                 b = adapted[linear.name][1]
                 b = _gathered(b.astype(x.dtype), (None, KERNEL_AXES[linear.name][1]), gather)
-                if one_product:
+                if one_product and kernel.shape[1] >= kernel.shape[0]:
                     rank, before = len(b), list(adapted).index(linear.name)
                     y = _one_product(
                         flat, wide, kernel, jnp.pad(b, ((rank * before, wide.shape[1] - rank * (before + 1)), (0, 0)))
@@ -184,7 +184,7 @@ def _with_b_beneath(x: Array, linear: Linear) -> Array:
 def _one_product(x: Array, u: Array, w: Array, b: Array) -> Array:
     """x W + u B = [x u] [W; B]: x [n, in], u [n, r], W [in, out] frozen, B [r, out] -> [n, out].
 
-    On a GPU a sum of two products is written twice and read twice, which takes longer than u B itself; one product of rows
+    On a GPU a sum of two products is written twice and read once, which takes longer than u B itself; one product of rows
     longer by r costs the copies of x and W that they are joined in. The gradients of x and u come from one product too.
     """
     return jnp.concatenate([x, u], axis=1) @ jnp.concatenate([w, b], axis=0)
