@@ -2,7 +2,7 @@
 
 ``python mesh_numbers.py FOLDER JOB...`` prints a JSON object for each JOB, a JSON list [mesh, options]: mesh is [data, fsdp,
 tensor], or [] for one device. Options: what (some of sft, dpo, score, sample), attention, weights (what decoding reads),
-broken (the rows' limits are wrong).
+unroll (layers are not looped over), broken (the rows' limits are wrong).
 """
 
 from __future__ import annotations
@@ -138,7 +138,10 @@ def main(folder: str, *jobs: str) -> None:
         with context:
             backbone = load_backbone(Path(folder), Lora(LINEARS, 4, 2.0), np.dtype("float32"))
             how = backbone.execution._replace(
-                attention=options.get("attention", "chunked"), weights=options.get("weights", "apart"), interpret=True
+                attention=options.get("attention", "chunked"),
+                weights=options.get("weights", "apart"),
+                unroll=options.get("unroll", False),
+                interpret=True,
             )
             backbone = replace(backbone, execution=how)
             made = batch()
