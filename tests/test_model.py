@@ -490,3 +490,33 @@ def test_without_a_loop_the_last_layer_makes_the_targets_alone(tiny: Backbone) -
         after += math.prod(sizes[name]) + (name in tiny.lora.targets) * tiny.lora.rank * sum(sizes[name])
     assert flops(16, unroll=False) - flops(16, unroll=True) == 2 * after * 4 * (64 - 16)
     assert flops(60, unroll=False) == flops(60, unroll=True)  # taking nearly all of them would cost more than it saves
+
+
+def test_families_without_a_loop(pair: Pair) -> None:
+    """Log-probs of the last 16 tokens, and all parameters' gradients, where the last layer computes the targets alone."""
+    if pair.name not in ("gemma2", "phi3", "qwen2", "smollm3"):
+        pytest.skip(
+            "norms after a layer, fused layers, biases, and layers without positions are what a last layer can have"
+        )
+    tokens = sequences()[0]
+    rows = stack([trunk(tokens, [0.0] * 47 + [1.0] * 16 + [0.0])])
+    wanted = rows.weight != 0
+
+    @partial(jax.jit, static_argnums=1)
+    def made(base: Any, unroll: bool) -> tuple[Any, jax.Array]:
+        def total(base: Any) -> tuple[jax.Array, jax.Array]:
+            how = pair.backbone.execution._replace(unroll=unroll, remat="dots")
+            logprobs = token_logprobs(bind(pair.backbone.definition, BARE, base), rows, 16, how)
+            return jnp.sum(jnp.arange(64) * logprobs), logprobs
+
+        return jax.grad(total, has_aux=True)(base)
+
+    gradient, logprobs = made(pair.backbone.base, True)
+    theirs = torch.log_softmax(torch.from_numpy(torch_logits(pair.torch, tokens)), -1).numpy()
+    expected = theirs[np.arange(63), tokens[1:]][47:]
+    assert worst(np.asarray(logprobs)[wanted], expected) <= 1e-3
+    assert worst(np.asarray(logprobs)[wanted], theirs[np.arange(63), tokens[1:]][46:62]) > 1e-2
+    looped = made(pair.backbone.base, False)[0]
+    for mine, loop in zip(*(jax.tree.leaves(g) for g in (gradient, looped)), strict=True):
+        assert np.linalg.norm(mine - loop) <= 1e-4 * np.linalg.norm(loop)
+        assert np.linalg.norm(1.001 * mine - loop) > 1e-4 * np.linalg.norm(loop)

@@ -22,7 +22,7 @@ def target_logprobs(
     Neither pass holds more logits than those of one chunk of tokens, and the size of a chunk falls as V grows. Since the
     result is one number a token, its derivative with respect to x is a single row: d = head[token] - softmax(x head^T) head.
     The forward pass makes it while it has the logits, so with a frozen head the backward pass costs nothing; with a
-    trained head (it has a gradient of its own) the backward pass makes the logits again, and knows their norm.
+    trained head (it has a gradient of its own) the backward pass makes the logits again, but not their sums.
 
     Args:
         x: G is the number of devices that the batch is split over; each computes its own n tokens.
@@ -59,8 +59,8 @@ def _logprobs(x: Array, head: Array, token: Array, cap: float | None) -> Array:
     return jax.lax.map(lambda part: _one_chunk(part[0], part[1], head, cap).logprobs, (x, token))
 
 
-class Chunk(NamedTuple):
-    """One chunk of tokens through the head."""
+class Softmax(NamedTuple):
+    """What the head makes of one chunk of tokens."""
 
     logprobs: Array  # [size], of the targets
     logits: Array  # [size, V], capped
@@ -68,12 +68,16 @@ class Chunk(NamedTuple):
     total: Array  # [size, 1], of exp(logits - high)
 
 
-def _one_chunk(x: Array, token: Array, head: Array, cap: float | None) -> Chunk:
-    logits = softcap(jnp.einsum("nd,vd->nv", x, head, preferred_element_type=jnp.float32), cap)
+def _logits(x: Array, head: Array, cap: float | None) -> Array:
+    return softcap(jnp.einsum("nd,vd->nv", x, head, preferred_element_type=jnp.float32), cap)
+
+
+def _one_chunk(x: Array, token: Array, head: Array, cap: float | None) -> Softmax:
+    logits = _logits(x, head, cap)
     high = jnp.max(logits, axis=-1, keepdims=True)
     total = jnp.sum(jnp.exp(logits - high), axis=-1, keepdims=True)
     picked = jnp.take_along_axis(logits, token[:, None], axis=-1)
-    return Chunk((picked - high - jnp.log(total))[:, 0], logits, high, total)
+    return Softmax((picked - high - jnp.log(total))[:, 0], logits, high, total)
 
 
 def _slope(logits: Array, cap: float | None) -> Array | float:
@@ -94,26 +98,26 @@ def _forward(x: Any, head: Any, token: Any, cap: float | None) -> tuple[Array, t
         mean = jnp.einsum("nv,vd->nd", e, head.value, preferred_element_type=jnp.float32) / made.total
         return made.logprobs, (own - mean).astype(x.value.dtype)
 
-    logprobs, saved = jax.lax.map(chunk, (x.value, token.value))
-    return logprobs, (saved, x.value, head.value, token.value) if head.perturbed else (saved,)
+    logprobs, kept = jax.lax.map(chunk, (x.value, token.value))
+    return logprobs, (kept, x.value, head.value, token.value) if head.perturbed else (kept,)
 
 
 def _backward(cap: float | None, saved: tuple[Any, ...], g: Array) -> tuple[Any, Any, None]:
-    made, *inputs = saved
+    kept, *inputs = saved
     if not inputs:
-        return (g[..., None] * made.astype(jnp.float32)).astype(made.dtype), None, None
+        return (g[..., None] * kept.astype(jnp.float32)).astype(kept.dtype), None, None
     x, head, token = inputs
 
     def chunk(total: Array, part: tuple[Array, Array, Array, Array]) -> tuple[Array, Array]:
-        x, token, norm, g = part
-        logits = softcap(jnp.einsum("nd,vd->nv", x, head, preferred_element_type=jnp.float32), cap)
-        p = jnp.exp(logits - norm[:, None])
+        x, token, log_total, g = part
+        logits = _logits(x, head, cap)
+        p = jnp.exp(logits - log_total[:, None])
         d = (jax.nn.one_hot(token, head.shape[0], dtype=jnp.float32) - p) * g[:, None]
         d = (d * _slope(logits, cap)).astype(x.dtype)
         product = partial(jnp.einsum, preferred_element_type=jnp.float32)
         return total + product("nv,nd->vd", d, x), product("nv,vd->nd", d, head).astype(x.dtype)
 
-    dhead, dx = jax.lax.scan(chunk, jnp.zeros(head.shape, jnp.float32), (x, token, made, g))
+    dhead, dx = jax.lax.scan(chunk, jnp.zeros(head.shape, jnp.float32), (x, token, kept, g))
     return dx, dhead.astype(head.dtype), None
 
 
