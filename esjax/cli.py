@@ -173,8 +173,9 @@ def study(args: argparse.Namespace, given: Overrides) -> None:
 def bench(args: argparse.Namespace, given: Overrides) -> None:
     """Measure sampling and training on this machine: one JSON line a job, with random weights and a workload file's sizes.
 
-    Of the settings below model.attention and model.remat count: the workload file says the rest. The task data prepares the
-    training dialogues of data.train with the tokenizer of model.source, repeated to 2,170 dialogues; it uses no device.
+    Of the settings below model.attention, model.decoding_attention and model.remat count: the workload file says the rest. The
+    task data prepares the training dialogues of data.train with the tokenizer of model.source, repeated to 2,170 dialogues; it
+    uses no device.
     """
     from esjax.bench import suite
     from esjax.bench.tasks import bench

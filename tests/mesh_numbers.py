@@ -128,7 +128,12 @@ def sampled(backbone: Backbone) -> dict[str, Any]:
     generator.programs = generator.programs._replace(decode=watched)
     adapter = filled(backbone.fresh_adapter(0))
     made = generator.generate(adapter, prompts, range(40), SamplingSettings(temperature=0.0), 24)
-    return {"tokens": [m.token_ids for m in made], "logprobs": [m.logprobs for m in made], "cache": cache}
+    return {
+        "tokens": [m.token_ids for m in made],
+        "logprobs": [m.logprobs for m in made],
+        "cache": cache,
+        "attends": generator.attends,
+    }
 
 
 def main(folder: str, *jobs: str) -> None:
@@ -140,6 +145,7 @@ def main(folder: str, *jobs: str) -> None:
             how = backbone.execution._replace(
                 attention=options.get("attention", "chunked"),
                 weights=options.get("weights", "apart"),
+                decoding=options.get("decoding", "plain"),
                 unroll=options.get("unroll", False),
                 interpret=True,
             )

@@ -31,7 +31,7 @@ from esjax.model.costs import training_flops
 from esjax.model.decoder import Execution
 from esjax.model.joined import turned
 from esjax.model.lora import lora_from
-from esjax.model.weights import Backbone, bind, choose_execution
+from esjax.model.weights import Backbone, Choice, bind, choose_execution
 from esjax.sample.constrain import free
 from esjax.sample.decode import Asked, idle_lanes, run
 from esjax.sample.generate import Generator
@@ -217,7 +217,7 @@ def test_three_times_the_vocabulary_costs_its_embedding_and_no_more() -> None:
         arch = replace(work.architecture, vocab=vocab)
         definition, make = sizes.parts(arch, job.lora, FLOAT32)
         trained, frozen = jax.eval_shape(make)
-        how = choose_execution("chunked", "full", FLOAT32)
+        how = choose_execution(Choice("chunked"), FLOAT32)
         step, opt_state = bench.build(definition, job, trained, example, 4, how)
         return float(sizes.planned(step.lower(trained, opt_state, frozen, example, extra).compile())["mem_gib"])
 
@@ -250,7 +250,7 @@ def test_memory_of_sampling_is_what_is_held_not_what_a_step_reads() -> None:
     work = sizes.read_workload(WORKLOAD, "tiny")
     definition, make = sizes.parts(work.architecture, None, FLOAT32, bare=True)
     backbone = Backbone(
-        Path(), work.architecture, None, FLOAT32, definition, make()[1], choose_execution("auto", "full", FLOAT32)
+        Path(), work.architecture, None, FLOAT32, definition, make()[1], choose_execution(Choice(), FLOAT32)
     )
     generator = Generator(backbone, 4, end_of_turn=-1, lanes=1, slots=128, new=64)
     weights = sum(x.nbytes for x in jax.tree.leaves(backbone.base))

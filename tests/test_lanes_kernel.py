@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,11 +13,14 @@ import pytest
 from jax import Array
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
+from esjax.errors import InputError
+from esjax.model.attention import choose_decoding
 from esjax.model.cache import attend_lanes
 from esjax.model.decoder import Execution
+from esjax.model.families import Architecture, architecture
 from esjax.model.lanes_kernel import KEYS, lanes_attention, takes
 
-KERNEL = Execution("pallas", interpret=True)
+KERNEL = Execution(decoding="pallas", interpret=True)
 
 
 class Case:
@@ -99,13 +106,35 @@ def test_blocks_that_nobody_sees_are_not_read() -> None:
     assert bool(jnp.isnan(dense).any())
 
 
-def test_sizes_that_it_does_not_take_go_the_dense_way() -> None:
-    for h, slots in ((8, 128), (48, 128), (16, KEYS - 1)):
-        assert not takes(h, slots)
-        case = Case(2, 2, 1, 2, h, slots)
-        arrays = case.arrays()
-        assert error(attend_lanes(*arrays, jnp.asarray(case.seen), KERNEL), case.dense(*arrays)) < 1e-5
-    assert takes(64, KEYS)
+def test_models_that_it_does_not_take() -> None:
+    assert [h for h in (8, 16, 48, 64, 96, 128, 256) if takes(h)] == [16, 64, 128, 256]
+    llama = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "rms_norm_eps": 1e-5, "max_position_embeddings": 512}
+
+    def arch(**more: Any) -> Architecture:
+        return architecture({"model_type": "llama", **llama, **heads, "head_dim": 64, **more}, "a test's model")
+
+    takes_it, odd, capped = arch(), arch(head_dim=48), replace(arch(), attention_cap=50.0)
+    assert choose_decoding("auto", "gpu", takes_it) == choose_decoding("auto", "gpu") == "auto"  # to be timed
+    for platform, model, why in (
+        ("gpu", odd, r"has no heads of 48 numbers \(powers of 2 from 16 on\)"),
+        ("gpu", capped, "has no soft cap of scores"),
+        ("cpu", takes_it, "does not run on cpu"),
+        ("tpu", takes_it, "does not run on tpu"),
+    ):
+        assert choose_decoding("auto", platform, model) == "plain"
+        with pytest.raises(InputError, match=f"model.decoding_attention=pallas {why}.*: choose auto or plain"):
+            choose_decoding("pallas", platform, model)
+    for platform in ("cpu", "gpu", "tpu"):
+        assert choose_decoding("plain", platform, takes_it) == "plain"
+    assert choose_decoding("pallas", "gpu", takes_it) == "pallas"
+
+
+def test_a_jax_without_the_kernels_backend_decodes_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "esjax.model.lanes_kernel", None)
+    assert choose_decoding("auto", "gpu") == "plain"
+    with pytest.raises(InputError, match="needs Pallas' Triton backend, which JAX"):
+        choose_decoding("pallas", "gpu")
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])

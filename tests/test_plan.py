@@ -473,7 +473,8 @@ def needs_cuda() -> None:
 def gpus(tiny_folder: Path, wide: Path) -> dict[str, Told]:
     needs_cuda()
     named = ("--topology", "h100:2", *on((1, -1, 1)))
-    own = (*named, "--json", "--programs", "score,sft,dpo", "--model.dtype", "float32")
+    own = (*named, "--json", "--programs", "score,sft,dpo,decode", "--model.dtype", "float32")
+    own = (*own, "--model.decoding_attention", "plain")
     return told(
         1,
         {
@@ -504,6 +505,12 @@ def test_all_programs_compile_for_gpus(gpus: dict[str, Told], tiny_folder: Path)
         assert full * 0.97 < programs[task]["flops"] < full * 1.02
         assert by_name(gpus["own"].json)[task]["flops"] == pytest.approx(full, rel=0.03)
     assert 0 < sent(programs["decode"]) < most_sent(arch, LANES)
+    # A run times two ways to attend in decoding and takes the faster; the one with our kernel is counted.
+    plain = by_name(gpus["own"].json)["decode"]
+    assert (programs["decode"]["decoding"], plain["decoding"]) == ("pallas, or plain if faster", "plain")
+    for p, kernel in ((programs["decode"], True), (plain, False)):
+        assert any("attend: kernel" in part for part in p["largest"]) == kernel
+        assert p["flops"] == pytest.approx(p["needed"]["flops"], rel=0.05)
 
 
 def test_gpus_of_two_nodes(gpus: dict[str, Told]) -> None:

@@ -25,7 +25,7 @@ from esjax.evolve.experiment import Experiment
 from esjax.evolve.replies import lengths, sampling_need
 from esjax.model.cache import Cache
 from esjax.model.families import read_architecture
-from esjax.model.weights import choose_execution
+from esjax.model.weights import Choice, choose_execution
 from esjax.plan.jobs import jobs, sampler_shapes
 from esjax.runtime.mesh import make_mesh
 from esjax.sample.rowbook import Request
@@ -51,14 +51,15 @@ class Recorded:
 
     def note(self, arguments: tuple[Any, ...]) -> None:
         # The slots of a row are part of the cache's tree; they are compared as sizes.
+        words = tuple(x for x in arguments if isinstance(x, str))
         given = jax.tree.map(
             lambda x: replace(x, slots=0) if isinstance(x, Cache) else x,
-            arguments[self.static :],
+            tuple(x for x in arguments[self.static :] if not isinstance(x, str)),
             is_leaf=lambda x: isinstance(x, Cache),
         )
         leaves, tree = jax.tree_util.tree_flatten_with_path(given)
         sizes = {jax.tree_util.keystr(path): (x.shape, str(x.dtype)) for path, x in leaves}
-        self.calls.append(Call(arguments[: self.static], sizes, tree))
+        self.calls.append(Call((*arguments[: self.static], *words), sizes, tree))
 
     def __call__(self, *arguments: Any) -> Any:
         self.note(arguments)
@@ -140,7 +141,7 @@ def planned(tiny_folder: Path) -> Planned:
     log = Log()
     out: dict[str, Call] = {}
     config = load(None, tiny_overrides(tiny_folder))
-    how = choose_execution("auto", "full", jnp.dtype("float32"))
+    how = choose_execution(Choice(), jnp.dtype("float32"))
     with pytest.MonkeyPatch.context() as patch, jax.set_mesh(make_mesh(jax.devices(), (1, 1, 1))):
         log.watch(patch, runs=False)
         for job in jobs(config, read_architecture(tiny_folder), how, jnp.dtype("float32"), "cpu"):
@@ -188,6 +189,7 @@ def test_a_run_calls_its_programs_as_they_were_planned(run: Log, planned: Planne
     assert len(calls) >= (30 if name in ("prefill", "decode") else 1)
     for call in calls:
         assert faults(plan, call) == []
+        assert call.static == plan.static == (("plain",) if name == "decode" else ())
     # The comparison sees what is smaller, larger, of another dtype, or something else.
     for path, (shape, dtype) in plan.sizes.items():
         wrong = [(shape, "float16")]

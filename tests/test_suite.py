@@ -44,8 +44,9 @@ def test_a_suite_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.Mon
         "round --compare naive": "stopped at the limit",
         "dpo --model.remat full --compare naive": "no time was left",
         "sft --model.remat full": "no time was left",
-        "sample --model.attention pallas": "no time was left",
-        "round --model.attention pallas": "no time was left",
+        "sample --model.decoding_attention plain": "no time was left",
+        "sample --model.decoding_attention pallas": "no time was left",
+        "dpo --model.remat dots --model.attention pallas": "no time was left",
     }
     page = (tmp_path / "out" / PAGE).read_text()
     for said in ("a stand-in", "7.0 to 8.0", "0.5 head: product", "no such luck", made["versions"]["jax"]):

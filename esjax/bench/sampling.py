@@ -107,6 +107,7 @@ def bench(
         "lanes": generator.replies,
         "occupancy": round(u.occupancy, 3),
         "attention": how.attention,
+        "decoding_attention": generator.attends,
     }
 
 
@@ -121,7 +122,8 @@ def memory_held(generator: Generator, once: Callable[[], None]) -> tuple[int, An
 
     def watched(*arguments: Any) -> Any:
         seen.append(sum({x.unsafe_buffer_pointer(): x.nbytes for x in jax.live_arrays()}.values()))
-        shapes[:] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
+        *arrays, attend = arguments
+        shapes[:] = [*jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays), attend]
         return decode(*arguments)
 
     usual = generator.programs

@@ -45,7 +45,7 @@ def _computed(config: Config, args: argparse.Namespace, tasks: list[str]) -> Non
 
     from esjax.bench import sampling, training
     from esjax.bench.workload import measured_ceilings, read_workload
-    from esjax.model.weights import choose_execution
+    from esjax.model.weights import Choice, choose_execution
 
     naive, work = args.compare == "naive", read_workload(args.workload, args.profile)
     dtype = jnp.dtype(work.dtype)
@@ -53,7 +53,7 @@ def _computed(config: Config, args: argparse.Namespace, tasks: list[str]) -> Non
         _show(data.bench(config, naive))
     sampled = [task for task in tasks if task in ("sample", "round")]
     trained = [task for task in tasks if task in ("dpo", "sft")]
-    how = choose_execution(config.model.attention, config.model.remat, dtype)
+    how = choose_execution(Choice.of(config.model), dtype, work.architecture)
     if args.micro_rows is not None:  # said before anything runs
         for job in training.jobs(work, trained, naive=False):
             training.check_micro_rows(job, len(job.batch(np.random.default_rng(0))[0].tokens), args.micro_rows)

@@ -58,12 +58,13 @@ class Experiment:
         dtype = compute_dtype(config.model.dtype)
         tokenizer = ChatTokenizer(folder, config.model.chat_template)
         m = config.model
-        backbone = load_backbone(folder, trained, dtype, Choice(m.attention, m.remat, m.decoding_weights, m.base))
+        backbone = load_backbone(folder, trained, dtype, Choice.of(m))
         tokenizer.check_rows(backbone.arch.vocab)
         how = backbone.execution
         say(
-            f"computing on {jax.default_backend()} in {dtype}; attention: {how.attention}, rematerialisation: {how.remat}, "
-            f"weights while decoding: {how.weights}, cache: {dtype if m.cache_dtype == 'auto' else m.cache_dtype}"
+            f"computing on {jax.default_backend()} in {dtype}; attention: {how.attention}, in decoding: {how.decoding}, "
+            f"rematerialisation: {how.remat}, weights while decoding: {how.weights}, "
+            f"cache: {dtype if m.cache_dtype == 'auto' else m.cache_dtype}"
             + ("" if m.base == "plain" else f"; linear layers are kept in {m.base}")
         )
         encoder = Encoder(tokenizer, config.data.window, read_text(config.prompts.system), cache_root() / "tokens")

@@ -17,17 +17,34 @@ NO_SYSTEM = "bundled:prompts/none.txt"
 EXPORT = ("model.sha256", "model.chat_template", "model.dtype", "model.attention", "model.base")
 SCORE = (*EXPORT, "mesh", "data.window", "prompts.system", "sft.micro_rows")
 SAMPLE = (
-    *("seed", *EXPORT, "model.cache_dtype", "model.decoding_weights", "mesh", "prompts.system"),
+    *(
+        "seed",
+        *EXPORT,
+        "model.cache_dtype",
+        "model.decoding_attention",
+        "model.decoding_weights",
+        "mesh",
+        "prompts.system",
+    ),
     *("reply.temperature", "reply.top_p", "reply.top_k", "reply.max_tokens", "reply.batch"),
 )
 SERVE = (*SAMPLE, "data.window")
 BENCH = (
-    *("model.attention", "model.remat", "model.source", "model.sha256", "data.train", "data.format", "data.window"),
-    *("prompts.system", "seed"),
+    *("model.attention", "model.decoding_attention", "model.remat", "model.source", "model.sha256", "data.train"),
+    *("data.format", "data.window", "prompts.system", "seed"),
 )
 DATA = ("seed", "model.sha256", "data.format", "data.window", "screen", "prompts.system")
 EVAL = (
-    *("seed", *EXPORT, "model.cache_dtype", "model.decoding_weights", "mesh", "data", "evolve.batch"),
+    *(
+        "seed",
+        *EXPORT,
+        "model.cache_dtype",
+        "model.decoding_attention",
+        "model.decoding_weights",
+        "mesh",
+        "data",
+        "evolve.batch",
+    ),
     *("sft.row_length", "sft.micro_rows", "dpo.row_length", "dpo.micro_rows", "filters", "screen", "reply", "eval"),
     *("evolve.reflection", "prompts"),
 )

@@ -28,6 +28,7 @@ from esjax.rows import Layout, Rows, near, sees
 from esjax.runtime.mesh import per_device
 
 Path = Literal["dense", "chunked", "cudnn", "pallas", "splash"]
+Decoding = Literal["auto", "plain", "pallas"]
 Library = Literal["cudnn", "xla"]
 Attention = Callable[[Array, Array, Array], Array]  # q [B, T, N, H], k and v [B, T, K, H] -> [B, T, N, H]
 PLATFORMS: dict[str, tuple[str, ...]] = {
@@ -65,6 +66,27 @@ def _lacks(path: str, arch: Architecture | None) -> str:
     if arch.attention_cap is not None and path in ("cudnn", "pallas"):
         return "soft cap of scores"
     return "sliding window" if path == "pallas" and arch.windows != (None,) else ""
+
+
+def choose_decoding(setting: str, platform: str, arch: Architecture | None = None) -> Decoding:
+    """``model.decoding_attention`` on a platform, and for a model: auto is left only where there is a choice.
+
+    Raises InputError where they do not go together.
+    """
+    lacks = "" if platform == "gpu" else f"does not run on {platform}"
+    if platform == "gpu":
+        try:
+            from esjax.model.lanes_kernel import takes  # not without Pallas' Triton backend
+
+            if arch is not None and not takes(arch.head_size):
+                lacks = f"has no heads of {arch.head_size} numbers (powers of 2 from 16 on)"
+            elif arch is not None and arch.attention_cap is not None:
+                lacks = "has no soft cap of scores, which this model needs"
+        except ImportError as e:
+            lacks = f"needs Pallas' Triton backend, which JAX {jax.__version__} lacks ({e})"
+    if setting == "pallas" and lacks:
+        raise InputError(f"model.decoding_attention=pallas {lacks}: choose auto or plain")
+    return "plain" if lacks else setting  # type: ignore[return-value]
 
 
 class How(Protocol):

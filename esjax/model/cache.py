@@ -251,18 +251,17 @@ def attend_lanes(
 ) -> Array:
     """One query a lane [R M, 1, N, H] against its row and its ring, read once for all lanes; ``seen`` as of ``lanes_see``.
 
-    On the path pallas a kernel reads what some lane sees, where it takes these sizes; cudnn has none that is made for this.
+    Decoding with pallas, a kernel reads what some lane sees.
     """
-    (r, m, slots), (_, kv, h, _) = seen.shape, keys.shape
+    (r, m, _), (_, kv, h, _) = seen.shape, keys.shape
     g = q.shape[2] // kv
     q_RxKxMGxH = q.reshape(r, m, kv, g, h).swapaxes(1, 2).reshape(r, kv, m * g, h)
     mask = jnp.repeat(seen, g, axis=1)
-    if execution.attention == "pallas":
-        from esjax.model.lanes_kernel import lanes_attention, takes  # not without Pallas' Triton backend
+    if execution.decoding == "pallas":
+        from esjax.model.lanes_kernel import lanes_attention  # not without Pallas' Triton backend
 
-        if cap is None and takes(h, slots):
-            out = lanes_attention(q_RxKxMGxH, keys, values, mask, execution.interpret)
-            return out.reshape(r, kv, m, g, h).swapaxes(1, 2).reshape(q.shape)
+        out = lanes_attention(q_RxKxMGxH, keys, values, mask, execution.interpret)
+        return out.reshape(r, kv, m, g, h).swapaxes(1, 2).reshape(q.shape)
     scaled = q_RxKxMGxH * h**-0.5
     way = _parts_of_lanes if execution.attention == "chunked" else _whole_lanes
     out = way(scaled, keys, values, mask[:, None], cap)

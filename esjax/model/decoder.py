@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from esjax.model.attention import Attention, Path, attention
+from esjax.model.attention import Attention, Decoding, Path, attention
 from esjax.model.dropout import Dropout
 from esjax.model.families import Architecture
 from esjax.model.head import target_logprobs
@@ -38,6 +38,7 @@ class Execution(NamedTuple):
     layout: Layout = "branched"  # what the rows hold at most; simpler rows take a shorter way
     remat: Remat = "none"  # auto only until it is settled, see ``forms``
     weights: Literal["shared", "apart"] = "apart"  # what decoding reads: training's arrays, or layers of its own
+    decoding: Decoding = "plain"  # how a decoding step attends; auto only until it is settled, see ``sample/faster.py``
     logits: int = 1 << 26  # entries of the head's logits that exist at once on a device: 256 MiB in float32
     unroll: bool = False  # layers are not looped over
     interpret: bool = False  # kernels run on the host, for tests

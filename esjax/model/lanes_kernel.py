@@ -21,16 +21,16 @@ KEYS = 64  # slots of a block
 PROGRAMS = 512  # at least, as far as a row's blocks can be shared out: several for each of a GPU's processors
 
 
-def takes(head_size: int, slots: int) -> bool:
-    """Whether the kernel can compute heads of this size against rows of so many slots."""
-    return head_size >= 16 and head_size & (head_size - 1) == 0 and slots >= KEYS
+def takes(head_size: int) -> bool:
+    """Whether the kernel can compute heads of this size."""
+    return head_size >= 16 and head_size & (head_size - 1) == 0
 
 
 def lanes_attention(q: Array, keys: Array, values: Array, seen: Array, interpret: bool = False) -> Array:
     """Queries [R, K, Q, H] against keys [R, K, H, S] and values [R, K, S, H] -> [R, K, Q, H]; scores scaled by H**-0.5.
 
     Args:
-        seen: bool [R, Q, S], which slots a query sees: at least one.
+        seen: bool [R, Q, S], which slots a query sees: at least one. S is a block (``KEYS``) at least.
     """
     r, kv, queries, h = q.shape
     slots = keys.shape[-1]

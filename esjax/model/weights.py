@@ -16,7 +16,7 @@ from flax import nnx
 
 from esjax.errors import InputError
 from esjax.hub.shards import ShardReader
-from esjax.model.attention import choose_path
+from esjax.model.attention import choose_decoding, choose_path
 from esjax.model.decoder import Decoder, Execution, Remat, forms
 from esjax.model.families import Architecture, ignorable, ignored_keys, key_table, read_architecture, read_config
 from esjax.model.linear import Lora, linear_sizes
@@ -24,6 +24,7 @@ from esjax.model.lora import Adapter, flatten, merge_kernel, unflatten
 from esjax.model.quantised import quantise
 from esjax.run.progress import say
 from esjax.runtime.mesh import constrain, mesh_sizes, read_sharded, shardings_here, to_host
+from esjax.settings.schema import ModelSettings
 
 
 @dataclass(frozen=True)
@@ -113,39 +114,44 @@ def compute_dtype(name: str, platform: str | None = None) -> jnp.dtype:
 LOGITS = {"cpu": 1 << 24, "gpu": 1 << 28, "tpu": 1 << 26}
 
 
+class Choice(NamedTuple):
+    """What the settings' ``model`` section says of how to compute."""
+
+    attention: str = "auto"
+    decoding: str = "auto"  # attention of a decoding step
+    remat: Remat = "full"
+    weights: str = "auto"
+    kernels: Literal["plain", "int8", "nf4"] = "plain"
+
+    @classmethod
+    def of(cls, settings: ModelSettings) -> Choice:
+        """What the settings say."""
+        s = settings
+        return cls(s.attention, s.decoding_attention, s.remat, s.decoding_weights, s.base)
+
+
 def choose_execution(
-    attention: str,
-    remat: Remat,
-    dtype: jnp.dtype,
-    platform: str | None = None,
-    weights: str = "auto",
-    arch: Architecture | None = None,
+    choice: Choice, dtype: jnp.dtype, arch: Architecture | None = None, platform: str | None = None
 ) -> Execution:
     """How to compute on a platform (cpu, gpu or tpu; this machine's when left out), and a model there where one is given.
 
     Raises InputError for what it cannot do.
     """
-    platform = platform or jax.default_backend()
+    platform, remat, weights = platform or jax.default_backend(), choice.remat, choice.weights
     if weights == "auto":
         weights = "shared" if platform == "tpu" else "apart"
     if remat == "offload" and platform == "cpu":
         raise InputError(
             "model.remat=offload needs a device with memory of its own: choose auto, none, dots or full on a CPU"
         )
-    path = choose_path(attention, platform, dtype, arch)
-    execution = Execution(path, remat=remat, weights=weights)  # type: ignore[arg-type]
+    path, decoding = (
+        choose_path(choice.attention, platform, dtype, arch),
+        choose_decoding(choice.decoding, platform, arch),
+    )
+    execution = Execution(path, remat=remat, weights=weights, decoding=decoding)  # type: ignore[arg-type]
     if remat != "auto":
         (execution,) = forms(execution, platform)
     return execution._replace(logits=LOGITS[platform])
-
-
-class Choice(NamedTuple):
-    """What the settings' ``model`` section says of how to compute."""
-
-    attention: str = "auto"
-    remat: Remat = "full"
-    weights: str = "auto"
-    kernels: Literal["plain", "int8", "nf4"] = "plain"
 
 
 def load_backbone(
@@ -164,7 +170,7 @@ def load_backbone(
     arch = replace(read_architecture(folder), kernels=how.kernels)
     if keys := ignored_keys(read_config(folder)):
         say(f"{folder / 'config.json'}: ignored, as transformers does in a {arch.family} model: {', '.join(keys)}")
-    execution = choose_execution(how.attention, how.remat, dtype, weights=how.weights, arch=arch)
+    execution = choose_execution(how, dtype, arch)
     check_divisible(arch)
     reader = ShardReader(folder)
     arch = _as_stored(reader, arch)

@@ -15,7 +15,9 @@ from flax import nnx
 
 from esjax.evolve.reflect import FIELDS, Instructions
 from esjax.evolve.replies import Lengths, sampling_need
+from esjax.model.attention import Decoding
 from esjax.model.cache import Chunk, cache_shapes
+from esjax.model.costs import attention_flops
 from esjax.model.decoder import ROOM, Decoder, Execution, forms
 from esjax.model.families import Architecture
 from esjax.model.lora import lora_from
@@ -51,6 +53,7 @@ class Job:
     needed: Needed
     kernel_flops: float = 0.0  # of attention on one device where a kernel computes it, which states no cost
     remat: str = ""  # of training
+    decoding: str = ""  # how a decoding step attends
     room: float = 1.0  # the share of a device's memory up to which it is taken ...
     lighter: Job | None = None  # ... before this one, which needs less
 
@@ -151,6 +154,8 @@ def _sampling(
     held = {**held, "cache": cache}
     layers, head = needed.multiplied(base, adapter)
     layers = weights.layers if how.weights == "apart" else layers
+    attend: Decoding = "pallas" if how.decoding == "auto" else how.decoding  # a run times both: the better case
+    kernel = attention_flops(arch, rows * lanes * (slots + new)) / needed.devices() if attend == "pallas" else 0.0
     yield Job(
         "prefill",
         lambda: programs.prefill.trace(weights, cache, chunk),
@@ -160,10 +165,12 @@ def _sampling(
     yield Job(
         "decode",
         lambda: programs.decode.trace(
-            weights, cache, state, Asked(waiting, counts, stop, constraint, patience, patience)
+            weights, cache, state, Asked(waiting, counts, stop, constraint, patience, patience), attend
         ),
         {**held, "constraint": constraint, "rows": (state, waiting, counts, stop, patience)},
         needed.decoding(arch, made, (layers, head), cache),
+        kernel,
+        decoding="pallas, or plain if faster" if how.decoding == "auto" else attend,
     )
 
 

@@ -56,6 +56,8 @@ class Needs:
     which is no stated rate and does not count in ``seconds``."""
     remat: str = ""
     """What training recomputes: ``model.remat``, settled."""
+    decoding: str = ""
+    """How a decoding step attends: ``model.decoding_attention``; where a run would time both ways, that with our kernel."""
 
     @property
     def total(self) -> float:
@@ -94,7 +96,9 @@ def _measured(job: Job, chip: Chip | None, limit: float | None, nodes: Sequence[
             raise
         used = OF_MEMORY.search(reason)
         said = "the compiler wants {} of {}".format(*filter(None, used.groups())) if used else reason[:160]
-        return Needs(job.name, time.perf_counter() - began, held, limit, refused=said, remat=job.remat)
+        return Needs(
+            job.name, time.perf_counter() - began, held, limit, refused=said, remat=job.remat, decoding=job.decoding
+        )
     except RuntimeError as e:
         if "cuDNN not found" not in str(e):
             raise
@@ -124,6 +128,7 @@ def _measured(job: Job, chip: Chip | None, limit: float | None, nodes: Sequence[
         bound=bound,
         times=times,
         remat=job.remat,
+        decoding=job.decoding,
     )
 
 

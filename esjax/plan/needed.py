@@ -39,7 +39,7 @@ def decoding(arch: Architecture, shapes: Shapes, weights: Any, cache: Any) -> Ne
     """A step: all weights and the whole cache are read once, and every lane sees all slots of its row and ring."""
     lanes = shapes.rows * shapes.lanes
     flops = 2.0 * weights_read(arch) * lanes + attention_flops(arch, lanes * (shapes.slots + shapes.new))
-    return Needed(flops / _devices(), held_bytes((weights, cache)))
+    return Needed(flops / devices(), held_bytes((weights, cache)))
 
 
 def prefilling(arch: Architecture, shapes: Shapes, layers: Any, itemsize: int) -> Needed:
@@ -49,14 +49,14 @@ def prefilling(arch: Architecture, shapes: Shapes, layers: Any, itemsize: int) -
     seen = windows * shapes.width * (shapes.slots - shapes.width / 2)
     rows = 2.0 * arch.layers * arch.kv_heads * arch.head_size * itemsize * windows * shapes.slots
     flops = prefill_flops(arch, windows * shapes.width, seen)
-    return Needed(flops / _devices(), held_bytes(layers) + rows / _devices())
+    return Needed(flops / devices(), held_bytes(layers) + rows / devices())
 
 
 def scoring(arch: Architecture, size: tuple[int, int], weights: Any) -> Needed:
     """Full rows [B, T], every token a target; weights are gathered over fsdp and read once."""
     rows, length = size
     flops = scoring_flops(arch, rows * length, rows * length, rows * length**2 / 2)
-    return Needed(flops / _devices(), float(held_bytes(weights) * mesh_sizes()["fsdp"]))
+    return Needed(flops / devices(), float(held_bytes(weights) * mesh_sizes()["fsdp"]))
 
 
 class Step(NamedTuple):
@@ -79,9 +79,9 @@ def training(arch: Architecture, step: Step, weights: Any, trained: Any, state: 
     flops = passes_flops(arch, step.lora, tokens, tokens, tokens * step.length / 2)
     read = 2.0 * held_bytes(weights) * mesh_sizes()["fsdp"] * step.rows / step.micro_rows
     gradient = 2.0 * held_bytes(trained) * step.rows / step.micro_rows
-    kept = 2.0 * arch.layers * tokens * arch.width * step.itemsize / _devices()
-    return Needed(flops / _devices(), read + gradient + kept + 2.0 * held_bytes((trained, state)))
+    kept = 2.0 * arch.layers * tokens * arch.width * step.itemsize / devices()
+    return Needed(flops / devices(), read + gradient + kept + 2.0 * held_bytes((trained, state)))
 
 
-def _devices() -> int:
+def devices() -> int:
     return math.prod(mesh_sizes().values())

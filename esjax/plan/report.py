@@ -16,7 +16,7 @@ from rich.table import Table
 from esjax.errors import InputError
 from esjax.model.decoder import Execution
 from esjax.model.families import Architecture
-from esjax.model.weights import check_divisible, choose_execution, compute_dtype
+from esjax.model.weights import Choice, check_divisible, choose_execution, compute_dtype
 from esjax.plan.chips import GIB, Chip, chip_of, gpu_share
 from esjax.plan.jobs import Name, jobs
 from esjax.plan.measure import Needs, measure
@@ -75,9 +75,8 @@ def plan(config: Config, arch: Architecture, hardware: Hardware, names: Sequence
 
 
 def _execution(config: Config, hardware: Hardware, arch: Architecture) -> tuple[jnp.dtype, Execution]:
-    m = config.model
-    dtype = compute_dtype(m.dtype, hardware.platform)
-    return dtype, choose_execution(m.attention, m.remat, dtype, hardware.platform, m.decoding_weights, arch)
+    dtype = compute_dtype(config.model.dtype, hardware.platform)
+    return dtype, choose_execution(Choice.of(config.model), dtype, arch, hardware.platform)
 
 
 # --- what would make it fit ------------------------------------------------------------------------------------------
@@ -195,6 +194,8 @@ def table(title: str, found: Sequence[Needs], lanes: int) -> Table:
         out.add_row(f"{kind}, sent", *(f"{c.count} x, {c.bytes / 2**20:.4g} MiB" if c else "" for c in cells))
     if any(n.remat for n in found):
         out.add_row("model.remat", *(n.remat for n in found))
+    if any(n.decoding not in ("", "plain") for n in found):
+        out.add_row("model.decoding_attention", *(n.decoding for n in found))
     out.add_row("compiled in, s", *(f"{n.compile_seconds:.0f}" for n in found))
     out.add_row(
         "estimate by stated rates",

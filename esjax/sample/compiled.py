@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import nnx
 
+from esjax.model.attention import Decoding
 from esjax.model.cache import Cache, Chunk
 from esjax.model.cached import Weights, layered
 from esjax.model.cached import prefill as prefill_chunk
@@ -28,7 +29,7 @@ class SamplingPrograms(NamedTuple):
 
     weights: Callable[[Adapter, nnx.State], Any]
     prefill: Any  # (weights, cache, chunk) -> cache
-    decode: Any  # (weights, cache, lanes, asked) -> Called
+    decode: Any  # (weights, cache, lanes, asked, how to attend: plain or pallas; static) -> Called
 
 
 def sampling_programs(definition: nnx.GraphDef[Decoder], dtype: jnp.dtype, execution: Execution) -> SamplingPrograms:
@@ -53,11 +54,11 @@ def sampling_programs(definition: nnx.GraphDef[Decoder], dtype: jnp.dtype, execu
     def prefill(weights: Any, cache: Cache, chunk: Chunk) -> Cache:
         return prefill_chunk(see(weights), cache, chunk, execution)
 
-    def decode(weights: Any, cache: Cache, lanes: Lanes, asked: Asked) -> Called:
-        return run(lambda: see(weights), cache, lanes, asked, STEPS, execution)
+    def decode(weights: Any, cache: Cache, lanes: Lanes, asked: Asked, attend: Decoding) -> Called:
+        return run(lambda: see(weights), cache, lanes, asked, STEPS, execution._replace(decoding=attend))
 
     return SamplingPrograms(
         weights=apart if execution.weights == "apart" else lambda adapter, base: (adapter, base),
         prefill=program("prefill", prefill, donate_argnums=1),
-        decode=program("decode", decode, donate_argnums=1),
+        decode=program("decode", decode, donate_argnums=1, static_argnums=4),
     )

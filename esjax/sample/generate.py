@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from esjax.model.attention import Decoding
 from esjax.model.lora import Adapter
 from esjax.model.weights import Backbone
 from esjax.rows import common_prefix
 from esjax.runtime.mesh import replicate
 from esjax.sample.compiled import SamplingPrograms, sampling_programs
 from esjax.sample.constrain import START, Constraint, free, narrowed
+from esjax.sample.faster import settled
 from esjax.sample.rowbook import Request
 from esjax.sample.schedule import Completion, Done, Task, Usage, check_positions
 from esjax.sample.shapes import SHARED_LANES, Need, Shapes, shapes
@@ -54,6 +56,7 @@ class Generator:
     made: SamplingPrograms | None = None  # the backbone's programs, where another generator has compiled them
     usage: Usage = field(default_factory=Usage, init=False)
     programs: SamplingPrograms = field(init=False)
+    attends: Decoding | None = field(default=None, init=False)  # in decoding, settled by the first shapes
     constraint: Constraint = field(init=False)  # the latest: all have a state for replies without a constraint
 
     def __post_init__(self) -> None:
@@ -120,7 +123,8 @@ class Generator:
             arch=self.backbone.arch,
             programs=self.programs,
             weights=self.programs.weights(self.backbone.computed(adapter), self.backbone.base),
-            cache_dtype=self.cache_dtype or self.backbone.dtype,
+            attend=self.attend,
+            cache_dtype=self.kept,
             stop=np.atleast_1d(np.asarray(self.end_of_turn, np.int32)),
             constraint=self.constraint,
             done=done,
@@ -129,6 +133,18 @@ class Generator:
             usage=self.usage,
             clocked=self.clocked,
         )
+
+    @property
+    def kept(self) -> jnp.dtype:
+        """The dtype of the keys and values kept."""
+        return self.cache_dtype or self.backbone.dtype
+
+    def attend(self, shapes: Shapes) -> Decoding:
+        """How decoding attends, the same from its first shapes on."""
+        if self.attends is None:
+            b = self.backbone
+            self.attends = settled(b.execution, b.arch, shapes, b.dtype, self.kept)
+        return self.attends
 
     def obey(self, constraint: Constraint) -> None:
         """From now on a request's state is one of this constraint."""

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from esjax.errors import InputError, RunError, Stopped
+from esjax.model.attention import Decoding
 from esjax.model.cache import Cache, empty_cache
 from esjax.model.families import Architecture
 from esjax.runtime.context import current
@@ -88,6 +89,7 @@ class Task:
     arch: Architecture
     programs: SamplingPrograms
     weights: Any
+    attend: Callable[[Shapes], Decoding]  # how a decoding step does
     cache_dtype: jnp.dtype
     stop: np.ndarray  # int32 [n]
     constraint: Constraint
@@ -134,6 +136,7 @@ class Scheduler:
         self.books = [RowBook(shapes.slots) for _ in range(shapes.rows)]
         self.devices = batch_groups()  # that share the rows
         self.prefills = Prefills(self.devices, shapes)
+        self.attend = task.attend(shapes)
         self.cache: Cache = empty_cache(task.arch, *shapes[:4], task.cache_dtype)
         self.lanes: Lanes = replicate(idle_lanes(shapes.rows, shapes.lanes))
         self.busy = np.zeros(shapes.rows, np.int64)  # lanes of each row that have something to do
@@ -254,7 +257,7 @@ class Scheduler:
         more = self.task.more_may_follow or self.backlog or any(b.groups for b in self.books) or self.prefills
         patience = np.int32(self._idle() + self._spare if more else total)
         asked = Asked(waiting, counts, self.task.stop, self.task.constraint, patience, np.int32(self.steps))
-        made = self.task.programs.decode(self.task.weights, self.cache, self.lanes, asked)
+        made = self.task.programs.decode(self.task.weights, self.cache, self.lanes, asked, self.attend)
         self.lanes, self.cache, self.flying = made.lanes, made.cache, made
         self.usage.decode_seconds += time.perf_counter() - began
 
