@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -79,24 +80,27 @@ def _faster(execution: Execution, trial: Trial) -> bool:
 
 def _timed(execution: Execution, trial: Trial) -> tuple[float, Array]:
     """Seconds that a layer takes, and the first layer's result in float32."""
-
-    @jax.jit
-    def steps(q: Array, cache: Cache, seen: Array) -> tuple[Array, Array]:
-        def step(_: Any, q: Array) -> Array:
-            for keys, values in zip(cache.keys, cache.values, strict=True):
-                q = attend_lanes(q, keys, values, seen, execution)
-            return q
-
-        first = attend_lanes(q, cache.keys[0], cache.values[0], seen, execution)
-        return jax.lax.fori_loop(0, STEPS, step, q), first.astype(jnp.float32)
-
-    _, result = jax.block_until_ready(steps(*trial))
+    _, result = jax.block_until_ready(_attend(trial, execution))
     seconds = []
     for _ in range(RUNS):
         began = time.perf_counter()
-        jax.block_until_ready(steps(*trial))
+        jax.block_until_ready(_attend(trial, execution))
         seconds.append(time.perf_counter() - began)
     return min(seconds) / (STEPS * len(trial.cache.keys) + 1), result
+
+
+@partial(jax.jit, static_argnums=1)
+def _attend(trial: Trial, execution: Execution) -> tuple[Array, Array]:
+    """Every layer in turn, again and again, each with what the one before gave; and what the first alone gives."""
+    _, cache, seen = trial
+
+    def step(_: Any, q: Array) -> Array:
+        for keys, values in zip(cache.keys, cache.values, strict=True):
+            q = attend_lanes(q, keys, values, seen, execution)
+        return q
+
+    first = attend_lanes(trial.q, cache.keys[0], cache.values[0], seen, execution)
+    return jax.lax.fori_loop(0, STEPS, step, trial.q), first.astype(jnp.float32)
 
 
 def _trial(arch: Architecture, shapes: Shapes, dtype: jnp.dtype, kept: jnp.dtype) -> Trial:
