@@ -99,8 +99,8 @@ def test_a_run_killed_twice_ends_in_the_bucket_as_in_a_folder(
     url: str, tiny_folder: Path, tiny_run: Path, tmp_path: Path
 ) -> None:
     words = ["evolve", "--run-dir", url, *tiny_overrides(tiny_folder)]
-    for owner, name, nth in (("Metrics", "log", 4), ("Journal", "add", 20)):
-        (ended,) = start(tmp_path, [words], 1, {0: ("SIGKILL", "esjax.run.files", owner, name, nth)}, prelude=SOON)
+    for where in (("esjax.run.metrics", "Metrics", "log", 4), ("esjax.run.journal", "Journal", "add", 20)):
+        (ended,) = start(tmp_path, [words], 1, {0: ("SIGKILL", *where)}, prelude=SOON)
         assert ended.code == -signal.SIGKILL, ended.err[-2000:]
     (last,) = start(tmp_path, [words], 1, prelude=SOON)
     assert last.code == 0, last.err[-2000:]
