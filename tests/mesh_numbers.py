@@ -19,6 +19,7 @@ import numpy as np
 from definition import remasked
 
 from esjax import rows
+from esjax.model.attention import KERNELS
 from esjax.model.families import LINEARS
 from esjax.model.linear import Lora
 from esjax.model.lora import Adapter, flatten, unflatten
@@ -137,6 +138,7 @@ def sampled(backbone: Backbone) -> dict[str, Any]:
 
 
 def main(folder: str, *jobs: str) -> None:
+    KERNELS["cpu"] = "triton"  # for a job that times it
     for job in jobs:
         shape, options = json.loads(job)
         context = jax.set_mesh(make_mesh(jax.devices(), tuple(shape))) if shape else contextlib.nullcontext()

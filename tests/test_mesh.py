@@ -50,7 +50,8 @@ def numbers(four_heads: Path, request: pytest.FixtureRequest) -> dict[str, Numbe
         **{str(m): (list(m), {"weights": "shared"}) for m in MESHES if m == MESHES[0] or str(m) in wanted},
         "apart": ([2, 2, 2], {"what": ["sample"]}),
         "shared": ([], {"what": ["sample"], "weights": "shared"}),
-        "pallas": ([2, 2, 2], {"what": ["sample"], "decoding": "pallas"}),
+        "triton": ([2, 2, 2], {"what": ["sample"], "decoding": "triton"}),
+        "mosaic": ([2, 2, 2], {"what": ["sample"], "decoding": "mosaic"}),
         "timed": ([2, 2, 2], {"what": ["sample"], "decoding": "auto"}),
         "splash": ([2, 2, 2], {"what": ["dpo"], "attention": "splash"}),
         "unrolled": ([2, 2, 2], {"what": ["dpo"], "unroll": True}),
@@ -101,12 +102,12 @@ def test_other_ways_to_train_on_a_mesh_train_alike(numbers: dict[str, Numbers], 
     assert apart(numbers["broken"]["dpo"]["adapter"], numbers["one"]["dpo"]["adapter"]) > 1e-4
 
 
-@pytest.mark.parametrize("which", [str(MESHES[0]), "apart", "shared", "pallas", "timed"])
+@pytest.mark.parametrize("which", [str(MESHES[0]), "apart", "shared", "triton", "mosaic", "timed"])
 def test_greedy_replies_are_those_of_one_device(numbers: dict[str, Numbers], which: str) -> None:
     """Forty prompts in sixteen lanes, with shared beginnings; training's arrays read in place, or layers of their own; by a GPU's
-    kernel, interpreted, and by the faster of it and XLA's products, which every device of a mesh takes."""
+    or TPU's kernel, interpreted, and by the faster of one and XLA's products, which every device of a mesh takes."""
     got, expected = numbers[which]["sample"], numbers["one"]["sample"]
-    assert got["attends"] == ("pallas" if which == "pallas" else "plain")  # interpreted, it is slower
+    assert got["attends"] == (which if which in ("triton", "mosaic") else "plain")  # interpreted, it is slower
     assert got["tokens"] == expected["tokens"]
     assert len({tuple(t) for t in expected["tokens"]}) > 20
     assert apart(flat(got["logprobs"]), flat(expected["logprobs"])) < 1e-5

@@ -507,7 +507,7 @@ def test_all_programs_compile_for_gpus(gpus: dict[str, Told], tiny_folder: Path)
     assert 0 < sent(programs["decode"]) < most_sent(arch, LANES)
     # A run times two ways to attend in decoding and takes the faster; the one with our kernel is counted.
     plain = by_name(gpus["own"].json)["decode"]
-    assert (programs["decode"]["decoding"], plain["decoding"]) == ("pallas, or plain if faster", "plain")
+    assert (programs["decode"]["decoding"], plain["decoding"]) == ("triton, or plain if faster", "plain")
     for p, kernel in ((programs["decode"], True), (plain, False)):
         assert any("attend: kernel" in part for part in p["largest"]) == kernel
         assert p["flops"] == pytest.approx(p["needed"]["flops"], rel=0.05)

@@ -28,7 +28,8 @@ from esjax.rows import Layout, Rows, near, sees
 from esjax.runtime.mesh import per_device
 
 Path = Literal["dense", "chunked", "cudnn", "pallas", "splash"]
-Decoding = Literal["auto", "plain", "pallas"]
+Decoding = Literal["auto", "plain", "triton", "mosaic"]
+KERNELS: dict[str, Decoding] = {"gpu": "triton", "tpu": "mosaic"}  # ours for decoding: Pallas' backends
 Library = Literal["cudnn", "xla"]
 Attention = Callable[[Array, Array, Array], Array]  # q [B, T, N, H], k and v [B, T, K, H] -> [B, T, N, H]
 PLATFORMS: dict[str, tuple[str, ...]] = {
@@ -73,20 +74,32 @@ def choose_decoding(setting: str, platform: str, arch: Architecture | None = Non
 
     Raises InputError where they do not go together.
     """
-    lacks = "" if platform == "gpu" else f"does not run on {platform}"
-    if platform == "gpu":
-        try:
-            from esjax.model.lanes_kernel import takes  # not without Pallas' Triton backend
-
-            if arch is not None and not takes(arch.head_size):
-                lacks = f"has no heads of {arch.head_size} numbers (powers of 2 from 16 on)"
-            elif arch is not None and arch.attention_cap is not None:
-                lacks = "has no soft cap of scores, which this model needs"
-        except ImportError as e:
-            lacks = f"needs Pallas' Triton backend, which JAX {jax.__version__} lacks ({e})"
+    lacks = _kernel_lacks(platform, arch)
     if setting == "pallas" and lacks:
         raise InputError(f"model.decoding_attention=pallas {lacks}: choose auto or plain")
-    return "plain" if lacks else setting  # type: ignore[return-value]
+    if setting == "plain" or lacks:
+        return "plain"
+    return "auto" if setting == "auto" else KERNELS[platform]
+
+
+def _kernel_lacks(platform: str, arch: Architecture | None) -> str:
+    """What stands against our kernel for decoding."""
+    if platform not in KERNELS:
+        return f"does not run on {platform}"
+    if platform == "tpu":
+        from esjax.model.lanes_mosaic import HEAD, takes
+
+        sizes = f"multiples of {HEAD}"
+    else:
+        try:
+            from esjax.model.lanes_triton import takes
+        except ImportError as e:
+            return f"needs Pallas' Triton backend, which JAX {jax.__version__} lacks ({e})"
+        sizes = "powers of 2 from 16 on"
+    if arch is not None and not takes(arch.head_size):
+        return f"has no heads of {arch.head_size} numbers ({sizes})"
+    capped = arch is not None and arch.attention_cap is not None
+    return "has no soft cap of scores, which this model needs" if capped and platform == "gpu" else ""
 
 
 class How(Protocol):

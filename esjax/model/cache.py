@@ -251,20 +251,24 @@ def attend_lanes(
 ) -> Array:
     """One query a lane [R M, 1, N, H] against its row and its ring, read once for all lanes; ``seen`` as of ``lanes_see``.
 
-    Decoding with pallas, a kernel reads what some lane sees.
+    A kernel (triton, mosaic) reads what some lane sees.
     """
     (r, m, _), (_, kv, h, _) = seen.shape, keys.shape
     g = q.shape[2] // kv
     q_RxKxMGxH = q.reshape(r, m, kv, g, h).swapaxes(1, 2).reshape(r, kv, m * g, h)
     mask = jnp.repeat(seen, g, axis=1)
-    if execution.decoding == "pallas":
-        from esjax.model.lanes_kernel import lanes_attention  # not without Pallas' Triton backend
+    if execution.decoding == "mosaic":
+        from esjax.model.lanes_mosaic import lanes_attention
 
-        out = lanes_attention(q_RxKxMGxH, keys, values, mask, execution.interpret)
-        return out.reshape(r, kv, m, g, h).swapaxes(1, 2).reshape(q.shape)
-    scaled = q_RxKxMGxH * h**-0.5
-    way = _parts_of_lanes if execution.attention == "chunked" else _whole_lanes
-    out = way(scaled, keys, values, mask[:, None], cap)
+        out = lanes_attention(q_RxKxMGxH, keys, values, mask, cap, execution.interpret)
+    elif execution.decoding == "triton":
+        from esjax.model import lanes_triton  # not without Pallas' Triton backend
+
+        out = lanes_triton.lanes_attention(q_RxKxMGxH, keys, values, mask, execution.interpret)
+    else:
+        scaled = q_RxKxMGxH * h**-0.5
+        way = _parts_of_lanes if execution.attention == "chunked" else _whole_lanes
+        out = way(scaled, keys, values, mask[:, None], cap)
     return out.reshape(r, kv, m, g, h).swapaxes(1, 2).reshape(q.shape)
 
 

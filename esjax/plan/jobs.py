@@ -15,7 +15,7 @@ from flax import nnx
 
 from esjax.evolve.reflect import FIELDS, Instructions
 from esjax.evolve.replies import Lengths, sampling_need
-from esjax.model.attention import Decoding
+from esjax.model.attention import KERNELS
 from esjax.model.cache import Chunk, cache_shapes
 from esjax.model.costs import attention_flops
 from esjax.model.decoder import ROOM, Decoder, Execution, forms
@@ -154,8 +154,8 @@ def _sampling(
     held = {**held, "cache": cache}
     layers, head = needed.multiplied(base, adapter)
     layers = weights.layers if how.weights == "apart" else layers
-    attend: Decoding = "pallas" if how.decoding == "auto" else how.decoding  # a run times both: the better case
-    kernel = attention_flops(arch, rows * lanes * (slots + new)) / needed.devices() if attend == "pallas" else 0.0
+    attend = KERNELS[platform] if how.decoding == "auto" else how.decoding  # a run times both: the better case
+    kernel = attention_flops(arch, rows * lanes * (slots + new)) / needed.devices() if attend != "plain" else 0.0
     yield Job(
         "prefill",
         lambda: programs.prefill.trace(weights, cache, chunk),
@@ -170,7 +170,7 @@ def _sampling(
         {**held, "constraint": constraint, "rows": (state, waiting, counts, stop, patience)},
         needed.decoding(arch, made, (layers, head), cache),
         kernel,
-        decoding="pallas, or plain if faster" if how.decoding == "auto" else attend,
+        decoding=f"{attend}, or plain if faster" if how.decoding == "auto" else attend,
     )
 
 

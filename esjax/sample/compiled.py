@@ -29,7 +29,7 @@ class SamplingPrograms(NamedTuple):
 
     weights: Callable[[Adapter, nnx.State], Any]
     prefill: Any  # (weights, cache, chunk) -> cache
-    decode: Any  # (weights, cache, lanes, asked, how to attend: plain or pallas; static) -> Called
+    decode: Any  # (weights, cache, lanes, asked, how to attend: plain or a kernel; static) -> Called
 
 
 def sampling_programs(definition: nnx.GraphDef[Decoder], dtype: jnp.dtype, execution: Execution) -> SamplingPrograms:

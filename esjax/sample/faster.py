@@ -1,4 +1,4 @@
-"""How a decoding step attends on a GPU: of two ways the faster one, found by timing both on the device.
+"""How a decoding step attends on a GPU or TPU: of two ways the faster one, found by timing both on the device.
 
 What a way reads does not tell: a kernel that reads less may read it more slowly.
 """
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from esjax.model.attention import Decoding
+from esjax.model.attention import KERNELS, Decoding
 from esjax.model.cache import Cache, Fed, attend_lanes, cache_shapes, lanes_see
 from esjax.model.decoder import Execution
 from esjax.model.families import Architecture
@@ -48,34 +48,30 @@ def settled(execution: Execution, arch: Architecture, shapes: Shapes, dtype: jnp
     """
     if execution.decoding != "auto":
         return execution.decoding
-    tensor = mesh_sizes()["tensor"]
+    tensor, kernel = mesh_sizes()["tensor"], KERNELS[jax.default_backend()]
     share = replace(arch, heads=arch.heads // tensor, kv_heads=arch.kv_heads // tensor)
     rows = shapes._replace(rows=shapes.rows // batch_groups())
     with jax.set_mesh(make_mesh(jax.local_devices()[:1], (1, 1, 1))):  # each process times on a device of its own
-        faster = _faster(execution, _trial(share, rows, dtype, kept))
-    return "pallas" if current().processes.all(faster) else "plain"
+        faster = _faster(execution, kernel, _trial(share, rows, dtype, kept))
+    return kernel if current().processes.all(faster) else "plain"
 
 
-def _faster(execution: Execution, trial: Trial) -> bool:
-    """Whether the kernel is faster than XLA's products, and computes the same; says so, and why not."""
+def _faster(execution: Execution, kernel: Decoding, trial: Trial) -> bool:
+    """Whether a kernel is faster than XLA's products, and computes the same; says so, and why not."""
     plain, result = _timed(execution._replace(decoding="plain"), trial)
     try:
-        pallas, again = _timed(execution._replace(decoding="pallas"), trial)
+        ours, again = _timed(execution._replace(decoding=kernel), trial)
     except Exception as e:  # whatever a kernel's compiler raises
-        say(
-            f"decoding attends plainly: the kernel of model.decoding_attention=pallas cannot run here: {_first_line(e)}"
-        )
+        say(f"decoding attends plainly: our kernel ({kernel}) cannot run here: {_first_line(e)}")
         return False
     difference = float(jnp.abs(again - result).max() / jnp.abs(result).max())
     if not difference < DIFFERENCE:  # nor where it is not a number
-        say(
-            f"decoding attends plainly: the kernel of model.decoding_attention=pallas is wrong here by {difference:.2g}"
-        )
+        say(f"decoding attends plainly: our kernel ({kernel}) is wrong here by {difference:.2g}")
         return False
     say(
-        f"decoding attends in {plain * 1e6:.0f} us a layer plainly, in {pallas * 1e6:.0f} with pallas: the faster is taken"
+        f"decoding attends in {plain * 1e6:.0f} us a layer plainly, in {ours * 1e6:.0f} with {kernel}: the faster is taken"
     )
-    return pallas < plain
+    return ours < plain
 
 
 def _timed(execution: Execution, trial: Trial) -> tuple[float, Array]:

@@ -52,8 +52,8 @@ class ModelSettings(Settings):
     """How attention is computed in training, scoring and prefill; auto is chunked on CPU, splash on TPU, on GPU cudnn
     (bfloat16) or pallas (float32; ours)."""
     decoding_attention: Annotated[Literal["auto", "plain", "pallas"], EXECUTION] = "auto"
-    """How a reply's next token attends: plain, by XLA's own products; pallas, on GPU, by our kernel, which reads only what is
-    seen. auto is plain on CPU and TPU; a GPU times both when sampling begins, and takes the faster."""
+    """How a reply's next token attends: plain, by XLA's own products; pallas, by our kernel for GPUs and TPUs, which reads only
+    what is seen. auto is plain on CPU; a GPU or TPU times both when sampling begins, and takes the faster."""
     cache_dtype: Annotated[Literal["auto", "bfloat16", "float8_e4m3fn"], EXECUTION] = "auto"
     """Dtype of the keys and values that sampling keeps; auto is the arithmetic's. A narrower one halves their memory and
     traffic, and moves log-probs a little."""

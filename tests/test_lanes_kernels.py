@@ -1,4 +1,4 @@
-"""The GPU kernel of a decoding step, interpreted on the host, against attention written out densely in float64."""
+"""The kernels of a decoding step, interpreted on the host, against attention written out densely in float64."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from jax import Array
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from esjax.errors import InputError
+from esjax.model import lanes_mosaic
 from esjax.model.attention import choose_decoding
 from esjax.model.cache import attend_lanes
 from esjax.model.decoder import Execution
 from esjax.model.families import Architecture, architecture
-from esjax.model.lanes_kernel import KEYS, lanes_attention, takes
+from esjax.model.lanes_triton import KEYS, lanes_attention, takes
 
-KERNEL = Execution(decoding="pallas", interpret=True)
+KERNELS = [Execution(decoding=name, interpret=True) for name in ("triton", "mosaic")]
+EACH = pytest.mark.parametrize("kernel", KERNELS, ids=["triton", "mosaic"])
 
 
 class Case:
@@ -69,38 +71,52 @@ def error(got: Array, want: np.ndarray) -> float:
     return float(np.abs(np.asarray(got.astype(jnp.float32)) - want).max() / np.abs(want).max())
 
 
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the fewest slots that a kernel takes, so that tests need not be large."""
+    monkeypatch.setattr(lanes_mosaic, "BLOCK_BYTES", 1)
+
+
+@EACH
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_the_kernel_is_dense_attention(case: Case) -> None:
+def test_a_kernel_is_dense_attention(case: Case, kernel: Execution) -> None:
     arrays = case.arrays()
-    got = attend_lanes(*arrays, jnp.asarray(case.seen), KERNEL)
+    got = attend_lanes(*arrays, jnp.asarray(case.seen), kernel)
     assert error(got, case.dense(*arrays)) < 1e-5
     shifted = jnp.roll(jnp.asarray(case.seen), 1, axis=-1).at[..., 0].set(True)  # a mask off by one is another result
-    assert error(attend_lanes(*arrays, shifted, KERNEL), case.dense(*arrays)) > 1e-3
+    assert error(attend_lanes(*arrays, shifted, kernel), case.dense(*arrays)) > 1e-3
 
 
+@EACH
 @pytest.mark.parametrize(("cache", "most"), [(jnp.bfloat16, 0.01), (jnp.float8_e4m3fn, 0.01)])
-def test_narrow_types(cache: jnp.dtype, most: float) -> None:
+def test_narrow_types(cache: jnp.dtype, most: float, kernel: Execution) -> None:
     """Against dense attention to the same narrow numbers; probabilities are rounded to bfloat16 on the way."""
     case = CASES["a last block that reaches back"]
     arrays = case.arrays(jnp.bfloat16, cache)
-    got = attend_lanes(*arrays, jnp.asarray(case.seen), KERNEL)
+    got = attend_lanes(*arrays, jnp.asarray(case.seen), kernel)
     assert got.dtype == jnp.bfloat16
     assert error(got, case.dense(*arrays)) < most
 
 
-def test_blocks_that_nobody_sees_are_not_read() -> None:
+@EACH
+@pytest.mark.usefixtures("small_blocks")
+def test_blocks_that_nobody_sees_are_not_read(kernel: Execution) -> None:
     """A product with what is not a number is none, even where it weighs nothing."""
     case = CASES["many blocks for each program"]
     q, keys, values = case.arrays()
     slots = case.seen.shape[-1]
     seen_block = np.zeros(slots, bool)
-    for first in range(0, slots, KEYS):
-        if case.seen[0, :, first : first + KEYS].any():
-            seen_block[min(first, slots - KEYS) : first + KEYS] = True
+    size = KEYS if kernel.decoding == "triton" else lanes_mosaic.SLOTS
+    for first in range(0, slots, size):
+        if case.seen[0, :, first : first + size].any():
+            # The last block reaches back on GPUs, and over the end on TPUs.
+            start = min(first, slots - size) if kernel.decoding == "triton" else first
+            seen_block[start : first + size] = True
     assert 0.1 < seen_block.mean() < 0.9
     bad = jnp.asarray(~seen_block)
     bad_keys, bad_values = jnp.where(bad, jnp.nan, keys), jnp.where(bad[:, None], jnp.nan, values)
-    got = attend_lanes(q, bad_keys, bad_values, jnp.asarray(case.seen), KERNEL)
+    got = attend_lanes(q, bad_keys, bad_values, jnp.asarray(case.seen), kernel)
     assert error(got, case.dense(q, keys, values)) < 1e-5
     dense = attend_lanes(q, bad_keys, bad_values, jnp.asarray(case.seen), Execution("dense"))  # which reads all
     assert bool(jnp.isnan(dense).any())
@@ -114,27 +130,69 @@ def test_models_that_it_does_not_take() -> None:
     def arch(**more: Any) -> Architecture:
         return architecture({"model_type": "llama", **llama, **heads, "head_dim": 64, **more}, "a test's model")
 
-    takes_it, odd, capped = arch(), arch(head_dim=48), replace(arch(), attention_cap=50.0)
-    assert choose_decoding("auto", "gpu", takes_it) == choose_decoding("auto", "gpu") == "auto"  # to be timed
+    assert [h for h in (64, 128, 192, 256) if lanes_mosaic.takes(h)] == [128, 256]
+    large, small, odd, capped = (
+        arch(head_dim=128),
+        arch(),
+        arch(head_dim=48),
+        replace(arch(head_dim=128), attention_cap=50.0),
+    )
     for platform, model, why in (
         ("gpu", odd, r"has no heads of 48 numbers \(powers of 2 from 16 on\)"),
         ("gpu", capped, "has no soft cap of scores"),
-        ("cpu", takes_it, "does not run on cpu"),
-        ("tpu", takes_it, "does not run on tpu"),
+        ("tpu", small, r"has no heads of 64 numbers \(multiples of 128\)"),
+        ("cpu", large, "does not run on cpu"),
     ):
         assert choose_decoding("auto", platform, model) == "plain"
         with pytest.raises(InputError, match=f"model.decoding_attention=pallas {why}.*: choose auto or plain"):
             choose_decoding("pallas", platform, model)
-    for platform in ("cpu", "gpu", "tpu"):
-        assert choose_decoding("plain", platform, takes_it) == "plain"
-    assert choose_decoding("pallas", "gpu", takes_it) == "pallas"
+    for platform, model, kernel in (("gpu", small, "triton"), ("gpu", large, "triton"), ("tpu", large, "mosaic")):
+        assert choose_decoding("auto", platform, model) == choose_decoding("auto", platform) == "auto"  # to be timed
+        assert choose_decoding("plain", platform, model) == "plain"
+        assert choose_decoding("pallas", platform, model) == kernel
+    assert choose_decoding("pallas", "tpu", capped) == "mosaic"
 
 
 def test_a_jax_without_the_kernels_backend_decodes_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "esjax.model.lanes_kernel", None)
+    monkeypatch.setitem(sys.modules, "esjax.model.lanes_triton", None)
     assert choose_decoding("auto", "gpu") == "plain"
     with pytest.raises(InputError, match="needs Pallas' Triton backend, which JAX"):
         choose_decoding("pallas", "gpu")
+
+
+def test_a_soft_cap_of_scores() -> None:
+    case = CASES["a last block that reaches back"]
+    arrays = case.arrays()
+    seen = jnp.asarray(case.seen)
+    got, plain = (attend_lanes(*arrays, seen, how, cap=0.5) for how in (KERNELS[1], Execution("dense")))
+    assert error(got, np.asarray(plain)) < 1e-5
+    assert error(got, case.dense(*arrays)) > 1e-3  # which has none
+
+
+def test_the_work_of_two_cores() -> None:
+    """Each has the seen blocks of its own rows, in order; what lies behind the end repeats the last."""
+    seen = np.zeros((4, 2, 300), bool)  # three blocks a row, the last of which is short
+    seen[0, 0, :10] = seen[0, 1, 290] = seen[1, 0, 130] = seen[2, 1, 5] = seen[3, 0, 128:] = True
+    work = lanes_mosaic.work_lists(jnp.asarray(seen), 128, 2)
+    assert work.order.tolist() == [[0, 2, 4, 4, 4, 4], [0, 4, 5, 5, 5, 5]]
+    assert work.busy.tolist() == [3, 3]
+    one = lanes_mosaic.work_lists(jnp.asarray(seen), 128, 1)
+    assert one.order[0, :6].tolist() == [0, 2, 4, 6, 10, 11]
+
+
+def test_how_large_a_blocks_is() -> None:
+    """A mebibyte at least, where a row has so much, in whole registers of 128 slots."""
+    for slot_bytes, slots, size in ((2048, 1408, 256), (256, 5632, 1024), (2048, 200, 256), (8192, 1408, 128)):
+        assert lanes_mosaic.block_slots(slot_bytes, slots) == size
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("kept", [None, jnp.float8_e4m3fn])
+def test_it_lowers_for_tpus(dtype: jnp.dtype, kept: jnp.dtype | None) -> None:
+    shapes = [(4, 8, 8, 128), (4, 8, 128, 1408), (4, 8, 1408, 128)]
+    q, *cache = (jax.ShapeDtypeStruct(s, d) for s, d in zip(shapes, (dtype, kept or dtype, kept or dtype), strict=True))
+    traced = jax.jit(lanes_mosaic.lanes_attention).trace(q, *cache, jax.ShapeDtypeStruct((4, 8, 1408), jnp.bool_))
+    assert traced.lower(lowering_platforms=("tpu",)).as_text().count("custom_call @tpu_custom_call") == 1
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
