@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import Array
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from esjax.errors import InputError
 from esjax.model import lanes_mosaic
@@ -20,6 +22,8 @@ from esjax.model.cache import attend_lanes
 from esjax.model.decoder import Execution
 from esjax.model.families import Architecture, architecture
 from esjax.model.lanes_triton import KEYS, lanes_attention, takes
+from esjax.plan.topology import topology_devices
+from esjax.runtime.mesh import make_mesh
 
 KERNELS = [Execution(decoding=name, interpret=True) for name in ("triton", "mosaic")]
 EACH = pytest.mark.parametrize("kernel", KERNELS, ids=["triton", "mosaic"])
@@ -180,7 +184,7 @@ def test_the_work_of_two_cores() -> None:
     assert one.order[0, :6].tolist() == [0, 2, 4, 6, 10, 11]
 
 
-def test_how_large_a_blocks_is() -> None:
+def test_how_large_a_block_is() -> None:
     """A mebibyte at least, where a row has so much, in whole registers of 128 slots."""
     for slot_bytes, slots, size in ((2048, 1408, 256), (256, 5632, 1024), (2048, 200, 256), (8192, 1408, 128)):
         assert lanes_mosaic.block_slots(slot_bytes, slots) == size
@@ -193,6 +197,38 @@ def test_it_lowers_for_tpus(dtype: jnp.dtype, kept: jnp.dtype | None) -> None:
     q, *cache = (jax.ShapeDtypeStruct(s, d) for s, d in zip(shapes, (dtype, kept or dtype, kept or dtype), strict=True))
     traced = jax.jit(lanes_mosaic.lanes_attention).trace(q, *cache, jax.ShapeDtypeStruct((4, 8, 1408), jnp.bool_))
     assert traced.lower(lowering_platforms=("tpu",)).as_text().count("custom_call @tpu_custom_call") == 1
+
+
+@pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("kept", [jnp.bfloat16, jnp.float8_e4m3fn])
+def test_tpus_take_blocks_from_where_the_cache_lies(
+    name: str, kept: jnp.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No program copies keys or values as a whole for the kernel; left to itself XLA does for a v6e."""
+    pytest.importorskip("libtpu")
+    rows, lanes, slots = 8, 8, 2560
+    place = NamedSharding(make_mesh(topology_devices(name)[:1], (1, 1, 1)), PartitionSpec())
+
+    def of(*shape: int, dtype: jnp.dtype = kept) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    def copies() -> int:
+        def steps(q: Array, cache: list[tuple[Array, Array]], seen: Array) -> Array:
+            def step(_: Any, q: Array) -> Array:
+                for keys, values in cache:
+                    q = lanes_mosaic.lanes_attention(q, keys, values, seen)
+                return q
+
+            return jax.lax.fori_loop(0, 10, step, q)
+
+        cache = [(of(rows, 2, 128, slots), of(rows, 2, slots, 128))] * 4
+        arguments = of(rows, 2, lanes, 128, dtype=jnp.bfloat16), cache, of(rows, lanes, slots, dtype=jnp.bool_)
+        text = jax.jit(steps).lower(*arguments).compile().as_text()
+        return len(re.findall(rf"\[{rows},2,(128,{slots}|{slots},128)\]\S+ copy(-done)?\(", text))
+
+    assert copies() == 0
+    monkeypatch.setattr(pltpu, "with_memory_space_constraint", lambda x, _: x)
+    assert not name.startswith("v6e") or copies() > 0
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])

@@ -67,6 +67,8 @@ def lanes_attention(
 
         return index
 
+    if not interpret:  # else XLA may copy all of them near the processor beforehand, seen or not
+        keys, values = (pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in (keys, values))
     whole = pl.BlockSpec((1, kv, tile, h), at(0, 0, 0))
     return pl.pallas_call(
         partial(_kernel, size=size, slots=slots, cap=cap),
