@@ -14,11 +14,11 @@ from conftest import tiny_overrides
 from esjax.cli import main
 from esjax.errors import InputError
 from esjax.plan import outcome
-from esjax.plan.chips import CHIPS
+from esjax.plan.chips import CHIPS, GIB
 from esjax.plan.jobs import asked_bytes, sampler_shapes
 from esjax.plan.measure import WAITING, Needs
 from esjax.plan.report import Hardware
-from esjax.plan.stages import BUSY, BYTES, FULL, HOST, Round, check_round, of_a_round, texts
+from esjax.plan.stages import BUSY, BYTES, FULL, HOST, Round, at_lengths, check_round, of_a_round, seen, texts
 from esjax.sample.prefills import FILLED
 from esjax.settings.files import load
 from esjax.settings.schema import Config
@@ -79,6 +79,42 @@ def test_a_stage_takes_at_least_its_longest_part(config: Config) -> None:
     assert made.host == pytest.approx(1000 * HOST)
     cpu = [replace(n, seconds=None, times={}) for n in FOUND]  # of a CPU no rates are stated
     assert {(s.least, s.serial) for s in Round.of(config, hardware, cpu, 1000).stages} == {(None, None)}
+
+
+def test_a_kernel_reads_what_is_seen(config: Config) -> None:
+    """Counted by hand for the default lengths; and only what the cache makes of a step's traffic grows less."""
+    e, made = config.evolve, sampler_shapes(config, "cpu")
+    asks = {name: size / BYTES for name, size in asked_bytes(config).items()}
+    reflection = 3 * e.reflection.field_tokens
+    ends = [0.0, asks["reflect"], asks["refine"] + e.draft.max_tokens + reflection]
+    drawn = [e.draft.max_tokens, reflection, e.refinement.max_tokens]
+    steps = [
+        (end + place) for end, new in zip(ends, drawn, strict=True) for place in range(new)
+    ]  # what each token sees
+    of = made.slots + made.lanes * made.new
+    context = texts(config, "train", config.context_room).context
+    expected = (context + made.lanes * sum(steps) / len(steps)) / of
+    assert seen(config, "cpu") == pytest.approx(expected, rel=0.01)
+    assert 0 < expected < 1
+    hardware = Hardware.of(None, 1)
+    step = needs("decode", memory=3.0, FLOPs=2.0)
+    step = replace(step, memory={"base": 4.0, "cache": 8.0}, traffic=16 * GIB, decoding="triton, or plain if faster")
+    (less,), share = at_lengths(config, hardware, [step])
+    assert share == seen(config, "cpu")
+    assert less.traffic == pytest.approx((8 + 8 * share) * GIB)
+    assert less.times["memory"] == pytest.approx(3 * (8 + 8 * share) / 16)
+    assert (less.seconds, less.bound) == (
+        max(2.0, less.times["memory"]),
+        "memory" if less.times["memory"] > 2 else "FLOPs",
+    )
+    plain = replace(step, decoding="plain")
+    assert at_lengths(config, hardware, [plain]) == ([plain], 1.0)
+    others = [n for n in FOUND if n.name != "decode"]
+    by_kernel, plainly = (Round.of(config, hardware, [*others, n], 1000) for n in (step, plain))
+    assert (by_kernel.seen, plainly.seen) == (share, 1.0)
+    stages = [{s.program: s for s in made.stages} for made in (by_kernel, plainly)]
+    assert stages[0]["decode"].serial < stages[1]["decode"].serial
+    assert stages[0]["prefill"] == stages[1]["prefill"]
 
 
 def test_collectives_wait_for_neighbours() -> None:

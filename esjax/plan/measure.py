@@ -113,7 +113,7 @@ def _measured(job: Job, chip: Chip | None, limit: float | None, nodes: Sequence[
     found = moved(compiled.as_text(), nodes, steps=job.name == "decode")
     flops = products(traced.jaxpr.jaxpr) / max(1, jax.sharding.get_mesh().size) + job.kernel_flops
     times = _times(flops, found, chip) if chip else {}
-    bound = max((k for k in times if k != WAITING), key=lambda k: times[k], default="")
+    bound = longest(times)
     return Needs(
         name=job.name,
         compile_seconds=seconds,
@@ -130,6 +130,11 @@ def _measured(job: Job, chip: Chip | None, limit: float | None, nodes: Sequence[
         remat=job.remat,
         decoding=job.decoding,
     )
+
+
+def longest(times: dict[str, float]) -> str:
+    """Which of a program's times bounds it, without waiting; none of none."""
+    return max((k for k in times if k != WAITING), key=lambda k: times[k], default="")
 
 
 def _times(flops: float, found: Moved, chip: Chip) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -12,8 +13,9 @@ from rich.table import Table
 
 from esjax.corpus.sources import read
 from esjax.errors import InputError
+from esjax.plan.chips import GIB
 from esjax.plan.jobs import asked_bytes, sampler_shapes
-from esjax.plan.measure import Needs
+from esjax.plan.measure import Needs, longest
 from esjax.plan.report import Hardware
 from esjax.runtime.mesh import AXES, make_mesh, mesh_shape
 from esjax.sample.prefills import FILLED
@@ -54,28 +56,78 @@ def _texts(source: Sources, format: str, room: int, window: int) -> Texts:
     return Texts(total, len(sizes), sum(sizes) / max(1, len(sizes)))
 
 
+class Kind(NamedTuple):
+    """A kind of reply that a context asks for."""
+
+    number: int  # for each context
+    new: int  # tokens drawn of each
+    own: float  # tokens of its prompt behind the context
+
+
+def kinds(config: Config) -> list[Kind]:
+    """Drafts, reflections and refinements of full length."""
+    e = config.evolve
+    reflection = 3 * e.reflection.field_tokens if e.reflects else 0
+    asks = {name: size / BYTES for name, size in asked_bytes(config).items()}
+    made = [Kind(e.drafts, e.draft.max_tokens, 0.0)]
+    if e.reflects:
+        made.append(Kind(1, reflection, asks["reflect"]))
+    if e.refines:
+        own = asks["refine"] + e.draft.max_tokens * e.show_draft + reflection
+        made.append(Kind(e.refinements, e.refinement.max_tokens, own))
+    return made
+
+
 def of_a_round(config: Config, platform: str, devices: int, contexts: int) -> dict[str, float]:
     """How often each program runs in a round of so many contexts, of the lengths of data.train's, with replies of full length.
 
     A dialogue's contexts share a trunk, computed once for drafts and reflections and once for refinements.
     """
-    e, train = config.evolve, texts(config, "train", config.context_room)
-    reflection = 3 * e.reflection.field_tokens if e.reflects else 0
-    refined = e.refinements * e.refinement.max_tokens if e.refines else 0
-    asks = {name: size / BYTES for name, size in asked_bytes(config).items()}
-    own = asks["reflect"] * e.reflects
-    own += (asks["refine"] + e.draft.max_tokens * e.show_draft + reflection) * e.refines
+    e, train, asked = config.evolve, texts(config, "train", config.context_room), kinds(config)
     trunk = train.dialogues / max(1, train.contexts)
     shapes = sampler_shapes(config, platform)
     chunk = shapes.windows * shapes.width * devices * FILLED
     pair = train.context + 2 * e.refinement.max_tokens
     scored = max(config.sft.micro_rows * config.sft.row_length, config.dpo.micro_rows * config.dpo.row_length)
     return {
-        "prefill": math.ceil(contexts * (own + trunk * (1 + e.refines)) / chunk),
-        "decode": math.ceil(contexts * (e.drafts * e.draft.max_tokens + reflection + refined) / e.batch / BUSY),
+        "prefill": math.ceil(contexts * (sum(k.own for k in asked) + trunk * (1 + e.refines)) / chunk),
+        "decode": math.ceil(contexts * sum(k.number * k.new for k in asked) / e.batch / BUSY),
         "score": math.ceil(contexts * pair / scored / FULL),
         "dpo": math.ceil(contexts * pair / config.dpo.batch_rows / config.dpo.row_length / FULL) * config.dpo.epochs,
     }
+
+
+def seen(config: Config, platform: str) -> float:
+    """The share of a row's slots and rings that its lanes see in a decoding step of a round, on average.
+
+    They see one context of the lengths of data.train's, and each lane what is its own: its prompt's end, and half of its reply.
+    """
+    made, asked = sampler_shapes(config, platform), kinds(config)
+    drawn = sum(k.number * k.new for k in asked)
+    own = sum(k.number * k.new * (k.own + k.new / 2) for k in asked) / drawn
+    context = texts(config, "train", config.context_room).context
+    return min(1.0, (context + made.lanes * own) / (made.slots + made.lanes * made.new))
+
+
+def at_lengths(config: Config, hardware: Hardware, needs: Sequence[Needs]) -> tuple[list[Needs], float]:
+    """What programs need in a round, and the share of the cache that a decoding step reads.
+
+    Where our kernel attends that is what is seen; ``needs`` are of all slots.
+    """
+    if all(found.decoding in ("", "plain") for found in needs):
+        return list(needs), 1.0
+    with jax.set_mesh(_mesh(config, hardware)):
+        share = seen(config, hardware.platform)
+    return [_seeing(found, share) if found.decoding else found for found in needs], share
+
+
+def _seeing(found: Needs, share: float) -> Needs:
+    traffic = max(0.0, found.traffic - (1 - share) * found.memory["cache"] * GIB)
+    if not found.times:
+        return replace(found, traffic=traffic)
+    times = found.times | {"memory": found.times["memory"] * traffic / found.traffic}
+    bound = longest(times)
+    return replace(found, traffic=traffic, times=times, bound=bound, seconds=times[bound])
 
 
 def steps(config: Config, platform: str, devices: int) -> dict[str, dict[str, float]]:
@@ -151,21 +203,23 @@ class Round(NamedTuple):
     """What a round of so many contexts comes to."""
 
     contexts: int
+    seen: float  # the share of the cache that a decoding step is counted with
     stages: list[Stage]
     host: float  # seconds that the host plans replies; hidden behind the devices where these take longer
 
     @classmethod
     def of(cls, config: Config, hardware: Hardware, needs: Sequence[Needs], contexts: int) -> Round:
-        """From what each of its programs, all of ``NAMES``, needs. Raises InputError."""
+        """From what each of its programs, all of ``NAMES``, needs for full rows. Raises InputError."""
         with jax.set_mesh(mesh := _mesh(config, hardware)):
             runs = of_a_round(config, hardware.platform, _groups(mesh), contexts)
+        needs, share = at_lengths(config, hardware, needs)
         by_name, stages = {n.name: n for n in needs}, []
         for program, n in runs.items():
             found = by_name[program]
             least = None if found.seconds is None else n * found.seconds
             serial = None if found.seconds is None else n * sum(found.times.values())
             stages.append(Stage(NAMES[program], program, int(n), least, serial, found.bound))
-        return cls(contexts, stages, contexts * HOST)
+        return cls(contexts, share, stages, contexts * HOST)
 
     def as_json(self) -> dict[str, Any]:
         """For --json."""
@@ -180,4 +234,6 @@ class Round(NamedTuple):
             cells = ("-", "-") if s.least is None or s.serial is None else (f"{s.least:.3g}", f"{s.serial:.3g}")
             out.add_row(s.name, s.program, f"{s.runs:,}", *cells, s.bound)
         out.add_row("replies, host", "", "", f"{self.host:.3g}", "", "one core, beside prefill and decode")
+        if self.seen < 1:
+            out.caption = f"a decoding step reads {self.seen:.0%} of the cache: what is seen at these lengths"
         return out

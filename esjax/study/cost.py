@@ -17,7 +17,7 @@ from esjax.plan.measure import Needs
 from esjax.plan.report import Hardware
 from esjax.plan.report import plan as plan_programs
 from esjax.plan.shape import shape_of
-from esjax.plan.stages import BYTES, counted
+from esjax.plan.stages import BYTES, at_lengths, counted
 from esjax.run.progress import say
 from esjax.study.emit import leaders
 from esjax.study.spec import Cell, Study
@@ -73,7 +73,8 @@ def plan(study: Study, topology: str | None) -> list[Table]:
             say(f"compiling for {hardware.name}: {label}")
             known[key] = list(plan_programs(cell.config, arch, hardware, NAMES))
             jax.clear_caches()  # of programs that are not run; a ladder of models holds gigabytes of them
-        rows[label] = ([cell], cost(counts[cell.name], known[key], len(hardware.devices)), arch)
+        needs, _ = at_lengths(cell.config, hardware, known[key])
+        rows[label] = ([cell], cost(counts[cell.name], needs, len(hardware.devices)), arch)
         say(f"  {label}: {sum(rows[label][1].flops.values()):.2g} FLOPs, {_hours(rows[label][1])}")
     return [_runs(study, hardware, rows), _total(study, rows)]
 
