@@ -168,7 +168,7 @@ def _sampling(
             weights, cache, state, Asked(waiting, counts, stop, constraint, patience, patience), attend
         ),
         {**held, "constraint": constraint, "rows": (state, waiting, counts, stop, patience)},
-        needed.decoding(arch, made, (layers, head), cache),
+        needed.decoding(arch, made, (layers, head), cache, dtype.itemsize),
         kernel,
         decoding=f"{attend}, or plain if faster" if how.decoding == "auto" else attend,
     )

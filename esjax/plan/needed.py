@@ -23,10 +23,10 @@ class Needed(NamedTuple):
     bytes: float = 0.0
 
 
-def held_bytes(tree: Any) -> int:
-    """Bytes that one device holds of a tree of shapes in their places."""
+def held_bytes(tree: Any, widest: int = 8) -> int:
+    """Bytes that one device holds of a tree of shapes in their places; with numbers of so many bytes at the ``widest``."""
     leaves = jax.tree.leaves(tree)
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize for x in leaves)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * min(np.dtype(x.dtype).itemsize, widest) for x in leaves)
 
 
 def multiplied(*states: nnx.State) -> tuple[Any, Any]:
@@ -35,11 +35,14 @@ def multiplied(*states: nnx.State) -> tuple[Any, Any]:
     return layers, next(state[name] for name in ("head", "embed") for state in states if name in state)
 
 
-def decoding(arch: Architecture, shapes: Shapes, weights: Any, cache: Any) -> Needed:
-    """A step: all weights and the whole cache are read once, and every lane sees all slots of its row and ring."""
+def decoding(arch: Architecture, shapes: Shapes, weights: Any, cache: Any, itemsize: int) -> Needed:
+    """A step: all weights and the whole cache are read once, and every lane sees all slots of its row and ring.
+
+    Weights are converted to the arithmetic's dtype, numbers of ``itemsize`` bytes, before the loop of steps begins.
+    """
     lanes = shapes.rows * shapes.lanes
     flops = 2.0 * weights_read(arch) * lanes + attention_flops(arch, lanes * (shapes.slots + shapes.new))
-    return Needed(flops / devices(), held_bytes((weights, cache)))
+    return Needed(flops / devices(), held_bytes(weights, itemsize) + held_bytes(cache))
 
 
 def prefilling(arch: Architecture, shapes: Shapes, layers: Any, itemsize: int) -> Needed:
