@@ -156,9 +156,9 @@ def test_execution_may_change_at_any_restart(
         assert texts[0] == texts[1], name
     for place in ("sft/adapter", "round1/dpo/adapter", "round2/dpo/adapter"):
         one, two = (load_file(r / place / "adapter_model.safetensors") for r in (tiny_run, run))
-        assert all(np.abs(one[key] - two[key]).max() < 2e-4 for key in one)
+        assert all(np.abs(one[key] - two[key]).max() < 1e-5 for key in one)
     first, last = (load_file(run / f"{x}/adapter/adapter_model.safetensors") for x in ("sft", "round1/dpo"))
-    assert any(np.abs(first[key] - last[key]).max() > 2e-4 for key in first)  # control: training moves them more
+    assert any(np.abs(first[key] - last[key]).max() > 5e-5 for key in first)  # control: training moves them more
 
 
 def test_fewer_rounds_than_were_begun_are_refused(refused: Refused, tiny_run: Path, tiny_folder: Path) -> None:

@@ -27,9 +27,8 @@ from esjax.sample.prefills import Prefills
 from esjax.sample.rowbook import Group, Placed, Request, RowBook, windows
 from esjax.sample.shapes import BUCKET, Shapes
 
-IDLE = (
-    1 / 8
-)  # of the lanes may be idle before the host looks after them, or before a prompt is computed with few others
+# Of the lanes may be idle before the host looks after them, or before a prompt is computed with few others.
+IDLE = 1 / 8
 
 
 @dataclass(frozen=True)
