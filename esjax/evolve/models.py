@@ -15,17 +15,10 @@ from esjax.settings.schema import Config
 NO_SYSTEM = "bundled:prompts/none.txt"
 # The settings, or whole sections, that a finished model makes use of.
 EXPORT = ("model.sha256", "model.chat_template", "model.dtype", "model.attention", "model.base")
+DECODING = ("model.cache_dtype", "model.decoding_attention", "model.decoding_weights")
 SCORE = (*EXPORT, "mesh", "data.window", "prompts.system", "sft.micro_rows")
 SAMPLE = (
-    *(
-        "seed",
-        *EXPORT,
-        "model.cache_dtype",
-        "model.decoding_attention",
-        "model.decoding_weights",
-        "mesh",
-        "prompts.system",
-    ),
+    *("seed", *EXPORT, *DECODING, "mesh", "prompts.system"),
     *("reply.temperature", "reply.top_p", "reply.top_k", "reply.max_tokens", "reply.batch"),
 )
 SERVE = (*SAMPLE, "data.window")
@@ -35,16 +28,7 @@ BENCH = (
 )
 DATA = ("seed", "model.sha256", "data.format", "data.window", "screen", "prompts.system")
 EVAL = (
-    *(
-        "seed",
-        *EXPORT,
-        "model.cache_dtype",
-        "model.decoding_attention",
-        "model.decoding_weights",
-        "mesh",
-        "data",
-        "evolve.batch",
-    ),
+    *("seed", *EXPORT, *DECODING, "mesh", "data", "evolve.batch"),
     *("sft.row_length", "sft.micro_rows", "dpo.row_length", "dpo.micro_rows", "filters", "screen", "reply", "eval"),
     *("evolve.reflection", "prompts"),
 )

@@ -97,7 +97,7 @@ def _kernel_lacks(platform: str, arch: Architecture | None) -> str:
             return f"needs Pallas' Triton backend, which JAX {jax.__version__} lacks ({e})"
         sizes = "powers of 2 from 16 on"
     if arch is not None and not takes(arch.head_size):
-        return f"has no heads of {arch.head_size} numbers ({sizes})"
+        return f"does not take this model's heads of {arch.head_size} numbers, only {sizes}"
     capped = arch is not None and arch.attention_cap is not None
     return "has no soft cap of scores, which this model needs" if capped and platform == "gpu" else ""
 

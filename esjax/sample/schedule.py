@@ -254,7 +254,7 @@ class Scheduler:
         waiting, counts = self._waiting(4 * self.shapes.lanes)
         total = self.shapes.rows * self.shapes.lanes
         more = self.task.more_may_follow or self.backlog or any(b.groups for b in self.books) or self.prefills
-        # Lanes that go on while the host looks: those that end meanwhile wait for the look after this, so it comes sooner.
+        # Lanes may have gone on while the host looked. Those that ended meanwhile wait for the next look: it comes sooner.
         patience = np.int32(max(self._spare, self._idle() + -(-self._spare // 2)) if more else total)
         asked = Asked(waiting, counts, self.task.stop, self.task.constraint, patience, np.int32(self.steps))
         made = self.task.programs.decode(self.task.weights, self.cache, self.lanes, asked, self.attend)
